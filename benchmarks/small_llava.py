@@ -1,0 +1,156 @@
+"""Makes small LLaVA checkpoints with random weights, in the layout that vLLM and transformers load.
+
+Their answers mean nothing, but depend on every token of the prompt, so that two engines that agree on them
+compute the same.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+TEXT_CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+PATCH_SIZE = 14
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{{ ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+# Something to train a byte-level BPE on; whatever is not in it falls back to bytes.
+CORPUS = ["USER: What is in this image? ASSISTANT: Describe the picture in one word, please."]
+
+
+@dataclass(frozen=True)
+class SmallLlava:
+    """A checkpoint's shape. The image is a square of `image_side` patches: its visual tokens are the square."""
+
+    layers: int = 8
+    hidden: int = 64
+    heads: int = 2
+    kv_heads: int = 2
+    backbone: str = "llama"
+    image_side: int = 10
+    vocab: int = 512
+    max_positions: int = 2048
+    seed: int = 0
+
+    def save(self, folder: Path) -> Path:
+        """Writes model, tokenizer and processor to `folder` and returns it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer = _tokenizer(self.vocab)
+        tokenizer.save_pretrained(folder)
+        size = self.image_side * PATCH_SIZE
+        image_processor = CLIPImageProcessorPil(
+            size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+        )
+        LlavaProcessor(
+            image_processor=image_processor,
+            tokenizer=tokenizer,
+            patch_size=PATCH_SIZE,
+            vision_feature_select_strategy="default",
+            chat_template=CHAT_TEMPLATE,
+            num_additional_image_tokens=1,
+        ).save_pretrained(folder)
+        model = LlavaForConditionalGeneration(self._config(tokenizer)).eval()
+        _randomize(model, self.seed)
+        model.save_pretrained(folder)
+        _rename_vision_tower(folder / "model.safetensors")
+        return folder
+
+    def _config(self, tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
+        text: dict[str, Any] = {
+            "vocab_size": self.vocab,
+            "hidden_size": self.hidden,
+            "intermediate_size": 2 * self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "max_position_embeddings": self.max_positions,
+            "tie_word_embeddings": False,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        if self.backbone == "mistral":
+            text["sliding_window"] = None
+        vision = CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=self.image_side * PATCH_SIZE,
+            patch_size=PATCH_SIZE,
+            projection_dim=32,
+        )
+        return LlavaConfig(
+            vision_config=vision,
+            text_config=TEXT_CONFIGS[self.backbone](**text),
+            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+            vision_feature_select_strategy="default",
+            vision_feature_layer=-2,
+            image_seq_length=self.image_side**2,
+            tie_word_embeddings=False,
+        )
+
+
+def _tokenizer(vocab: int) -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _randomize(model: nn.Module, seed: int) -> None:
+    """Weights large enough that attention is not uniform and answers do not repeat one token."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.normal_(0, 1.2 * module.in_features**-0.5, generator=generator)
+            elif isinstance(module, nn.Embedding):
+                module.weight.normal_(0, 1.0, generator=generator)
+
+
+def _rename_vision_tower(weights: Path) -> None:
+    """transformers 5 writes `vision_tower.*` where vLLM 0.32 reads `vision_tower.vision_model.*`."""
+    plain, nested = "vision_tower.", "vision_tower.vision_model."
+    tensors = load_file(weights)
+    renamed = {
+        name.replace(plain, nested) if plain in name and nested not in name else name: tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(renamed, weights, metadata={"format": "pt"})

@@ -1,0 +1,75 @@
+"""Creates or refreshes `.venv` for the CPU backend from `requirements-cpu.lock`.
+
+    python3 tools/setup_env.py
+
+Does nothing when `.venv` was made from the lock and the sources that stand there now.
+"""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+LOCK = ROOT / "requirements-cpu.lock"
+STAMP = VENV / "made-from"
+SHIM = Path(__file__).with_name("torchvision_schemas.py")
+PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+
+def fingerprint() -> str:
+    inputs = (LOCK, ROOT / "pyproject.toml", SHIM, Path(__file__))
+    digest = hashlib.sha256(sys.version.encode())
+    for path in inputs:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def pip(*args: str, quiet: bool = False) -> bool:
+    command = [str(PYTHON), "-m", "pip", "install", "--no-deps", *args]
+    return subprocess.run(command, stderr=subprocess.DEVNULL if quiet else None).returncode == 0
+
+
+def install_lock() -> None:
+    torch = next(line.strip() for line in LOCK.read_text().splitlines() if line.startswith("torch=="))
+    # The index in use may offer torch's CPU build already; elsewhere it is on PyTorch's own index only.
+    if not pip("--quiet", torch, quiet=True):
+        print(f"{torch} is not on the default package index: taking it from PyTorch's CPU index", flush=True)
+        if not pip("--quiet", "--extra-index-url", PYTORCH_CPU_INDEX, torch):
+            sys.exit(f"could not install {torch}")
+    if not pip("--quiet", "-r", str(LOCK)):
+        sys.exit(f"could not install {LOCK.name}")
+    if not pip("--quiet", "--no-build-isolation", "--editable", str(ROOT)):
+        sys.exit("could not install vllm-vtw itself")
+
+
+def mend_torchvision() -> None:
+    """Where torchvision's operators cannot load, install the shim that declares them."""
+    if subprocess.run([str(PYTHON), "-c", "import torchvision"], capture_output=True).returncode == 0:
+        return
+    purelib = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = Path(subprocess.check_output([str(PYTHON), "-c", purelib], text=True).strip())
+    shutil.copy(SHIM, site)
+    (site / "torchvision_schemas.pth").write_text("import torchvision_schemas\n")
+    subprocess.run([str(PYTHON), "-c", "import torchvision"], check=True)
+
+
+def main() -> None:
+    if sys.version_info < (3, 11):
+        sys.exit(f"Python 3.11 or later is needed; this is {sys.version.split()[0]}")
+    made_from = fingerprint()
+    if STAMP.exists() and STAMP.read_text() == made_from:
+        return
+    print(f"Setting up {VENV.name} (a few minutes, once)", flush=True)
+    venv.create(VENV, with_pip=True, clear=VENV.exists())
+    install_lock()
+    mend_torchvision()
+    STAMP.write_text(made_from)
+
+
+if __name__ == "__main__":
+    main()

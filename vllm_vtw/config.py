@@ -1,0 +1,118 @@
+"""Reads and checks the `"vtw"` object of `--additional-config`."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_vtw.policy import Policy
+
+logger = logging.getLogger("vllm.vtw")
+
+# The layers of arXiv 2405.05803, by (model type, text model type, decoder layers, hidden size).
+PUBLISHED_LAYERS = {
+    ("llava", "llama", 32, 4096): 16,
+    ("llava", "llama", 40, 5120): 20,
+}
+KEYS = ("layer", "policy", "align")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the configuration has to know of the checkpoint."""
+
+    model_type: str
+    text_model_type: str
+    num_hidden_layers: int
+    hidden_size: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The `model` object of a policy file."""
+        return {
+            "model_type": self.model_type,
+            "num_hidden_layers": self.num_hidden_layers,
+            "hidden_size": self.hidden_size,
+        }
+
+
+@dataclass(frozen=True)
+class VTWConfig:
+    """The plugin's resolved configuration.
+
+    Attributes:
+        policy: What is withdrawn, and from which layers on.
+        align: Withdraw by whole KV blocks (`True`), or every visual token, as published (`False`).
+    """
+
+    policy: Policy
+    align: bool
+
+    @classmethod
+    def parse(cls, options: Any, model: Model, prefix_caching: bool) -> "VTWConfig":
+        """Resolves the options of a user, or those of `resolved`, to the same configuration.
+
+        Raises:
+            ValueError: Names the key, its value and what is allowed.
+        """
+        if not isinstance(options, dict):
+            raise _error("", options, "has to be an object with keys among " + ", ".join(KEYS))
+        unknown = [key for key in options if key not in KEYS]
+        if unknown:
+            raise _error(unknown[0], options[unknown[0]], "unknown key; allowed are " + ", ".join(KEYS))
+        if "layer" in options and "policy" in options:
+            raise _error("layer", options["layer"], 'give either "layer" or "policy", not both')
+        align = options.get("align", prefix_caching)
+        if type(align) is not bool:
+            raise _error("align", align, "has to be true or false")
+        return cls(_policy(options, model), align)
+
+    def resolved(self, model: Model) -> dict[str, Any]:
+        """These settings as options that `parse` reads the same anywhere, without the policy's file."""
+        return {"policy": self.policy.to_file(model.as_dict()), "align": self.align}
+
+
+def _error(key: str, value: Any, allowed: str) -> ValueError:
+    where = f'["{key}"]' if key else ""
+    return ValueError(f'--additional-config ["vtw"]{where} = {value!r}: {allowed}')
+
+
+def _policy(options: dict[str, Any], model: Model) -> Policy:
+    num_layers = model.num_hidden_layers
+    if "policy" in options:
+        return _read_policy(options["policy"], model)
+    if "layer" in options:
+        layer = options["layer"]
+        if type(layer) is not int or not 1 <= layer <= num_layers:
+            raise _error("layer", layer, f"has to be an integer from 1 to {num_layers}, the decoder's layers")
+        return Policy.withdraw_at(layer, num_layers)
+    published = PUBLISHED_LAYERS.get(
+        (model.model_type, model.text_model_type, num_layers, model.hidden_size)
+    )
+    if published is not None:
+        logger.info("vtw: withdrawing visual tokens at layer %d, published for this model", published)
+        return Policy.withdraw_at(published, num_layers)
+    layer = max(1, num_layers // 2)
+    logger.warning(
+        "vtw: no withdrawal layer is published for this model: taking %d, half of its %d layers. Measure your "
+        'task at several layers and set the best with --additional-config \'{"vtw": {"layer": K}}\'',
+        layer,
+        num_layers,
+    )
+    return Policy.withdraw_at(layer, num_layers)
+
+
+def _read_policy(source: Any, model: Model) -> Policy:
+    if isinstance(source, dict):
+        content = source  # `resolved` wrote it
+    elif isinstance(source, str):
+        try:
+            content = json.loads(Path(source).read_text())
+        except (OSError, ValueError) as error:
+            raise _error("policy", source, f"cannot be read as JSON: {error}") from error
+    else:
+        raise _error("policy", source, "has to be the path of a policy file")
+    try:
+        return Policy.from_file(content, model.as_dict())
+    except ValueError as error:
+        raise _error("policy", source, str(error)) from error

@@ -1,0 +1,1 @@
+"""The scheduler process: how much KV cache each stage of a request holds."""

@@ -1,0 +1,36 @@
+"""LLaVA with its visual tokens withdrawn: the model classes that `--model-impl vtw` selects."""
+
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+from vllm.sequence import IntermediateTensors
+
+from vllm_vtw.models.decoder import StagedDecoder
+from vllm_vtw.startup import vtw_config
+from vllm_vtw.worker import v1
+from vllm_vtw.worker.step import CurrentStep
+
+
+class VTWLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+    """vLLM's LLaVA, weights and processing unchanged, on a staged decoder."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        config = vtw_config(vllm_config)
+        step = CurrentStep(len(config.policy.stages), vllm_config.device_config.device)
+        self.decoder = StagedDecoder(self.language_model.model, config.policy, step)
+        self.prepare_batch = v1.V1Batches(config, step).prepare
+        v1.install()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        assert intermediate_tensors is None, "pipeline parallelism is refused at start-up"
+        return self.decoder(input_ids, positions, inputs_embeds)

@@ -1,0 +1,79 @@
+"""What is withdrawn and from which layer on: pure data, and the policy file that carries it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+FORMAT = "vllm-vtw-policy/1"
+MODEL_KEYS = ("model_type", "num_hidden_layers", "hidden_size")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Layers from `layer` on hold the fraction `keep` of a request's visual tokens."""
+
+    layer: int
+    keep: float
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The stages past the first, from shallow to deep. Stage 0 holds every token and is not listed."""
+
+    stages: tuple[Stage, ...]
+
+    @classmethod
+    def withdraw_at(cls, layer: int, num_hidden_layers: int) -> "Policy":
+        """VTW (arXiv 2405.05803): no visual tokens from `layer` on. `num_hidden_layers` withdraws nothing."""
+        return cls((Stage(layer, 0.0),) if layer < num_hidden_layers else ())
+
+    @classmethod
+    def from_file(cls, content: Any, model: dict[str, Any]) -> "Policy":
+        """Reads a policy file's JSON.
+
+        Args:
+            content: The parsed file.
+            model: `MODEL_KEYS` of the model that is being served.
+
+        Raises:
+            ValueError: The file is of another format, was made for another model, or asks for what this
+                version cannot serve.
+        """
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"not a policy file: expected a JSON object with 'format': '{FORMAT}'")
+        made_for = content.get("model")
+        if made_for != model:
+            raise ValueError(f"made for another model: {made_for}; this one is {model}")
+        if content.get("ranking") is not None or content.get("gate") is not None:
+            raise ValueError("'ranking' and 'gate' have to be null: this version withdraws all visual tokens")
+        stages = content.get("stages")
+        if not isinstance(stages, list):
+            raise ValueError("'stages' has to be a list")
+        return cls(cls._checked(stages, model["num_hidden_layers"]))
+
+    @staticmethod
+    def _checked(stages: list[Any], num_hidden_layers: int) -> tuple[Stage, ...]:
+        checked: list[Stage] = []
+        for number, stage in enumerate(stages):
+            where = f"'stages'[{number}]"
+            if not isinstance(stage, dict) or set(stage) != {"layer", "keep"}:
+                raise ValueError(f"{where} has to have exactly the keys 'layer' and 'keep', got {stage!r}")
+            layer, keep = stage["layer"], stage["keep"]
+            least = checked[-1].layer + 1 if checked else 1
+            if type(layer) is not int or not least <= layer < num_hidden_layers:
+                raise ValueError(
+                    f"{where}['layer'] = {layer!r}: has to be an integer from {least} to {num_hidden_layers - 1}"
+                )
+            if type(keep) not in (int, float) or keep != 0:
+                raise ValueError(f"{where}['keep'] = {keep!r}: this version supports 0 only")
+            checked.append(Stage(layer, float(keep)))
+        return tuple(checked)
+
+    def to_file(self, model: dict[str, Any]) -> dict[str, Any]:
+        """The policy as the JSON object of a policy file."""
+        stages = [{"layer": stage.layer, "keep": stage.keep} for stage in self.stages]
+        return {"format": FORMAT, "model": model, "stages": stages, "ranking": None, "gate": None}
+
+    def segments(self, num_hidden_layers: int) -> list[range]:
+        """The decoder layers of every stage, stage 0 included."""
+        borders = [0, *(stage.layer for stage in self.stages), num_hidden_layers]
+        return [range(start, stop) for start, stop in zip(borders, borders[1:], strict=False)]

@@ -1,0 +1,94 @@
+"""Which of a request's tokens a stage holds: the one piece of arithmetic that scheduler and worker share."""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_vtw.policy import Policy
+
+Span = tuple[int, int]
+"""A half-open range of prompt positions, `start <= position < stop`."""
+
+
+class Retention:
+    """What one stage holds of one request's tokens, prompt and output alike.
+
+    The tokens at `withdrawn` positions are never stored; every other token is. The *rank* of a retained
+    token, its place in the stage's row, is the number of retained tokens before it: `count(position)`.
+
+    Args:
+        withdrawn: Spans of withdrawn prompt positions, ascending, neither empty nor overlapping.
+    """
+
+    def __init__(self, withdrawn: Sequence[Span] = ()) -> None:
+        self._starts = [start for start, _ in withdrawn]
+        self._stops = [stop for _, stop in withdrawn]
+        assert all(start < stop for start, stop in withdrawn)
+        assert all(stop <= start for stop, start in zip(self._stops, self._starts[1:], strict=False))
+        self._withdrawn_before = [0, *accumulate(stop - start for start, stop in withdrawn)]
+        self.num_withdrawn = self._withdrawn_before[-1]
+        """Tokens of the whole request that the stage never holds."""
+        self.settled_at = self._stops[-1] if withdrawn else 0
+        """From this position on every token is retained."""
+
+    def count(self, num_tokens: int) -> int:
+        """How many of the request's first `num_tokens` tokens the stage holds."""
+        if num_tokens >= self.settled_at:
+            return num_tokens - self.num_withdrawn
+        spans = bisect_left(self._starts, num_tokens)
+        if spans == 0:
+            return num_tokens
+        beyond = max(0, self._stops[spans - 1] - num_tokens)
+        return num_tokens - self._withdrawn_before[spans] + beyond
+
+    def keep(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        """Whether each position in `start..stop-1` is retained, shape `(stop - start,)`."""
+        mask = np.ones(stop - start, dtype=bool)
+        for first, last in zip(self._starts, self._stops, strict=True):
+            mask[max(first - start, 0) : max(last - start, 0)] = False
+        return mask
+
+
+def visual_spans(mm_features: Iterable[Any]) -> list[Span]:
+    """The spans whose embeddings come from an image or video encoder (vLLM's `MultiModalFeatureSpec`s)."""
+    return [
+        (first, last + 1)
+        for feature in mm_features
+        if feature.modality in ("image", "video")
+        for first, last in feature.mm_position.extract_embeds_range()
+    ]
+
+
+def withdrawable(spans: Iterable[Span], num_prompt_tokens: int, align_to: int = 1) -> list[Span]:
+    """The visual positions that may leave: never the prompt's last token, and only whole blocks of `align_to`.
+
+    Spans that touch count as one, so a block may lie across two images.
+    """
+    merged: list[Span] = []
+    for start, stop in sorted(spans):
+        stop = min(stop, num_prompt_tokens - 1)
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    blocks = ((-(-start // align_to) * align_to, stop // align_to * align_to) for start, stop in merged)
+    return [(start, stop) for start, stop in blocks if start < stop]
+
+
+def request_retentions(
+    policy: Policy, mm_features: Iterable[Any], num_prompt_tokens: int, align_to: int
+) -> tuple[Retention, ...]:
+    """The retention of every stage past the first, for one request.
+
+    Args:
+        policy: What is withdrawn, and before which layers.
+        mm_features: The request's `MultiModalFeatureSpec`s.
+        num_prompt_tokens: Length of the prompt as it came, also when a preempted request is resumed.
+        align_to: 1 to withdraw by tokens, the KV block size to withdraw by whole blocks.
+    """
+    retention = Retention(withdrawable(visual_spans(mm_features), num_prompt_tokens, align_to))
+    return (retention,) * len(policy.stages)

@@ -1,0 +1,100 @@
+"""What vLLM's own configuration means to the plugin: read, checked and adjusted once, before engines start."""
+
+from collections.abc import Iterator
+
+from vllm.config import VllmConfig
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
+
+from vllm_vtw.config import Model, VTWConfig
+
+SCHEDULER = "vllm_vtw.kv.scheduler.create_scheduler"
+# The decoders whose layers are called as `layer(positions, hidden_states, residual)`.
+TEXT_MODELS = ("llama", "mistral", "qwen2")
+
+
+def vtw_config(vllm_config: VllmConfig) -> VTWConfig:
+    """The plugin's configuration, the same in every process of an engine."""
+    options = (vllm_config.additional_config or {}).get("vtw", {})
+    return VTWConfig.parse(
+        options, _model(vllm_config), bool(vllm_config.cache_config.enable_prefix_caching)
+    )
+
+
+def _model(vllm_config: VllmConfig) -> Model:
+    model_config = vllm_config.model_config
+    text = model_config.hf_text_config
+    return Model(
+        model_config.hf_config.model_type, text.model_type, text.num_hidden_layers, text.hidden_size
+    )
+
+
+class VTWModelConfig(VerifyAndUpdateConfig):
+    """vLLM's hook for what an architecture demands of the configuration."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Refuses what cannot be served right, then settles the options and the scheduler.
+
+        Raises:
+            ValueError: Names every option that stands in the way, and what to do instead.
+        """
+        refused = list(_refusals(vllm_config))
+        if refused:
+            raise ValueError("--model-impl vtw cannot serve this configuration:\n- " + "\n- ".join(refused))
+        config = vtw_config(vllm_config)
+        vllm_config.additional_config = {
+            **(vllm_config.additional_config or {}),
+            "vtw": config.resolved(_model(vllm_config)),
+        }
+        vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+
+
+def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    scheduler, speculative = vllm_config.scheduler_config, vllm_config.speculative_config
+
+    text = model.hf_text_config.model_type
+    if text not in TEXT_MODELS:
+        yield (
+            f"the text model is {text!r}; supported are {', '.join(TEXT_MODELS)}: "
+            "serve this model without --model-impl vtw"
+        )
+    if getattr(model.hf_text_config, "sliding_window", None) is not None:
+        yield (
+            "the text model attends over a sliding window, which counts withdrawn tokens: "
+            'disable it with --hf-overrides \'{"text_config": {"sliding_window": null}}\' if the model allows'
+        )
+    if model.runner_type != "generate":
+        yield f"--runner {model.runner_type} pools hidden states of withdrawn tokens: use --runner generate"
+    if not isinstance(vllm_config.additional_config, dict | None):
+        yield "--additional-config has to be a JSON object"
+    if vllm_config.lora_config is not None:
+        yield "LoRA maps adapters to the tokens of the whole batch: remove --enable-lora"
+    if speculative is not None and speculative.method != "ngram":
+        yield (
+            f"speculative decoding with method {speculative.method!r}: use \"method\": \"ngram\" or remove "
+            "--speculative-config"
+        )
+    if parallel.pipeline_parallel_size > 1:
+        yield "pipeline parallelism: use --tensor-parallel-size instead of --pipeline-parallel-size"
+    if parallel.decode_context_parallel_size > 1:
+        yield "decode context parallelism: remove --decode-context-parallel-size"
+    if parallel.prefill_context_parallel_size > 1:
+        yield "prefill context parallelism: remove --prefill-context-parallel-size"
+    if parallel.enable_dbo or parallel.ubatch_size > 1:
+        yield "micro-batching: remove --enable-dbo and --ubatch-size"
+    if vllm_config.kv_transfer_config is not None:
+        yield "KV connectors move blocks as if they held every token: remove --kv-transfer-config"
+    if model.enable_prompt_embeds:
+        yield "prompt embeddings do not say which positions are visual: remove --enable-prompt-embeds"
+    if vllm_config.cache_config.kv_sharing_fast_prefill:
+        yield "fast prefill drops tokens of its own: remove --kv-sharing-fast-prefill"
+    if scheduler.disable_hybrid_kv_cache_manager:
+        yield "stages need KV cache groups of their own: remove --disable-hybrid-kv-cache-manager"
+    if scheduler.scheduler_cls not in (None, SCHEDULER):
+        yield f"the scheduler is the plugin's own: remove --scheduler-cls {scheduler.scheduler_cls}"
+    if vllm_config.use_v2_model_runner:
+        yield "model runner V2: set VLLM_USE_V2_MODEL_RUNNER=0"
+    if not current_platform.is_cpu() and not model.enforce_eager:
+        yield "CUDA graphs would replay a batch with other visual tokens: add --enforce-eager"

@@ -1,0 +1,93 @@
+"""The attention backend of a stage past the first: the model's own, on the stage's view of the batch."""
+
+import functools
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    subclass_attention_backend,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+
+from vllm_vtw.kv.spec import StageSpec
+from vllm_vtw.worker.step import CurrentStep, StageStep
+
+
+@functools.cache
+def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
+    """Subclasses `backend` so that its metadata describes the tokens that a stage retains."""
+    model_builder: Any = backend.get_builder_cls()
+
+    class StageBuilder(model_builder):
+        def __init__(
+            self, kv_cache_spec: StageSpec, layer_names: list[str], vllm_config: VllmConfig, *args: Any, **kw: Any
+        ) -> None:
+            super().__init__(kv_cache_spec, layer_names, vllm_config, *args, **kw)
+            self.stage = kv_cache_spec.stage
+            layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
+            assert isinstance(layer, StageAttention)
+            self.step = layer.step
+
+        @classmethod
+        def get_cudagraph_support(
+            cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
+        ) -> AttentionCGSupport:
+            return AttentionCGSupport.NEVER
+
+        def build(
+            self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+        ) -> Any:
+            stage = self.step.stages[self.stage - 1]
+            if stage is not None:
+                slots = self._slots(stage, common_attn_metadata.block_table_tensor)
+                common_attn_metadata = stage.metadata(common_attn_metadata, slots)
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+
+        def update_block_table(
+            self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor
+        ) -> Any:
+            stage = self.step.stages[self.stage - 1]
+            if stage is not None:
+                slot_mapping = self._slots(stage, blk_table)
+            return super().update_block_table(metadata, blk_table, slot_mapping)
+
+        def _slots(self, stage: StageStep, block_table: torch.Tensor) -> torch.Tensor:
+            slots = stage.slot_mapping(block_table, self.kv_cache_spec.block_size)
+            self.step.slot_mappings.update(dict.fromkeys(self.layer_names, slots))
+            return slots
+
+    assert issubclass(StageBuilder, AttentionMetadataBuilder)
+    return subclass_attention_backend("Stage", backend, StageBuilder)
+
+
+class StageAttention(Attention):
+    """An attention layer of a stage past the first. vLLM asks it for its backend and its KV-cache spec."""
+
+    stage: int
+    step: CurrentStep
+
+    @classmethod
+    def adopt(cls, attention: Attention, stage: int, step: CurrentStep) -> None:
+        """Turns a layer that the model has built into one of `stage`.
+
+        The model's classes build their attention themselves, each with its own arguments; changing the
+        class afterwards leaves all of that, weights and quantization included, as it is.
+        """
+        assert type(attention) is Attention, f"unexpected attention layer {type(attention).__name__}"
+        attention.__class__ = cls
+        assert isinstance(attention, cls)
+        attention.stage, attention.step = stage, step
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return stage_backend(super().get_attn_backend())
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        spec = super().get_kv_cache_spec(vllm_config)
+        assert isinstance(spec, FullAttentionSpec)
+        return StageSpec.like(spec, self.stage)

@@ -1,0 +1,85 @@
+"""The seam into model runner V1: it tells the step which requests the batch holds."""
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from vllm_vtw.config import VTWConfig
+from vllm_vtw.retention import Retention, request_retentions
+from vllm_vtw.worker.plan import Batch
+from vllm_vtw.worker.step import CurrentStep
+
+TARGET = "_build_attention_metadata"
+EXTENSION_POINT = "_prepare_model_batch"
+NEEDED_PARAMETERS = {"self", "num_reqs", "num_scheduled_tokens"}
+
+
+def install() -> None:
+    """Wraps the runner's metadata building, unless this vLLM calls the model's `prepare_batch` itself.
+
+    Raises:
+        RuntimeError: The method is not what the wrapper was written for.
+    """
+    if hasattr(GPUModelRunner, EXTENSION_POINT):
+        return
+    original = getattr(GPUModelRunner, TARGET, None)
+    if getattr(original, "calls_prepare_batch", False):
+        return
+    if original is None or not NEEDED_PARAMETERS <= inspect.signature(original).parameters.keys():
+        raise RuntimeError(f"vllm-vtw does not know this vLLM's GPUModelRunner.{TARGET}")
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def build_attention_metadata(self: GPUModelRunner, *args: Any, **kwargs: Any) -> Any:
+        prepare_batch = getattr(self.get_model(), "prepare_batch", None)
+        if prepare_batch is not None:
+            given = signature.bind(self, *args, **kwargs).arguments
+            prepare_batch(self, given["num_reqs"], given.get("num_scheduled_tokens"))
+        return original(self, *args, **kwargs)
+
+    build_attention_metadata.calls_prepare_batch = True  # type: ignore[attr-defined]
+    setattr(GPUModelRunner, TARGET, build_attention_metadata)
+
+
+class V1Batches:
+    """Begins each step of a model runner V1 with the batch that it is about to run."""
+
+    def __init__(self, config: VTWConfig, step: CurrentStep) -> None:
+        self.config = config
+        self.step = step
+        self.known: dict[str, tuple[list[Any], tuple[Retention, ...]]] = {}
+        """By request id, with the features that the retentions were made from: an id may be used again."""
+
+    def prepare(
+        self, runner: GPUModelRunner, num_reqs: int, num_scheduled_tokens: Mapping[str, int] | None
+    ) -> None:
+        """What the runner calls before it builds attention metadata; a dummy run schedules no requests."""
+        if num_scheduled_tokens is None:
+            self.step.begin(None)
+            return
+        req_ids = runner.input_batch.req_ids[:num_reqs]
+        scheduled = (num_scheduled_tokens[req_id] for req_id in req_ids)
+        self.step.begin(
+            Batch(
+                [self._retentions(runner, req_id) for req_id in req_ids],
+                runner.input_batch.num_computed_tokens_cpu[:num_reqs].astype(np.int64),
+                np.fromiter(scheduled, np.int64, num_reqs),
+            )
+        )
+        if len(self.known) > 2 * len(runner.requests):
+            self.known = {req_id: known for req_id, known in self.known.items() if req_id in runner.requests}
+
+    def _retentions(self, runner: GPUModelRunner, req_id: str) -> tuple[Retention, ...]:
+        request = runner.requests[req_id]
+        features, retentions = self.known.get(req_id, (None, ()))
+        if features is not request.mm_features:
+            align_to = runner.cache_config.block_size if self.config.align else 1
+            retentions = request_retentions(
+                self.config.policy, request.mm_features, request.num_prompt_tokens, align_to
+            )
+            self.known[req_id] = (request.mm_features, retentions)
+        return retentions
