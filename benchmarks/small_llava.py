@@ -41,7 +41,7 @@ CORPUS = ["USER: What is in this image? ASSISTANT: Describe the picture in one w
 
 @dataclass(frozen=True)
 class SmallLlava:
-    """A checkpoint's shape. The image is a square of `image_side` patches: its visual tokens are the square."""
+    """A checkpoint's shape. An image is `image_side` patches wide and high."""
 
     layers: int = 8
     hidden: int = 64

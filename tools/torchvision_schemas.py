@@ -30,7 +30,6 @@ class _DeclareBeforeImport(importlib.abc.MetaPathFinder):
             for schema in SCHEMAS:
                 self.library.define(schema)
             _KEEP.append(self)
-        return None
 
 
 _KEEP: list[_DeclareBeforeImport] = []

@@ -86,16 +86,14 @@ def _policy(options: dict[str, Any], model: Model) -> Policy:
         if type(layer) is not int or not 1 <= layer <= num_layers:
             raise _error("layer", layer, f"has to be an integer from 1 to {num_layers}, the decoder's layers")
         return Policy.withdraw_at(layer, num_layers)
-    published = PUBLISHED_LAYERS.get(
-        (model.model_type, model.text_model_type, num_layers, model.hidden_size)
-    )
+    published = PUBLISHED_LAYERS.get((model.model_type, model.text_model_type, num_layers, model.hidden_size))
     if published is not None:
         logger.info("vtw: withdrawing visual tokens at layer %d, published for this model", published)
         return Policy.withdraw_at(published, num_layers)
     layer = max(1, num_layers // 2)
     logger.warning(
-        "vtw: no withdrawal layer is published for this model: taking %d, half of its %d layers. Measure your "
-        'task at several layers and set the best with --additional-config \'{"vtw": {"layer": K}}\'',
+        "vtw: no withdrawal layer is published for this model: taking %d, half of its %d layers. "
+        'Measure your task at several layers and set the best with --additional-config \'{"vtw": {"layer": K}}\'',
         layer,
         num_layers,
     )

@@ -1,6 +1,7 @@
 """What is withdrawn and from which layer on: pure data, and the policy file that carries it."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 FORMAT = "vllm-vtw-policy/1"
@@ -60,9 +61,8 @@ class Policy:
             layer, keep = stage["layer"], stage["keep"]
             least = checked[-1].layer + 1 if checked else 1
             if type(layer) is not int or not least <= layer < num_hidden_layers:
-                raise ValueError(
-                    f"{where}['layer'] = {layer!r}: has to be an integer from {least} to {num_hidden_layers - 1}"
-                )
+                most = num_hidden_layers - 1
+                raise ValueError(f"{where}['layer'] = {layer!r}: has to be an integer from {least} to {most}")
             if type(keep) not in (int, float) or keep != 0:
                 raise ValueError(f"{where}['keep'] = {keep!r}: this version supports 0 only")
             checked.append(Stage(layer, float(keep)))
@@ -76,4 +76,4 @@ class Policy:
     def segments(self, num_hidden_layers: int) -> list[range]:
         """The decoder layers of every stage, stage 0 included."""
         borders = [0, *(stage.layer for stage in self.stages), num_hidden_layers]
-        return [range(start, stop) for start, stop in zip(borders, borders[1:], strict=False)]
+        return [range(start, stop) for start, stop in pairwise(borders)]

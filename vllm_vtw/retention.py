@@ -28,7 +28,7 @@ class Retention:
         self._starts = [start for start, _ in withdrawn]
         self._stops = [stop for _, stop in withdrawn]
         assert all(start < stop for start, stop in withdrawn)
-        assert all(stop <= start for stop, start in zip(self._stops, self._starts[1:], strict=False))
+        assert all(stop <= start for stop, start in zip(self._stops[:-1], self._starts[1:], strict=True))
         self._withdrawn_before = [0, *accumulate(stop - start for start, stop in withdrawn)]
         self.num_withdrawn = self._withdrawn_before[-1]
         """Tokens of the whole request that the stage never holds."""
@@ -64,13 +64,13 @@ def visual_spans(mm_features: Iterable[Any]) -> list[Span]:
 
 
 def withdrawable(spans: Iterable[Span], num_prompt_tokens: int, align_to: int = 1) -> list[Span]:
-    """The visual positions that may leave: never the prompt's last token, and only whole blocks of `align_to`.
+    """The visual positions that leave: not the prompt's last token, and only whole blocks of `align_to`.
 
     Spans that touch count as one, so a block may lie across two images.
     """
     merged: list[Span] = []
-    for start, stop in sorted(spans):
-        stop = min(stop, num_prompt_tokens - 1)
+    for start, end in sorted(spans):
+        stop = min(end, num_prompt_tokens - 1)
         if merged and start <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
         else:

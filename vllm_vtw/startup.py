@@ -1,4 +1,4 @@
-"""What vLLM's own configuration means to the plugin: read, checked and adjusted once, before engines start."""
+"""What vLLM's configuration means to the plugin: read, checked and adjusted before an engine starts."""
 
 from collections.abc import Iterator
 
@@ -16,17 +16,13 @@ TEXT_MODELS = ("llama", "mistral", "qwen2")
 def vtw_config(vllm_config: VllmConfig) -> VTWConfig:
     """The plugin's configuration, the same in every process of an engine."""
     options = (vllm_config.additional_config or {}).get("vtw", {})
-    return VTWConfig.parse(
-        options, _model(vllm_config), bool(vllm_config.cache_config.enable_prefix_caching)
-    )
+    return VTWConfig.parse(options, _model(vllm_config), bool(vllm_config.cache_config.enable_prefix_caching))
 
 
 def _model(vllm_config: VllmConfig) -> Model:
     model_config = vllm_config.model_config
     text = model_config.hf_text_config
-    return Model(
-        model_config.hf_config.model_type, text.model_type, text.num_hidden_layers, text.hidden_size
-    )
+    return Model(model_config.hf_config.model_type, text.model_type, text.num_hidden_layers, text.hidden_size)
 
 
 class VTWModelConfig(VerifyAndUpdateConfig):
@@ -73,7 +69,7 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
         yield "LoRA maps adapters to the tokens of the whole batch: remove --enable-lora"
     if speculative is not None and speculative.method != "ngram":
         yield (
-            f"speculative decoding with method {speculative.method!r}: use \"method\": \"ngram\" or remove "
+            f'speculative decoding with method {speculative.method!r}: use "method": "ngram" or remove '
             "--speculative-config"
         )
     if parallel.pipeline_parallel_size > 1:

@@ -129,8 +129,8 @@ def assert_follows(
     dropped = reference.dropped(token_ids, len(prompt_ids), align_to)
     logits = reference.logits(token_ids, embeds, layer, dropped)
     expected = logits[len(prompt_ids) - 1 : -1].argmax(-1).tolist()
-    first = next((i for i, pair in enumerate(zip(expected, output_ids, strict=True)) if pair[0] != pair[1]), None)
-    assert first is None, f"{ask.name}: token {first} is {output_ids[first]}, the reference's is {expected[first]}"
+    wrong = [i for i, token in enumerate(output_ids) if token != expected[i]]
+    assert not wrong, f"{ask.name}: token {wrong[0]} is {output_ids[wrong[0]]}, not {expected[wrong[0]]}"
 
 
 def step_until(llm: LLM, done: Callable[[], bool], each: Callable[[], None] = lambda: None) -> dict[str, Any]:

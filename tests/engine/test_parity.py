@@ -49,6 +49,4 @@ def test_every_request_shape(checkpoint, reference, depth, align, kv_heads, back
     for ask, batched, single in zip(SHAPES, together, alone, strict=True):
         output_ids = batched.outputs[0].token_ids
         assert output_ids == single.outputs[0].token_ids, ask.name
-        assert_follows(
-            oracle, ask, batched.prompt_token_ids, output_ids, layer, BLOCK_SIZE if align else 1
-        )
+        assert_follows(oracle, ask, batched.prompt_token_ids, output_ids, layer, BLOCK_SIZE if align else 1)

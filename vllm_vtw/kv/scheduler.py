@@ -11,8 +11,8 @@ from vllm.v1.request import Request
 
 from vllm_vtw.kv.manager import StageManager
 from vllm_vtw.kv.report import startup_line
-from vllm_vtw.startup import vtw_config
 from vllm_vtw.retention import Retention, request_retentions
+from vllm_vtw.startup import vtw_config
 
 logger = logging.getLogger("vllm.vtw")
 

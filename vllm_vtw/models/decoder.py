@@ -66,4 +66,4 @@ class StagedDecoder:
         if context.attn_metadata is None:  # a profiling run
             return [None] * self.step.num_stages
         context.slot_mapping.update(self.step.slot_mappings)
-        return [stage and stage.gather for stage in self.step.stages]
+        return [None if stage is None else stage.gather for stage in self.step.stages]

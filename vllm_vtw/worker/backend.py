@@ -26,7 +26,12 @@ def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
 
     class StageBuilder(model_builder):
         def __init__(
-            self, kv_cache_spec: StageSpec, layer_names: list[str], vllm_config: VllmConfig, *args: Any, **kw: Any
+            self,
+            kv_cache_spec: StageSpec,
+            layer_names: list[str],
+            vllm_config: VllmConfig,
+            *args: Any,
+            **kw: Any,
         ) -> None:
             super().__init__(kv_cache_spec, layer_names, vllm_config, *args, **kw)
             self.stage = kv_cache_spec.stage
@@ -41,7 +46,10 @@ def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
             return AttentionCGSupport.NEVER
 
         def build(
-            self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+            self,
+            common_prefix_len: int,
+            common_attn_metadata: CommonAttentionMetadata,
+            fast_build: bool = False,
         ) -> Any:
             stage = self.step.stages[self.stage - 1]
             if stage is not None:

@@ -29,7 +29,7 @@ def install() -> None:
     original = getattr(GPUModelRunner, TARGET, None)
     if getattr(original, "calls_prepare_batch", False):
         return
-    if original is None or not NEEDED_PARAMETERS <= inspect.signature(original).parameters.keys():
+    if original is None or not inspect.signature(original).parameters.keys() >= NEEDED_PARAMETERS:
         raise RuntimeError(f"vllm-vtw does not know this vLLM's GPUModelRunner.{TARGET}")
     signature = inspect.signature(original)
 

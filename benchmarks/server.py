@@ -1,0 +1,108 @@
+"""Starts `vllm serve`, waits until it answers, and leaves no process behind."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+START_TIMEOUT = 300.0
+STOP_TIMEOUT = 20.0
+
+
+class ServerError(Exception):
+    """The server ended before it answered. Its message holds the end of its log."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    url: str
+    log_file: Path
+    process: subprocess.Popen
+
+    def log(self) -> str:
+        return self.log_file.read_text(errors="replace")
+
+    def metrics(self) -> dict[str, float]:
+        """Prometheus samples, summed over their labels, by name."""
+        totals: dict[str, float] = {}
+        with urllib.request.urlopen(f"{self.url}/metrics") as response:
+            for line in response.read().decode().splitlines():
+                if sample := re.fullmatch(r"([a-z_:]+)(?:\{.*\})? (\S+)", line):
+                    totals[sample[1]] = totals.get(sample[1], 0.0) + float(sample[2])
+        return totals
+
+
+@contextmanager
+def serving(model: Path, *options: str, env: dict[str, str] | None = None) -> Iterator[Server]:
+    """Runs `vllm serve MODEL OPTIONS` on a free port until the block ends, however it ends.
+
+    Raises:
+        ServerError: The server did not come up.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    vllm = Path(sys.executable).with_name("vllm")
+    command = [str(vllm), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *options]
+    settings = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        log_file = Path(folder) / "server.log"
+        with log_file.open("w") as log:
+            process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # A group of its own, to be ended whole: Ctrl-C reaches this process alone.
+                start_new_session=True,
+                env=os.environ | settings | (env or {}),
+            )
+        server = Server(f"http://127.0.0.1:{port}", log_file, process)
+        try:
+            _wait_until_ready(server)
+            yield server
+        finally:
+            _end(process)
+
+
+def _wait_until_ready(server: Server) -> None:
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline:
+        if server.process.poll() is not None:
+            status = server.process.returncode
+            raise ServerError(f"vllm serve ended with status {status}:\n{server.log()[-6000:]}")
+        try:
+            with urllib.request.urlopen(f"{server.url}/health", timeout=2):
+                return
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            time.sleep(0.2)
+    raise ServerError(f"vllm serve did not answer within {START_TIMEOUT:.0f} s:\n{server.log()[-6000:]}")
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends the server's process group: politely first, so that it removes its shared memory."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sign)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            continue
