@@ -1,0 +1,44 @@
+"""Requests as Hypothesis makes them, and the slow, obvious model of what a stage holds."""
+
+from dataclasses import dataclass
+
+from hypothesis import strategies as st
+
+from vllm_vtw.retention import Retention, Span, withdrawable
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt's length and the spans of its pictures."""
+
+    length: int
+    spans: tuple[Span, ...]
+
+    def retention(self, align_to: int) -> Retention:
+        return Retention(withdrawable(self.spans, self.length, align_to))
+
+    def held(self, num_tokens: int, align_to: int) -> list[int]:
+        """Token by token, block by block: the positions among the first `num_tokens` that a stage holds."""
+        visual = {position for start, stop in self.spans for position in range(start, stop)}
+        visual.discard(self.length - 1)
+        held = []
+        for position in range(num_tokens):
+            block = position // align_to
+            if not all(other in visual for other in range(block * align_to, (block + 1) * align_to)):
+                held.append(position)
+        return held
+
+
+@st.composite
+def prompts(draw: st.DrawFn, longest_piece: int = 40) -> Prompt:
+    """Texts and pictures in turn, either of which may be missing, so that pictures also touch."""
+    pieces = draw(st.lists(st.tuples(st.booleans(), st.integers(1, longest_piece)), min_size=1, max_size=6))
+    spans, length = [], 0
+    for is_picture, size in pieces:
+        if is_picture:
+            spans.append((length, length + size))
+        length += size
+    return Prompt(length, tuple(spans))
+
+
+ALIGNMENTS = st.sampled_from([1, 2, 8, 16])

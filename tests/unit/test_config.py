@@ -1,0 +1,104 @@
+"""The options: what they resolve to, and how wrong ones are refused."""
+
+import json
+import re
+
+import pytest
+
+from vllm_vtw.config import Model, VTWConfig
+from vllm_vtw.policy import Policy, Stage
+
+SMALL = Model("llava", "llama", 8, 64)
+POLICY = {
+    "format": "vllm-vtw-policy/1",
+    "model": {"model_type": "llava", "num_hidden_layers": 8, "hidden_size": 64},
+    "stages": [{"layer": 3, "keep": 0.0}, {"layer": 5, "keep": 0}],
+    "ranking": None,
+    "gate": None,
+}
+
+
+def parse(options: object, model: Model = SMALL, prefix_caching: bool = False) -> VTWConfig:
+    return VTWConfig.parse(options, model, prefix_caching)
+
+
+def test_layer_and_align():
+    assert parse({"layer": 3}) == VTWConfig(Policy((Stage(3, 0.0),)), align=False)
+    assert parse({"layer": 8}).policy.stages == ()
+    assert parse({"layer": 3}, prefix_caching=True).align is True
+    assert parse({"layer": 3, "align": False}, prefix_caching=True).align is False
+
+
+@pytest.mark.parametrize(("layers", "hidden", "published"), [(32, 4096, 16), (40, 5120, 20)])
+def test_published_layers(layers, hidden, published, caplog):
+    with caplog.at_level("WARNING"):
+        config = parse({}, Model("llava", "llama", layers, hidden))
+    assert config.policy == Policy.withdraw_at(published, layers)
+    assert not caplog.records
+
+
+def test_an_unknown_model_takes_half_and_says_so(caplog):
+    with caplog.at_level("WARNING"):
+        assert parse({}).policy == Policy.withdraw_at(4, 8)
+    assert "taking 4, half of its 8 layers" in caplog.text
+    assert '{"vtw": {"layer": K}}' in caplog.text
+
+
+def test_a_policy_file(tmp_path):
+    file = tmp_path / "policy.json"
+    file.write_text(json.dumps(POLICY))
+    config = parse({"policy": str(file)})
+    assert config.policy.stages == (Stage(3, 0.0), Stage(5, 0.0))
+    assert config.policy.segments(8) == [range(3), range(3, 5), range(5, 8)]
+
+
+@pytest.mark.parametrize("options", [{"layer": 3}, {"layer": 8}, {"align": True}, {"policy": POLICY}])
+def test_what_is_resolved_reads_the_same_elsewhere(options):
+    config = parse(options)
+    elsewhere = json.loads(json.dumps(config.resolved(SMALL)))
+    assert parse(elsewhere, prefix_caching=True) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer": 0}, '["vtw"]["layer"] = 0: has to be an integer from 1 to 8'),
+        ({"layer": 9}, '["vtw"]["layer"] = 9: has to be an integer from 1 to 8'),
+        ({"layer": "4"}, "[\"vtw\"][\"layer\"] = '4': has to be an integer from 1 to 8"),
+        ({"layer": 4.0}, '["vtw"]["layer"] = 4.0: has to be an integer from 1 to 8'),
+        ({"layer": True}, '["vtw"]["layer"] = True: has to be an integer from 1 to 8'),
+        ({"align": 1}, '["vtw"]["align"] = 1: has to be true or false'),
+        ({"layers": 4}, '["vtw"]["layers"] = 4: unknown key; allowed are layer, policy, align'),
+        ({"layer": 4, "policy": "p.json"}, 'give either "layer" or "policy", not both'),
+        ({"policy": 4}, '["vtw"]["policy"] = 4: has to be the path of a policy file'),
+        ({"policy": "nowhere.json"}, "[\"vtw\"][\"policy\"] = 'nowhere.json': cannot be read as JSON"),
+        ([], '["vtw"] = []: has to be an object with keys among layer, policy, align'),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "other/1"}, "not a policy file: expected a JSON object with 'format': 'vllm-vtw-policy/1'"),
+        ({"model": {"model_type": "llava", "num_hidden_layers": 32, "hidden_size": 64}}, "for another model"),
+        ({"ranking": "last-token-attention"}, "'ranking' and 'gate' have to be null"),
+        ({"gate": {}}, "'ranking' and 'gate' have to be null"),
+        ({"stages": None}, "'stages' has to be a list"),
+        ({"stages": [{"layer": 3}]}, "'stages'[0] has to have exactly the keys 'layer' and 'keep'"),
+        ({"stages": [{"layer": 0, "keep": 0}]}, "'stages'[0]['layer'] = 0: has to be an integer from 1 to 7"),
+        ({"stages": [{"layer": 8, "keep": 0}]}, "'stages'[0]['layer'] = 8: has to be an integer from 1 to 7"),
+        ({"stages": [{"layer": 5, "keep": 0}, {"layer": 3, "keep": 0}]}, "an integer from 6 to 7"),
+        ({"stages": [{"layer": 3, "keep": 0.5}]}, "'stages'[0]['keep'] = 0.5: this version supports 0 only"),
+        ({"stages": [{"layer": 3, "keep": False}]}, "'keep'] = False: this version supports 0 only"),
+    ],
+)
+def test_wrong_policies(change, message, tmp_path):
+    file = tmp_path / "policy.json"
+    file.write_text(json.dumps(POLICY | change))
+    with pytest.raises(ValueError, match=re.escape(message)) as refusal:
+        parse({"policy": str(file)})
+    assert str(file) in str(refusal.value)

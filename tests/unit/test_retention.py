@@ -1,0 +1,70 @@
+"""`Retention` against the obvious model, and what it makes of vLLM's features."""
+
+from types import SimpleNamespace
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from vllm.multimodal.inputs import PlaceholderRange
+
+from tests.unit.strategies import ALIGNMENTS, Prompt, prompts
+from vllm_vtw.policy import Policy
+from vllm_vtw.retention import request_retentions, visual_spans
+
+
+@given(prompts(), ALIGNMENTS, st.integers(0, 20))
+def test_counts_and_ranks(prompt: Prompt, align_to: int, output_tokens: int):
+    retention = prompt.retention(align_to)
+    for num_tokens in range(prompt.length + output_tokens + 1):
+        assert retention.count(num_tokens) == len(prompt.held(num_tokens, align_to))
+    held = prompt.held(prompt.length + output_tokens, align_to)
+    assert [retention.count(position) for position in held] == list(range(len(held)))
+
+
+@given(prompts(), ALIGNMENTS, st.data())
+def test_keep_masks(prompt: Prompt, align_to: int, data: st.DataObject):
+    stop = data.draw(st.integers(0, prompt.length + 10))
+    start = data.draw(st.integers(0, stop))
+    held = set(prompt.held(stop, align_to))
+    mask = prompt.retention(align_to).keep(start, stop)
+    assert mask.tolist() == [position in held for position in range(start, stop)]
+
+
+@given(prompts(), ALIGNMENTS)
+def test_where_it_settles(prompt: Prompt, align_to: int):
+    retention = prompt.retention(align_to)
+    beyond = prompt.length + 5
+    assert retention.settled_at < prompt.length
+    assert retention.num_withdrawn == beyond - len(prompt.held(beyond, align_to))
+    assert retention.keep(retention.settled_at, beyond).all()
+
+
+def test_the_last_prompt_token_stays():
+    assert Prompt(8, ((0, 8),)).retention(1).keep(0, 8).tolist() == [False] * 7 + [True]
+    # With whole blocks, its block stays with it.
+    assert Prompt(8, ((0, 8),)).retention(4).keep(0, 8).tolist() == [False] * 4 + [True] * 4
+
+
+def test_a_block_across_two_touching_pictures_leaves():
+    assert Prompt(13, ((0, 6), (6, 12))).retention(4).num_withdrawn == 12
+
+
+def feature(modality: str, offset: int, length: int, is_embed: list[bool] | None = None) -> SimpleNamespace:
+    mask = None if is_embed is None else torch.tensor(is_embed)
+    return SimpleNamespace(modality=modality, mm_position=PlaceholderRange(offset, length, mask))
+
+
+def test_only_images_and_videos_are_visual():
+    features = [
+        feature("audio", 0, 5),
+        feature("image", 10, 4, [False, True, True, False]),
+        feature("video", 20, 5, [True, False, True, True, False]),
+    ]
+    assert visual_spans(features) == [(11, 13), (20, 21), (22, 24)]
+
+
+def test_every_stage_past_the_first_has_a_retention():
+    features = [feature("image", 2, 4)]
+    assert request_retentions(Policy(()), features, 10, 1) == ()
+    (only,) = request_retentions(Policy.withdraw_at(4, 8), features, 10, 1)
+    assert only.keep(0, 10).tolist() == [True] * 2 + [False] * 4 + [True] * 4
