@@ -1,0 +1,122 @@
+"""What a request may ask for beside its answer, on one engine with a chunk border inside every picture."""
+
+import math
+
+import pytest
+import torch
+from vllm import SamplingParams
+
+from tests.engine.engines import (
+    GREEDY,
+    MODEL,
+    SHAPES,
+    assert_follows,
+    free_blocks,
+    logprobs_of,
+    running,
+)
+
+LAYER = MODEL.layers // 2
+PICTURES = [ask for ask in SHAPES if ask.images]
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint):
+    options = {"max_num_batched_tokens": 64, "enable_prefix_caching": True, "max_logprobs": 5}
+    with running(checkpoint(MODEL), {"layer": LAYER, "align": False}, **options) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def oracle(checkpoint, reference):
+    return reference(checkpoint(MODEL))
+
+
+def logits(oracle, ask, output, answer):
+    token_ids = [*output.prompt_token_ids, *answer.token_ids]
+    embeds = [oracle.embeds(image) for image in ask.images]
+    dropped = oracle.dropped(token_ids, len(output.prompt_token_ids), 1)
+    return oracle.logits(token_ids, embeds, LAYER, dropped)
+
+
+@pytest.mark.parametrize("ask", SHAPES, ids=lambda ask: ask.name)
+def test_logprobs(engine, oracle, ask):
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=3, prompt_logprobs=2)
+    output = engine.generate(ask.to_vllm(oracle), params, use_tqdm=False)[0]
+    answer = output.outputs[0]
+    expected = logprobs_of(logits(oracle, ask, output, answer))
+    prompt_length = len(output.prompt_token_ids)
+
+    for step, logprobs in enumerate(answer.logprobs):
+        row = expected[prompt_length - 1 + step]
+        assert {token for token, _ in sorted(logprobs.items())} >= set(row.topk(3).indices.tolist())
+        for token, logprob in logprobs.items():
+            assert math.isclose(logprob.logprob, row[token], abs_tol=1e-4)
+
+    texts = [i for i in range(1, prompt_length) if output.prompt_token_ids[i] != oracle.image_token]
+    for position in texts:
+        given = output.prompt_logprobs[position][output.prompt_token_ids[position]].logprob
+        assert math.isclose(
+            given, expected[position - 1, output.prompt_token_ids[position]], abs_tol=1e-4
+        ), f"position {position} of {prompt_length}"
+
+
+def test_several_answers(engine, oracle):
+    ask = PICTURES[0]
+    params = SamplingParams(n=4, temperature=1.0, max_tokens=24, ignore_eos=True, logprobs=0)
+    all_free = free_blocks(engine)
+    output = engine.generate(ask.to_vllm(oracle), params, use_tqdm=False)[0]
+    assert len({tuple(answer.token_ids) for answer in output.outputs}) == 4
+    # A sampled answer has no greedy reference, but each of its tokens has a logprob where it stands.
+    for answer in output.outputs:
+        expected = logprobs_of(logits(oracle, ask, output, answer))[len(output.prompt_token_ids) - 1 :]
+        given = torch.tensor([[lp.logprob for lp in step.values()][0] for step in answer.logprobs])
+        chosen = expected[torch.arange(len(answer.token_ids)), list(answer.token_ids)]
+        assert torch.allclose(given, chosen, atol=1e-4)
+    assert free_blocks(engine) == all_free
+
+
+def test_stop_strings(engine, oracle):
+    ask = PICTURES[0]
+    whole = engine.generate(ask.to_vllm(oracle), GREEDY, use_tqdm=False)[0].outputs[0]
+    tokenizer = engine.get_tokenizer()
+    pieces = [tokenizer.decode([token]) for token in whole.token_ids]
+    stop = next(piece for piece in pieces[5:] if piece.isascii() and piece not in pieces[:5])
+    params = SamplingParams(temperature=0, max_tokens=32, stop=[stop])
+    stopped = engine.generate(ask.to_vllm(oracle), params, use_tqdm=False)[0].outputs[0]
+    assert stopped.finish_reason == "stop"
+    assert stopped.stop_reason == stop
+    assert stopped.text == whole.text[: whole.text.index(stop)]
+
+
+def test_repeated_prompts_with_prefix_caching(engine, oracle):
+    """Stage 0 could offer a hit that the other stages cannot serve: it must not be taken."""
+    for _ in range(3):
+        outputs = engine.generate([ask.to_vllm(oracle) for ask in SHAPES], GREEDY, use_tqdm=False)
+        for ask, output in zip(SHAPES, outputs, strict=True):
+            ids = output.outputs[0].token_ids
+            assert_follows(oracle, ask, output.prompt_token_ids, ids, LAYER, align_to=1)
+
+
+def test_ngram_speculation(checkpoint, reference, monkeypatch):
+    # It loads numba, beside which vLLM cannot start another CPU engine in the same process.
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    oracle = reference(checkpoint(MODEL))
+    speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    options = {"speculative_config": speculative, "max_num_batched_tokens": 96, "disable_log_stats": False}
+    with running(checkpoint(MODEL), {"layer": LAYER}, **options) as llm:
+        outputs = llm.generate([ask.to_vllm(oracle) for ask in SHAPES], GREEDY, use_tqdm=False)
+        drafted = {m.name: m.value for m in llm.get_metrics() if "spec_decode_num" in m.name and hasattr(m, "value")}
+    assert drafted["vllm:spec_decode_num_draft_tokens"] > drafted["vllm:spec_decode_num_accepted_tokens"] > 0
+    for ask, output in zip(SHAPES, outputs, strict=True):
+        ids = output.outputs[0].token_ids
+        assert_follows(oracle, ask, output.prompt_token_ids, ids, LAYER, align_to=1)
+
+
+def test_asynchronous_scheduling_off(checkpoint, reference):
+    oracle = reference(checkpoint(MODEL))
+    with running(checkpoint(MODEL), {"layer": LAYER}, async_scheduling=False) as llm:
+        outputs = llm.generate([ask.to_vllm(oracle) for ask in SHAPES], GREEDY, use_tqdm=False)
+    for ask, output in zip(SHAPES, outputs, strict=True):
+        ids = output.outputs[0].token_ids
+        assert_follows(oracle, ask, output.prompt_token_ids, ids, LAYER, align_to=1)

@@ -1,0 +1,97 @@
+"""Where nothing is withdrawn, the engine is stock vLLM: in tokens and in KV blocks."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.engine.engines import GREEDY, MODEL, SHAPES, held_blocks, running, step_until
+
+TEXTS = [ask for ask in SHAPES if not ask.images]
+
+
+def run(folder, reference, asks, vtw=None):
+    """Every answer, and the numbers of layer-blocks that each request held, step by step."""
+    held = []
+    with running(folder, vtw, max_num_batched_tokens=128) as llm:
+        for number, ask in enumerate(asks):
+            llm.llm_engine.add_request(str(number), ask.to_vllm(reference), GREEDY)
+
+        def note_blocks():
+            layers = [
+                len(group.layer_names)
+                for group in llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
+            ]
+            held.append(
+                {
+                    request: sum(len(ids) * count for ids, count in zip(groups, layers, strict=True))
+                    for request, groups in held_blocks(llm).items()
+                }
+            )
+
+        outputs = step_until(llm, lambda: not llm.llm_engine.has_unfinished_requests(), note_blocks)
+    answers = [outputs[str(number)].outputs[0].token_ids for number in range(len(asks))]
+    return answers, [sorted(step.values()) for step in held]
+
+
+def test_no_layer_left_without_pictures_is_stock(checkpoint, reference):
+    folder = checkpoint(MODEL)
+    stock = run(folder, reference(folder), SHAPES)
+    assert run(folder, reference(folder), SHAPES, {"layer": MODEL.layers}) == stock
+
+
+@pytest.mark.parametrize("layer", [1, 4, 7])
+def test_texts_are_stock_at_every_layer(checkpoint, reference, layer):
+    folder = checkpoint(MODEL)
+    asks = TEXTS * 3
+    stock = run(folder, reference(folder), asks)
+    assert run(folder, reference(folder), asks, {"layer": layer}) == stock
+
+
+WITHOUT_FLAG = """
+from vllm import LLM, SamplingParams
+from vllm.model_executor.models import ModelRegistry
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+import sys
+model, image = sys.argv[1:]
+from PIL import Image
+llm = LLM(model, dtype="float32", kv_cache_memory_bytes=1 << 26, max_model_len=512, enforce_eager=True,
+          additional_config={"vtw": {"layer": "not read"}})
+prompt = {"prompt": "USER: <image> What? ASSISTANT:", "multi_modal_data": {"image": Image.open(image)}}
+print("TOKENS", llm.generate(prompt, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)[0]
+      .outputs[0].token_ids)
+config = llm.llm_engine.vllm_config
+print("SCHEDULER", config.scheduler_config.scheduler_cls, type(llm.llm_engine.engine_core.engine_core.scheduler))
+print("ARCHITECTURES", sorted(name for name in ModelRegistry.models if "VTW" in name))
+print("RUNNER", GPUModelRunner._build_attention_metadata.__module__,
+      hasattr(GPUModelRunner._build_attention_metadata, "__wrapped__"))
+print("MODULES", sorted(name for name in sys.modules if name.startswith("vllm_vtw.") and ".models" not in name))
+"""
+
+
+def test_without_the_flag_the_plugin_is_not_there(checkpoint, tmp_path):
+    """The same process with the plugin loaded, and with its kill switch: the same, down to what is patched."""
+    from tests.engine.engines import A
+
+    folder, image = checkpoint(MODEL), tmp_path / "a.png"
+    A.save(image)
+
+    def printed(**env: str) -> list[str]:
+        output = subprocess.run(
+            [sys.executable, "-c", WITHOUT_FLAG, str(folder), str(image)],
+            env=os.environ | env,
+            cwd=Path(folder).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        return [line for line in output.splitlines() if line.split(" ")[0].isupper()]
+
+    loaded, disabled = printed(), printed(VLLM_VTW_DISABLE="1")
+    assert loaded[:-1] == disabled[:-1]
+    assert loaded[2] == "ARCHITECTURES []"
+    assert loaded[3] == "RUNNER vllm.v1.worker.gpu_model_runner False"
+    assert loaded[-1] == "MODULES ['vllm_vtw.plugin']"
+    assert disabled[-1] == "MODULES ['vllm_vtw.plugin']"
