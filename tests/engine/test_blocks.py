@@ -1,6 +1,6 @@
 """KV blocks through the engine: what requests hold, get back and share; who is let in."""
 
-import itertools
+import functools
 
 import pytest
 from vllm import SamplingParams
@@ -48,7 +48,10 @@ def test_every_stage_holds_what_it_retains_after_every_step(checkpoint, referenc
                 # A step's blocks are allocated before it runs, so they cover what is computed by now.
                 computed = request.num_computed_tokens
                 retained = computed - sum(dropped[:computed])
-                assert [len(group) for group in held[request.request_id]] == [blocks(computed), blocks(retained)]
+                assert [len(group) for group in held[request.request_id]] == [
+                    blocks(computed),
+                    blocks(retained),
+                ]
                 seen.add((request.request_id, computed < request.num_prompt_tokens))
 
         step_until(llm, lambda: not llm.llm_engine.has_unfinished_requests(), check)
@@ -94,9 +97,8 @@ def test_aborts_at_any_point_free_everything_and_disturb_nobody(checkpoint, refe
         for steps in (0, 1, 2, 3, 5, 8, 13, 21, 34):
             for number, ask in enumerate(SHAPES):
                 engine.add_request(f"{steps}-{number}", ask.to_vllm(oracle), GREEDY)
-            outputs = {}
-            countdown = itertools.count()
-            outputs |= step_until(llm, lambda countdown=countdown, steps=steps: next(countdown) >= steps)
+            countdown = iter([False] * steps)
+            outputs = step_until(llm, functools.partial(next, countdown, True))
             aborted = [f"{steps}-{number}" for number in range(0, len(SHAPES), 2)]
             engine.abort_request(aborted)
             outputs |= step_until(llm, lambda: not engine.has_unfinished_requests())

@@ -56,9 +56,9 @@ def test_logprobs(engine, oracle, ask):
     texts = [i for i in range(1, prompt_length) if output.prompt_token_ids[i] != oracle.image_token]
     for position in texts:
         given = output.prompt_logprobs[position][output.prompt_token_ids[position]].logprob
-        assert math.isclose(
-            given, expected[position - 1, output.prompt_token_ids[position]], abs_tol=1e-4
-        ), f"position {position} of {prompt_length}"
+        assert math.isclose(given, expected[position - 1, output.prompt_token_ids[position]], abs_tol=1e-4), (
+            f"position {position} of {prompt_length}"
+        )
 
 
 def test_several_answers(engine, oracle):
@@ -70,7 +70,7 @@ def test_several_answers(engine, oracle):
     # A sampled answer has no greedy reference, but each of its tokens has a logprob where it stands.
     for answer in output.outputs:
         expected = logprobs_of(logits(oracle, ask, output, answer))[len(output.prompt_token_ids) - 1 :]
-        given = torch.tensor([[lp.logprob for lp in step.values()][0] for step in answer.logprobs])
+        given = torch.tensor([next(iter(step.values())).logprob for step in answer.logprobs])
         chosen = expected[torch.arange(len(answer.token_ids)), list(answer.token_ids)]
         assert torch.allclose(given, chosen, atol=1e-4)
     assert free_blocks(engine) == all_free
@@ -102,11 +102,18 @@ def test_ngram_speculation(checkpoint, reference, monkeypatch):
     # It loads numba, beside which vLLM cannot start another CPU engine in the same process.
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     oracle = reference(checkpoint(MODEL))
-    speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    speculative = {
+        "method": "ngram",
+        "num_speculative_tokens": 3,
+        "prompt_lookup_max": 2,
+        "prompt_lookup_min": 1,
+    }
     options = {"speculative_config": speculative, "max_num_batched_tokens": 96, "disable_log_stats": False}
     with running(checkpoint(MODEL), {"layer": LAYER}, **options) as llm:
         outputs = llm.generate([ask.to_vllm(oracle) for ask in SHAPES], GREEDY, use_tqdm=False)
-        drafted = {m.name: m.value for m in llm.get_metrics() if "spec_decode_num" in m.name and hasattr(m, "value")}
+        drafted = {
+            m.name: m.value for m in llm.get_metrics() if "spec_decode_num" in m.name and hasattr(m, "value")
+        }
     assert drafted["vllm:spec_decode_num_draft_tokens"] > drafted["vllm:spec_decode_num_accepted_tokens"] > 0
     for ask, output in zip(SHAPES, outputs, strict=True):
         ids = output.outputs[0].token_ids

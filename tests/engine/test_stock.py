@@ -63,16 +63,18 @@ prompt = {"prompt": "USER: <image> What? ASSISTANT:", "multi_modal_data": {"imag
 print("TOKENS", llm.generate(prompt, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)[0]
       .outputs[0].token_ids)
 config = llm.llm_engine.vllm_config
-print("SCHEDULER", config.scheduler_config.scheduler_cls, type(llm.llm_engine.engine_core.engine_core.scheduler))
+scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+print("SCHEDULER", config.scheduler_config.scheduler_cls, type(scheduler))
 print("ARCHITECTURES", sorted(name for name in ModelRegistry.models if "VTW" in name))
 print("RUNNER", GPUModelRunner._build_attention_metadata.__module__,
       hasattr(GPUModelRunner._build_attention_metadata, "__wrapped__"))
-print("MODULES", sorted(name for name in sys.modules if name.startswith("vllm_vtw.") and ".models" not in name))
+loaded = (name for name in sys.modules if name.startswith("vllm_vtw."))
+print("MODULES", sorted(name for name in loaded if ".models" not in name))
 """
 
 
 def test_without_the_flag_the_plugin_is_not_there(checkpoint, tmp_path):
-    """The same process with the plugin loaded, and with its kill switch: the same, down to what is patched."""
+    """With the plugin loaded and with its kill switch: the same, down to what is patched."""
     from tests.engine.engines import A
 
     folder, image = checkpoint(MODEL), tmp_path / "a.png"

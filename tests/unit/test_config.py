@@ -64,14 +64,14 @@ def test_what_is_resolved_reads_the_same_elsewhere(options):
     [
         ({"layer": 0}, '["vtw"]["layer"] = 0: has to be an integer from 1 to 8'),
         ({"layer": 9}, '["vtw"]["layer"] = 9: has to be an integer from 1 to 8'),
-        ({"layer": "4"}, "[\"vtw\"][\"layer\"] = '4': has to be an integer from 1 to 8"),
+        ({"layer": "4"}, '["vtw"]["layer"] = \'4\': has to be an integer from 1 to 8'),
         ({"layer": 4.0}, '["vtw"]["layer"] = 4.0: has to be an integer from 1 to 8'),
         ({"layer": True}, '["vtw"]["layer"] = True: has to be an integer from 1 to 8'),
         ({"align": 1}, '["vtw"]["align"] = 1: has to be true or false'),
         ({"layers": 4}, '["vtw"]["layers"] = 4: unknown key; allowed are layer, policy, align'),
         ({"layer": 4, "policy": "p.json"}, 'give either "layer" or "policy", not both'),
         ({"policy": 4}, '["vtw"]["policy"] = 4: has to be the path of a policy file'),
-        ({"policy": "nowhere.json"}, "[\"vtw\"][\"policy\"] = 'nowhere.json': cannot be read as JSON"),
+        ({"policy": "nowhere.json"}, '["vtw"]["policy"] = \'nowhere.json\': cannot be read as JSON'),
         ([], '["vtw"] = []: has to be an object with keys among layer, policy, align'),
     ],
 )
@@ -83,7 +83,10 @@ def test_wrong_options(options, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "other/1"}, "not a policy file: expected a JSON object with 'format': 'vllm-vtw-policy/1'"),
+        (
+            {"format": "other/1"},
+            "not a policy file: expected a JSON object with 'format': 'vllm-vtw-policy/1'",
+        ),
         ({"model": {"model_type": "llava", "num_hidden_layers": 32, "hidden_size": 64}}, "for another model"),
         ({"ranking": "last-token-attention"}, "'ranking' and 'gate' have to be null"),
         ({"gate": {}}, "'ranking' and 'gate' have to be null"),

@@ -1,0 +1,123 @@
+"""What cannot be served right is refused before anything starts, by name and with the way out."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from vllm.config import KVTransferConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from tests.engine.engines import MODEL
+
+OPTIONS = [
+    ({"enable_lora": True}, "LoRA .* remove --enable-lora"),
+    (
+        {"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2}},
+        'speculative decoding with method \'ngram_gpu\': use "method": "ngram"',
+    ),
+    ({"pipeline_parallel_size": 2}, "pipeline parallelism: .* instead of --pipeline-parallel-size"),
+    (
+        {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
+        "decode context parallelism: remove --decode-context-parallel-size",
+    ),
+    (
+        {"prefill_context_parallel_size": 2},
+        "prefill context parallelism: remove --prefill-context-parallel-size",
+    ),
+    ({"enable_dbo": True}, "micro-batching: remove --enable-dbo"),
+    (
+        {"kv_transfer_config": KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")},
+        "KV connectors .* remove --kv-transfer-config",
+    ),
+    ({"enable_prompt_embeds": True}, "prompt embeddings .* remove --enable-prompt-embeds"),
+    ({"kv_sharing_fast_prefill": True}, "fast prefill .* remove --kv-sharing-fast-prefill"),
+    ({"disable_hybrid_kv_cache_manager": True}, "remove --disable-hybrid-kv-cache-manager"),
+    ({"scheduler_cls": "elsewhere.Scheduler"}, "remove --scheduler-cls elsewhere.Scheduler"),
+    ({"runner": "pooling"}, "--runner pooling .* use --runner generate"),
+    ({"additional_config": {"vtw": {"layer": 99}}}, re.escape('["vtw"]["layer"] = 99: has to be an integer')),
+]
+
+
+def configure(folder: Path, **options):
+    defaults = {"model_impl": "vtw", "dtype": "float32", "max_model_len": 512, "enforce_eager": True}
+    return EngineArgs(model=str(folder), **(defaults | options)).create_engine_config()
+
+
+@pytest.mark.parametrize(("options", "message"), OPTIONS, ids=lambda value: next(iter(value), "")[:40])
+def test_an_option(checkpoint, options, message):
+    with pytest.raises(ValueError, match=message):
+        configure(checkpoint(MODEL), **options)
+
+
+def test_model_runner_v2(checkpoint, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError, match="model runner V2: set VLLM_USE_V2_MODEL_RUNNER=0"):
+        configure(checkpoint(MODEL))
+
+
+def test_everything_that_stands_in_the_way_is_named_at_once(checkpoint):
+    with pytest.raises(ValueError, match=r"--enable-lora(.|\n)*--enable-prompt-embeds"):
+        configure(checkpoint(MODEL), enable_lora=True, enable_prompt_embeds=True)
+
+
+@pytest.fixture
+def altered(checkpoint, tmp_path):
+    """The checkpoint with another `config.json`."""
+
+    def alter(change) -> Path:
+        folder = shutil.copytree(checkpoint(MODEL), tmp_path / "altered")
+        file = folder / "config.json"
+        config = json.loads(file.read_text())
+        file.write_text(json.dumps(change(config)))
+        return folder
+
+    return alter
+
+
+def test_a_text_model(altered):
+    def text_only(config):
+        return config["text_config"] | {"architectures": ["LlamaForCausalLM"]}
+
+    message = (
+        "--model-impl vtw does not support LlamaForCausalLM; supported are LlavaForConditionalGeneration"
+    )
+    with pytest.raises(ValueError, match=message):
+        configure(altered(text_only))
+
+
+def test_another_multimodal_model(altered):
+    def next_generation(config):
+        return config | {"model_type": "llava_next", "architectures": ["LlavaNextForConditionalGeneration"]}
+
+    with pytest.raises(ValueError, match="does not support LlavaNextForConditionalGeneration"):
+        configure(altered(next_generation))
+
+
+def test_another_text_backbone(altered):
+    def gemma(config):
+        text = {key: config["text_config"][key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")}
+        return config | {"text_config": text | {"model_type": "gemma"}}
+
+    with pytest.raises(ValueError, match="the text model is 'gemma'; supported are llama, mistral, qwen2"):
+        configure(altered(gemma))
+
+
+def test_a_sliding_window(altered):
+    def mistral(config):
+        return config | {
+            "text_config": config["text_config"] | {"model_type": "mistral", "sliding_window": 128}
+        }
+
+    with pytest.raises(ValueError, match="sliding window"):
+        configure(altered(mistral))
+
+
+def test_what_is_accepted_sets_the_scheduler_and_settles_the_options(checkpoint):
+    config = configure(checkpoint(MODEL), additional_config={"other": 1, "vtw": {"layer": 3}})
+    assert config.scheduler_config.scheduler_cls == "vllm_vtw.kv.scheduler.create_scheduler"
+    assert config.additional_config["other"] == 1
+    assert config.additional_config["vtw"]["policy"]["stages"] == [{"layer": 3, "keep": 0.0}]
+    assert config.additional_config["vtw"]["align"] is True
+    assert config.model_config.architecture == "VTWLlavaForConditionalGeneration"

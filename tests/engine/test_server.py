@@ -1,0 +1,110 @@
+"""`vllm serve --model-impl vtw`, as its users meet it."""
+
+import base64
+import io
+import json
+import time
+
+import pytest
+from openai import BadRequestError, OpenAI
+
+from benchmarks.server import Server, ServerError, serving
+from tests.engine.engines import BLOCK_SIZE, MODEL, A, Ask, B, assert_follows
+
+LAYER = MODEL.layers // 2
+OPTIONS = (
+    "--dtype=float32",
+    "--max-model-len=512",
+    f"--block-size={BLOCK_SIZE}",
+    f"--kv-cache-memory-bytes={16 << 20}",
+    "--enforce-eager",
+    "--no-enable-prefix-caching",
+    '--limit-mm-per-prompt={"image": 2}',
+    "--model-impl=vtw",
+)
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint):
+    vtw = json.dumps({"vtw": {"layer": LAYER}})
+    with serving(checkpoint(MODEL), *OPTIONS, f"--additional-config={vtw}") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none")
+
+
+def message(*images) -> list:
+    parts = []
+    for image in images:
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        parts.append({"type": "image_url", "image_url": {"url": url}})
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": "What is this?"}]}]
+
+
+def chat(client: OpenAI, *images, **options):
+    return client.chat.completions.create(
+        model=client.models.list().data[0].id,
+        messages=message(*images),
+        temperature=0,
+        **({"max_completion_tokens": 32} | options),
+        extra_body={"ignore_eos": True, "return_token_ids": True},
+    )
+
+
+@pytest.mark.parametrize("images", [(), (A,), (A, B)], ids=["text", "one", "two"])
+def test_chat_is_the_reference(client, checkpoint, reference, images):
+    answer = chat(client, *images)
+    ask = Ask("chat", "", images)
+    prompt_ids, output_ids = answer.prompt_token_ids, answer.choices[0].token_ids
+    assert len(output_ids) == 32
+    assert_follows(reference(checkpoint(MODEL)), ask, prompt_ids, output_ids, LAYER, align_to=1)
+
+
+def test_streaming_gives_the_same_answer(client):
+    whole = chat(client, A).choices[0].message.content
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chat(client, A, stream=True) if chunk.choices]
+    assert len(pieces) > 5
+    assert "".join(pieces) == whole
+
+
+def test_bad_requests_get_400_and_the_server_lives_on(client):
+    with pytest.raises(BadRequestError, match="At most 2 image"):
+        chat(client, A, B, A)
+    with pytest.raises(BadRequestError, match="cannot be greater than max_model_len"):
+        chat(client, A, max_completion_tokens=5000)
+    assert chat(client, A).choices[0].token_ids
+
+
+def test_a_client_that_hangs_up_leaves_nothing_behind(client, server):
+    stream = chat(client, A, stream=True, max_completion_tokens=380)
+    next(iter(stream))
+    stream.close()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        metrics = server.metrics()
+        if metrics["vllm:num_requests_running"] == 0 and metrics["vllm:kv_cache_usage_perc"] == 0:
+            break
+        time.sleep(0.1)
+    assert metrics["vllm:num_requests_running"] == 0
+    assert metrics["vllm:kv_cache_usage_perc"] == 0
+    assert chat(client, A).choices[0].token_ids
+
+
+def test_the_start_up_line(server):
+    (line,) = [line for line in server.log().splitlines() if "vtw: withdrawing" in line]
+    assert f"every visual token at layer K = {LAYER} of L = {MODEL.layers}" in line
+    assert f"KV cache groups: {LAYER} layers (all) + {LAYER} layers (text)" in line
+    # 100 tokens, 2 heads of 32 floats for keys and as many for values: 51,200 bytes a layer.
+    assert "an image of 100 tokens takes at most 0.20 MiB of KV cache, 0.39 MiB in stock vLLM" in line
+
+
+def test_a_wrong_option_ends_the_start_with_the_reason(checkpoint):
+    message = r'\["vtw"\]\["layr"\] = 4: unknown key; allowed are layer, policy, align'
+    options = (*OPTIONS, '--additional-config={"vtw": {"layr": 4}}')
+    with pytest.raises(ServerError, match=message), serving(checkpoint(MODEL), *options):
+        pytest.fail("the server came up")

@@ -1,0 +1,113 @@
+"""Each diff applies to the installed vLLM and makes the plugin's hook unnecessary."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PATCHES = Path(__file__).parents[2] / "patches"
+DIFFS = sorted(PATCHES.glob("*.diff"))
+
+HOOKS = """
+from vllm.model_executor.models import ModelRegistry
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm_vtw import plugin
+from vllm_vtw.worker import v1
+for _ in range(2):
+    plugin.register()
+    v1.install()
+def hooked(function):
+    return hasattr(function, "__wrapped__")
+def depth(function):
+    return 1 + depth(function.__wrapped__) if hooked(function) else 0
+print("registry", depth(ModelRegistry.inspect_model_cls), depth(ModelRegistry.resolve_model_cls))
+print("runner", depth(GPUModelRunner._build_attention_metadata))
+"""
+ENGINE = """
+import sys
+from vllm import LLM, SamplingParams
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+import PIL.Image
+llm = LLM(sys.argv[1], model_impl="vtw", additional_config={"vtw": {"layer": 2}}, dtype="float32",
+          kv_cache_memory_bytes=1 << 25, max_model_len=512, enforce_eager=True, enable_prefix_caching=False)
+image = PIL.Image.new("RGB", (140, 140), "orange")
+prompt = {"prompt": "USER: <image> What? ASSISTANT:", "multi_modal_data": {"image": image}}
+answer = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True), use_tqdm=False)
+print("HOOKED", hasattr(GPUModelRunner._build_attention_metadata, "__wrapped__"))
+print("TOKENS", answer[0].outputs[0].token_ids)
+"""
+
+
+def installed() -> Path:
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def targets(diff: Path) -> list[str]:
+    return [
+        line.removeprefix("+++ b/").strip() for line in diff.read_text().splitlines() if line[:4] == "+++ "
+    ]
+
+
+@pytest.fixture(scope="module")
+def patched(tmp_path_factory) -> Path:
+    """A folder with vLLM in it as links, but for what the diffs change."""
+    site = tmp_path_factory.mktemp("patched")
+    changed = {Path(target) for diff in DIFFS for target in targets(diff)}
+    folders = {Path("vllm")} | {parent for path in changed for parent in path.parents if parent.name}
+    for folder in sorted(folders, key=lambda path: len(path.parts)):
+        (site / folder).mkdir()
+        for entry in (installed().parent / folder).iterdir():
+            relative = folder / entry.name
+            if relative in changed:
+                shutil.copy(entry, site / relative)
+            elif relative not in folders and entry.name != "__pycache__":
+                (site / relative).symlink_to(entry)
+    for diff in DIFFS:
+        with diff.open() as lines:
+            subprocess.run(["patch", "-p1", "--fuzz=0", "-d", str(site)], stdin=lines, check=True)
+    return site
+
+
+def run(code: str, *arguments: str, site: Path | None = None) -> list[str]:
+    path = os.pathsep.join(filter(None, [str(site) if site else "", os.environ.get("PYTHONPATH", "")]))
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    kept = ("registry", "runner", "HOOKED", "TOKENS")
+    return [line for line in result.stdout.splitlines() if line.startswith(kept)]
+
+
+def test_there_is_one_diff_a_hook_and_a_row_for_each():
+    assert [diff.name for diff in DIFFS] == ["model-impl.diff", "prepare-batch.diff"]
+    table = (PATCHES / "README.md").read_text()
+    assert all(f"`{diff.name}`" in table for diff in DIFFS)
+
+
+def test_the_hooks_are_there_once_without_the_patches():
+    assert run(HOOKS) == ["registry 1 1", "runner 1"]
+
+
+def test_no_hook_is_there_with_the_patches(patched):
+    assert run(HOOKS, site=patched) == ["registry 0 0", "runner 0"]
+
+
+def test_a_patched_engine_gives_the_same_answer(patched, tmp_path):
+    from benchmarks.small_llava import SmallLlava
+
+    model = str(SmallLlava(layers=4).save(tmp_path / "model"))
+    hooked, unhooked = run(ENGINE, model), run(ENGINE, model, site=patched)
+    assert hooked[0] == "HOOKED True"
+    assert unhooked[0] == "HOOKED False"
+    assert hooked[1] == unhooked[1]

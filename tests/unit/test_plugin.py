@@ -1,0 +1,70 @@
+"""The entry point: loaded again and again, switched off, beside an untested vLLM, beside a changed one."""
+
+import re
+from importlib.metadata import entry_points
+from types import SimpleNamespace
+
+import pytest
+import vllm
+from vllm.model_executor.models import ModelRegistry
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from vllm_vtw import plugin
+from vllm_vtw.models import registry
+from vllm_vtw.worker import v1
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """A registry without the hook, restored afterwards."""
+    for target in registry.TARGETS:
+        method = getattr(type(ModelRegistry), target)
+        monkeypatch.setattr(type(ModelRegistry), target, getattr(method, "__wrapped__", method))
+    return monkeypatch
+
+
+def hooked() -> list[bool]:
+    return [hasattr(getattr(ModelRegistry, target), "__wrapped__") for target in registry.TARGETS]
+
+
+def test_vllm_finds_it():
+    (entry,) = entry_points(group="vllm.general_plugins", name="vtw")
+    assert entry.load() is plugin.register
+
+
+def test_registering_again_changes_nothing(bare):
+    plugin.register()
+    assert hooked() == [True, True]
+    methods = [getattr(type(ModelRegistry), target) for target in registry.TARGETS]
+    plugin.register()
+    assert [getattr(type(ModelRegistry), target) for target in registry.TARGETS] == methods
+
+
+def test_the_kill_switch(bare):
+    bare.setenv("VLLM_VTW_DISABLE", "1")
+    plugin.register()
+    assert hooked() == [False, False]
+
+
+def test_an_untested_vllm_is_refused_when_vtw_is_asked_for_and_only_then(bare):
+    bare.setattr(vllm, "__version__", "0.99.0")
+    plugin.register()
+    stock = SimpleNamespace(model_impl="auto", convert_type="none", _architecture="")
+    assert ModelRegistry.inspect_model_cls("LlavaForConditionalGeneration", stock)[1].startswith("Llava")
+    asked = SimpleNamespace(model_impl="vtw", convert_type="none", _architecture="")
+    with pytest.raises(RuntimeError, match=re.escape("tested with vLLM 0.32.0, not with 0.99.0")):
+        ModelRegistry.inspect_model_cls("LlavaForConditionalGeneration", asked)
+    bare.setenv("VLLM_VTW_ALLOW_UNTESTED", "1")
+    assert ModelRegistry.inspect_model_cls("LlavaForConditionalGeneration", asked)[1].startswith("VTWLlava")
+
+
+def test_a_changed_registry_is_not_hooked(bare):
+    bare.setattr(type(ModelRegistry), "resolve_model_cls", lambda self, architectures: None)
+    with pytest.raises(RuntimeError, match=r"does not know this vLLM's ModelRegistry\.resolve_model_cls"):
+        plugin.register()
+
+
+def test_a_changed_runner_is_not_hooked(monkeypatch):
+    monkeypatch.setattr(GPUModelRunner, v1.TARGET, lambda self, batch: None)
+    with pytest.raises(RuntimeError, match=r"does not know this vLLM's GPUModelRunner\._build"):
+        v1.install()
