@@ -1,12 +1,14 @@
 """What vLLM's configuration means to the plugin: read, checked and adjusted before an engine starts."""
 
+import logging
 from collections.abc import Iterator
 
 from vllm.config import VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
-from vllm.platforms import current_platform
 
 from vllm_vtw.config import Model, VTWConfig
+
+logger = logging.getLogger("vllm.vtw")
 
 SCHEDULER = "vllm_vtw.kv.scheduler.create_scheduler"
 # The decoders whose layers are called as `layer(positions, hidden_states, residual)`.
@@ -44,6 +46,11 @@ class VTWModelConfig(VerifyAndUpdateConfig):
             "vtw": config.resolved(_model(vllm_config)),
         }
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+        if not vllm_config.model_config.enforce_eager:
+            logger.warning(
+                "vtw: no compilation and no CUDA graphs in this version: running as with --enforce-eager"
+            )
+            vllm_config.model_config.enforce_eager = True
 
 
 def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
@@ -92,5 +99,3 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
         yield f"the scheduler is the plugin's own: remove --scheduler-cls {scheduler.scheduler_cls}"
     if vllm_config.use_v2_model_runner:
         yield "model runner V2: set VLLM_USE_V2_MODEL_RUNNER=0"
-    if not current_platform.is_cpu() and not model.enforce_eager:
-        yield "CUDA graphs would replay a batch with other visual tokens: add --enforce-eager"

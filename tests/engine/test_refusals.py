@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from vllm.config import KVTransferConfig
+from vllm.config import CompilationMode, KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.engine.engines import MODEL
@@ -115,9 +115,12 @@ def test_a_sliding_window(altered):
 
 
 def test_what_is_accepted_sets_the_scheduler_and_settles_the_options(checkpoint):
-    config = configure(checkpoint(MODEL), additional_config={"other": 1, "vtw": {"layer": 3}})
+    options = {"additional_config": {"other": 1, "vtw": {"layer": 3}}}
+    config = configure(checkpoint(MODEL), enforce_eager=False, **options)
     assert config.scheduler_config.scheduler_cls == "vllm_vtw.kv.scheduler.create_scheduler"
     assert config.additional_config["other"] == 1
     assert config.additional_config["vtw"]["policy"]["stages"] == [{"layer": 3, "keep": 0.0}]
     assert config.additional_config["vtw"]["align"] is True
+    assert config.model_config.enforce_eager
+    assert config.compilation_config.mode == CompilationMode.NONE
     assert config.model_config.architecture == "VTWLlavaForConditionalGeneration"
