@@ -40,7 +40,8 @@ def test_every_request_shape(checkpoint, reference, depth, align, kv_heads, back
     folder = checkpoint(SmallLlava(layers=layers, kv_heads=kv_heads, backbone=backbone))
     oracle = reference(folder)
     prompts = [ask.to_vllm(oracle) for ask in SHAPES]
-    options = {"max_num_batched_tokens": batched_tokens, "max_num_seqs": 8}
+    # Prefix caching as whole blocks go with it by default; test_requests.py has the other pairing.
+    options = {"max_num_batched_tokens": batched_tokens, "max_num_seqs": 8, "enable_prefix_caching": align}
     with running(folder, {"layer": layer, "align": align}, **options) as llm:
         all_free = free_blocks(llm)
         together = llm.generate(prompts, GREEDY, use_tqdm=False)

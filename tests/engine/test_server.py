@@ -72,6 +72,17 @@ def test_streaming_gives_the_same_answer(client):
     assert "".join(pieces) == whole
 
 
+def test_structured_output(client):
+    choices = ["a circle", "a square"]
+    answer = client.chat.completions.create(
+        model=client.models.list().data[0].id,
+        messages=message(A),
+        max_completion_tokens=32,
+        extra_body={"structured_outputs": {"choice": choices}},
+    )
+    assert answer.choices[0].message.content in choices
+
+
 def test_bad_requests_get_400_and_the_server_lives_on(client):
     with pytest.raises(BadRequestError, match="At most 2 image"):
         chat(client, A, B, A)

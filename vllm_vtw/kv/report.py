@@ -23,7 +23,8 @@ def startup_line(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config
     tokens = budget.mm_max_toks_per_item.get("image", 0)
     block_size = vllm_config.cache_config.block_size
     # With `align`, an image keeps what its first and last block share with other tokens.
-    kept = tokens - (tokens - block_size + 1) // block_size * block_size if config.align else 0
+    whole_blocks = max(0, (tokens - block_size + 1) // block_size)
+    kept = tokens - whole_blocks * block_size if config.align else 0
     group_layers = max(len(group.layer_names) for group in groups)
     layer_tokens = sum(
         group_layers * (kept if isinstance(group.kv_cache_spec, StageSpec) else tokens) for group in groups
