@@ -71,11 +71,6 @@ def ask(client: OpenAI, model: str, number: int) -> str:
     return "".join(letter for letter in text if letter.isascii() and letter.isprintable())
 
 
-def watch(server: Server, use: Callable[[dict[str, float]], None], stop: Event) -> None:
-    while not stop.wait(0.02):
-        use(server.metrics())
-
-
 def measure(name: str, model: Path, *options: str) -> dict[str, str]:
     """One server's column of the table."""
     print(f"\n$ vllm serve MODEL {' '.join((*OPTIONS, *options))}", flush=True)
@@ -87,21 +82,14 @@ def measure(name: str, model: Path, *options: str) -> dict[str, str]:
                 print("  " + re.sub(r"^.*?\] ", "", line), flush=True)
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
         served = client.models.list().data[0].id
-        blocks = int(server_blocks(server))
-
-        usage = peak(server, "vllm:kv_cache_usage_perc", lambda: ask(client, served, 0))
-        held = round(usage * (blocks - 1))
-        answers: list[str] = []
-        took = 0.0
-
-        def everything() -> None:
-            nonlocal took
-            begin = time.monotonic()
-            with ThreadPoolExecutor(REQUESTS) as pool:
-                answers.extend(pool.map(lambda number: ask(client, served, number), range(REQUESTS)))
-            took = time.monotonic() - begin
-
-        together = peak(server, "vllm:num_requests_running", everything)
+        blocks = server.num_kv_blocks()
+        # One of the pool's blocks is vLLM's null block, which nobody holds.
+        held = round(peak_usage(server, lambda: ask(client, served, 0)) * (blocks - 1))
+        begin = time.monotonic()
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            answers = list(pool.map(lambda number: ask(client, served, number), range(REQUESTS)))
+        took = time.monotonic() - begin
+        preempted = server.metrics()["vllm:num_preemptions_total"]
         return {
             "": name,
             "answer to picture 0": repr(answers[0][:24]),
@@ -109,37 +97,29 @@ def measure(name: str, model: Path, *options: str) -> dict[str, str]:
             "KV blocks in the pool": f"{blocks} of {KV_MIB * 1024 / blocks:.0f} KiB",
             "KV blocks of one request": str(held),
             "KV memory of one request": f"{held * KV_MIB / blocks:.1f} MiB",
-            "requests running together": f"{together:.0f}",
+            "such requests that fit": str((blocks - 1) // held),
+            "preemptions while all ran": f"{preempted:.0f}",
             "requests per second": f"{REQUESTS / took:.2f}",
         }
 
 
-def peak(server: Server, metric: str, work: Callable[[], object]) -> float:
-    """The highest value that `metric` had while `work` ran."""
-    highest, stop = 0.0, Event()
+def peak_usage(server: Server, work: Callable[[], object]) -> float:
+    """The highest share of the KV cache that was in use while `work` ran."""
+    highest, done = 0.0, Event()
 
-    def use(metrics: dict[str, float]) -> None:
+    def watch() -> None:
         nonlocal highest
-        highest = max(highest, metrics.get(metric, 0.0))
+        while not done.wait(0.02):
+            highest = max(highest, server.metrics()["vllm:kv_cache_usage_perc"])
 
-    watcher = Thread(target=watch, args=(server, use, stop))
+    watcher = Thread(target=watch)
     watcher.start()
     try:
         work()
     finally:
-        stop.set()
+        done.set()
         watcher.join()
     return highest
-
-
-def server_blocks(server: Server) -> str:
-    import urllib.request
-
-    with urllib.request.urlopen(f"{server.url}/metrics") as response:
-        found = re.search(r'vllm:cache_config_info\{.*num_gpu_blocks="(\d+)"', response.read().decode())
-    if found is None:
-        raise RuntimeError("vllm:cache_config_info has no num_gpu_blocks")
-    return found[1]
 
 
 def main() -> None:

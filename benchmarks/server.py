@@ -37,11 +37,20 @@ class Server:
     def metrics(self) -> dict[str, float]:
         """Prometheus samples, summed over their labels, by name."""
         totals: dict[str, float] = {}
-        with urllib.request.urlopen(f"{self.url}/metrics") as response:
-            for line in response.read().decode().splitlines():
-                if sample := re.fullmatch(r"([a-z_:]+)(?:\{.*\})? (\S+)", line):
-                    totals[sample[1]] = totals.get(sample[1], 0.0) + float(sample[2])
+        for line in self._metrics_page().splitlines():
+            if sample := re.fullmatch(r"([a-z_:]+)(?:\{.*\})? (\S+)", line):
+                totals[sample[1]] = totals.get(sample[1], 0.0) + float(sample[2])
         return totals
+
+    def num_kv_blocks(self) -> int:
+        """Blocks in the KV cache's pool, vLLM's null block included."""
+        found = re.search(r'vllm:cache_config_info\{.*num_gpu_blocks="(\d+)"', self._metrics_page())
+        assert found is not None
+        return int(found[1])
+
+    def _metrics_page(self) -> str:
+        with urllib.request.urlopen(f"{self.url}/metrics") as response:
+            return response.read().decode()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Their answers mean nothing, but depend on every token of the prompt, so that two
 compute the same.
 """
 
+import string
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,20 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}{{ ' ' }}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-# Something to train a byte-level BPE on; whatever is not in it falls back to bytes.
-CORPUS = ["USER: What is in this image? ASSISTANT: Describe the picture in one word, please."]
+# What the tokenizer is trained on: enough words that most tokens are one.
+CORPUS = """\
+USER: What is in this image? ASSISTANT: Describe the picture in one word, please. Which colour has the
+small round shape beside a large square? There are three birds above an old stone bridge, and two
+children with red umbrellas walk under it toward their mother. Behind them a river runs between green
+hills where sheep sleep in the evening light. Nobody knows how many boats wait near that harbour, or why
+every window of yonder yellow house stands open during winter storms. Some people say cats like warm
+kitchens better than gardens full of flowers; others just laugh. Tell me about mountains, clouds,
+trains, bicycles, apples, bread, music and all those quiet places far away. Grandfather keeps golden
+coins, silver spoons, wooden toys, paper kites, broken clocks and purple candles inside his garage.
+Doctors, teachers, farmers, drivers, painters, sailors, bakers, dancers and soldiers march across the
+busy market. Black horses, brown dogs, white rabbits, green frogs, grey elephants, orange foxes, pink
+dolphins and striped tigers jump over fences, rocks, tables, chairs, ladders, bottles, carpets, mirrors,
+keyboards, guitars, helmets, bridges, castles, islands."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +132,11 @@ def _tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
         special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=[*string.printable[:94], "Ġ", "Ċ"],  # as ByteLevel writes space and line feed
+        min_frequency=1,
         show_progress=False,
     )
-    bpe.train_from_iterator(CORPUS, trainer)
+    bpe.train_from_iterator([CORPUS], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         unk_token="<unk>",
