@@ -106,7 +106,8 @@ def _wait_until_ready(server: Server) -> None:
 
 def _end(process: subprocess.Popen) -> None:
     """Ends the server's process group: politely first, so that it removes its shared memory."""
-    for sign in (signal.SIGTERM, signal.SIGKILL):
+    print("  stopping the server", flush=True)
+    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, sign)
         except ProcessLookupError:

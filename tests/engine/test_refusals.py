@@ -36,6 +36,10 @@ OPTIONS = [
     ({"disable_hybrid_kv_cache_manager": True}, "remove --disable-hybrid-kv-cache-manager"),
     ({"scheduler_cls": "elsewhere.Scheduler"}, "remove --scheduler-cls elsewhere.Scheduler"),
     ({"runner": "pooling"}, "--runner pooling .* use --runner generate"),
+    (
+        {"additional_config": {"layer": 2}},
+        re.escape('["layer"]: the options of --model-impl vtw go under "vtw"'),
+    ),
     ({"additional_config": {"vtw": {"layer": 99}}}, re.escape('["vtw"]["layer"] = 99: has to be an integer')),
 ]
 

@@ -1,5 +1,7 @@
 """What an engine's KV cache means to a request with an image, in one line at start-up."""
 
+import logging
+
 from vllm.config import VllmConfig
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.encoder_budget import MultiModalBudget
@@ -8,31 +10,41 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm_vtw.config import VTWConfig
 from vllm_vtw.kv.spec import StageSpec
 
+logger = logging.getLogger("vllm.vtw")
 
-def startup_line(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: VTWConfig) -> str:
-    """K, L, the KV-cache groups, and the KV memory of one image beside stock vLLM's."""
+
+def log_startup(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: VTWConfig) -> None:
+    """Logs K, L, the KV-cache groups, and the KV memory of one image beside stock vLLM's."""
     num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
     stages = config.policy.stages
-    layer = stages[0].layer if stages else num_layers
-    groups = kv_cache_config.kv_cache_groups
-    shape = " + ".join(
-        f"{len(group.layer_names)} layers ({'text' if isinstance(group.kv_cache_spec, StageSpec) else 'all'})"
-        for group in groups
-    )
+    groups = [
+        (len(group.layer_names), isinstance(group.kv_cache_spec, StageSpec))
+        for group in kv_cache_config.kv_cache_groups
+    ]
     budget = MultiModalBudget(vllm_config, MULTIMODAL_REGISTRY)
     tokens = budget.mm_max_toks_per_item.get("image", 0)
     block_size = vllm_config.cache_config.block_size
-    # With `align`, an image keeps what its first and last block share with other tokens.
-    whole_blocks = max(0, (tokens - block_size + 1) // block_size)
-    kept = tokens - whole_blocks * block_size if config.align else 0
-    group_layers = max(len(group.layer_names) for group in groups)
-    layer_tokens = sum(
-        group_layers * (kept if isinstance(group.kv_cache_spec, StageSpec) else tokens) for group in groups
+    # An image shares its first and last block with other tokens: with `align`, those stay.
+    withdrawn = max(0, (tokens - block_size + 1) // block_size) * block_size if config.align else tokens
+    # Every group takes the memory of the largest.
+    group_layers = max(layers for layers, _ in groups)
+    held = sum(group_layers * (tokens - withdrawn if is_stage else tokens) for _, is_stage in groups)
+    bytes_per_token = kv_cache_config.kv_cache_groups[0].kv_cache_spec.page_size_bytes / block_size
+    logger.info(
+        "vtw: withdrawing %s at layer K = %d of L = %d; KV cache groups: %s; "
+        "an image of %d tokens takes at most %.2f MiB of KV cache, %.2f MiB in stock vLLM",
+        "whole blocks of visual tokens" if config.align else "every visual token",
+        stages[0].layer if stages else num_layers,
+        num_layers,
+        " + ".join(f"{layers} layers ({'text' if is_stage else 'all'})" for layers, is_stage in groups),
+        tokens,
+        held * bytes_per_token / 2**20,
+        num_layers * tokens * bytes_per_token / 2**20,
     )
-    bytes_per_token = groups[0].kv_cache_spec.page_size_bytes / block_size
-    ours, stock = (count * bytes_per_token / 2**20 for count in (layer_tokens, num_layers * tokens))
-    mode = "whole blocks of visual tokens" if config.align else "every visual token"
-    return (
-        f"vtw: withdrawing {mode} at layer K = {layer} of L = {num_layers}; KV cache groups: {shape}; "
-        f"an image of {tokens} tokens takes at most {ours:.2f} MiB of KV cache, {stock:.2f} MiB in stock vLLM"
-    )
+    if stages and config.align and withdrawn < tokens / 2:
+        logger.warning(
+            "vtw: blocks of %d tokens leave little of an image of %d tokens to withdraw by whole blocks: "
+            'take a smaller --block-size, or set "align": false',
+            block_size,
+            tokens,
+        )

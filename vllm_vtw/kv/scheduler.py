@@ -1,6 +1,5 @@
 """vLLM's own schedulers, which also tell the stage managers what each request retains."""
 
-import logging
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -10,11 +9,9 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
 from vllm_vtw.kv.manager import StageManager
-from vllm_vtw.kv.report import startup_line
+from vllm_vtw.kv.report import log_startup
 from vllm_vtw.retention import Retention, request_retentions
 from vllm_vtw.startup import vtw_config
-
-logger = logging.getLogger("vllm.vtw")
 
 
 class VTWScheduler(Scheduler):
@@ -35,7 +32,7 @@ class VTWScheduler(Scheduler):
             )
         for manager in stage_managers:
             manager.retentions = self.retentions
-        logger.info("%s", startup_line(vllm_config, kv_cache_config, config))
+        log_startup(vllm_config, kv_cache_config, config)
 
     def add_request(self, request: Request) -> None:
         self.retentions[request.request_id] = request_retentions(
