@@ -1,6 +1,7 @@
 """KV blocks through the engine: what requests hold, get back and share; who is let in."""
 
 import functools
+import logging
 
 import pytest
 from vllm import SamplingParams
@@ -176,3 +177,12 @@ def test_a_request_id_may_be_used_again(checkpoint, reference):
             output = step_until(llm, lambda: not llm.llm_engine.has_unfinished_requests())["again"]
             ids = output.outputs[0].token_ids
             assert_follows(oracle, ask, output.prompt_token_ids, ids, LAYER, align_to=1)
+
+
+@pytest.mark.parametrize(("block_size", "warned"), [(32, 0), (128, 1)])
+def test_blocks_too_large_for_the_pictures_are_warned_of(checkpoint, caplog, block_size, warned):
+    logging.getLogger("vllm.vtw").addHandler(caplog.handler)
+    with running(checkpoint(MODEL), {"layer": LAYER, "align": True}, block_size=block_size):
+        warnings = [record for record in caplog.records if 'set "align": false' in record.getMessage()]
+    logging.getLogger("vllm.vtw").removeHandler(caplog.handler)
+    assert len(warnings) == warned
