@@ -7,10 +7,10 @@ demo: env
 	$(BIN)/python -m benchmarks.demo
 
 test: env lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest
 
 test-all: env lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m ""
 
 bench: env
 	$(BIN)/python -m benchmarks.throughput

@@ -81,14 +81,17 @@ def measure(name: str, model: Path, *options: str) -> dict[str, str]:
         for line in server.log().splitlines():
             if "Maximum concurrency" in line or "vtw:" in line:
                 print("  " + re.sub(r"^.*?\] ", "", line), flush=True)
-        client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         served = client.models.list().data[0].id
         blocks = server.num_kv_blocks()
         # One of the pool's blocks is vLLM's null block, which nobody holds.
         held = round(peak_usage(server, lambda: ask(client, served, 0)) * (blocks - 1))
         begin = time.monotonic()
-        with ThreadPoolExecutor(REQUESTS) as pool:
+        pool = ThreadPoolExecutor(REQUESTS)
+        try:
             answers = list(pool.map(lambda number: ask(client, served, number), range(REQUESTS)))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for answers
         took = time.monotonic() - begin
         preempted = server.metrics()["vllm:num_preemptions_total"]
         return {

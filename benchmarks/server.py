@@ -1,5 +1,6 @@
 """Starts `vllm serve`, waits until it answers, and leaves no process behind."""
 
+import contextlib
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 START_TIMEOUT = 300.0
-STOP_TIMEOUT = 20.0
+STOP_TIMEOUT = 10.0
 
 
 class ServerError(Exception):
@@ -107,12 +108,13 @@ def _wait_until_ready(server: Server) -> None:
 def _end(process: subprocess.Popen) -> None:
     """Ends the server's process group: politely first, so that it removes its shared memory."""
     print("  stopping the server", flush=True)
-    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, sign)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(STOP_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            continue
+    # Whoever presses Ctrl-C twice still wants no process left.
+    impatient = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, sign)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_TIMEOUT)
+    finally:
+        signal.signal(signal.SIGINT, impatient)

@@ -67,6 +67,10 @@ class VTWConfig:
             raise _error("align", align, "has to be true or false")
         return cls(_policy(options, model), align)
 
+    def align_to(self, block_size: int) -> int:
+        """Withdrawal goes by so many tokens at once."""
+        return block_size if self.align else 1
+
     def resolved(self, model: Model) -> dict[str, Any]:
         """These settings as options that `parse` reads the same anywhere, without the policy's file."""
         return {"policy": self.policy.to_file(model.as_dict()), "align": self.align}
@@ -88,7 +92,9 @@ def _policy(options: dict[str, Any], model: Model) -> Policy:
         return Policy.withdraw_at(layer, num_layers)
     published = PUBLISHED_LAYERS.get((model.model_type, model.text_model_type, num_layers, model.hidden_size))
     if published is not None:
-        logger.info("vtw: withdrawing visual tokens at layer %d, published for this model", published)
+        logger.info(
+            "vtw: withdrawing visual tokens at layer %d, published for LLaVA-1.5 of this shape", published
+        )
         return Policy.withdraw_at(published, num_layers)
     layer = max(1, num_layers // 2)
     logger.warning(

@@ -10,7 +10,7 @@ from vllm_vtw.config import KEYS, Model, VTWConfig
 
 logger = logging.getLogger("vllm.vtw")
 
-SCHEDULER = "vllm_vtw.kv.scheduler.create_scheduler"
+SCHEDULER = "vllm_vtw.kv.scheduler.VTWScheduler"
 # The decoders whose layers are called as `layer(positions, hidden_states, residual)`.
 TEXT_MODELS = ("llama", "mistral", "qwen2")
 
@@ -48,20 +48,23 @@ class VTWModelConfig(VerifyAndUpdateConfig):
         Raises:
             ValueError: Names every option that stands in the way, and what to do instead.
         """
-        refused = list(_refusals(vllm_config))
-        if refused:
-            raise ValueError("--model-impl vtw cannot serve this configuration:\n- " + "\n- ".join(refused))
+        refuse_unsupported(vllm_config)
         config = vtw_config(vllm_config)
         vllm_config.additional_config = {
             **(vllm_config.additional_config or {}),
             "vtw": config.resolved(_model(vllm_config)),
         }
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
-        if not vllm_config.model_config.enforce_eager:
-            logger.warning(
-                "vtw: no compilation and no CUDA graphs in this version: running as with --enforce-eager"
-            )
-            vllm_config.model_config.enforce_eager = True
+        logger.warning("vtw: no compilation, CUDA graphs or asynchronous scheduling in this version")
+        vllm_config.model_config.enforce_eager = True
+        vllm_config.scheduler_config.async_scheduling = False
+
+
+def refuse_unsupported(vllm_config: VllmConfig) -> None:
+    """Raises a ValueError that names every option in the way, where there is one."""
+    refused = list(_refusals(vllm_config))
+    if refused:
+        raise ValueError("--model-impl vtw cannot serve this configuration:\n- " + "\n- ".join(refused))
 
 
 def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
@@ -98,12 +101,21 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
         yield "prefill context parallelism: remove --prefill-context-parallel-size"
     if parallel.enable_dbo or parallel.ubatch_size > 1:
         yield "micro-batching: remove --enable-dbo and --ubatch-size"
-    if vllm_config.kv_transfer_config is not None:
-        yield "KV connectors move blocks as if they held every token: remove --kv-transfer-config"
+    if vllm_config.kv_transfer_config is not None or vllm_config.cache_config.kv_offloading_size is not None:
+        yield (
+            "KV connectors move blocks as if they held every token: remove --kv-transfer-config and "
+            "--kv-offloading-size"
+        )
+    if vllm_config.ec_transfer_config is not None:
+        yield "encoder-cache connectors are untested: remove --ec-transfer-config"
+    if vllm_config.is_mm_encoder_only:
+        yield "--mm-encoder-only runs no decoder: serve without --model-impl vtw"
     if model.enable_prompt_embeds:
         yield "prompt embeddings do not say which positions are visual: remove --enable-prompt-embeds"
     if vllm_config.cache_config.kv_sharing_fast_prefill:
         yield "fast prefill drops tokens of its own: remove --kv-sharing-fast-prefill"
+    if scheduler.async_scheduling:
+        yield "asynchronous scheduling: remove --async-scheduling"
     if scheduler.disable_hybrid_kv_cache_manager:
         yield "stages need KV cache groups of their own: remove --disable-hybrid-kv-cache-manager"
     if scheduler.scheduler_cls not in (None, SCHEDULER):

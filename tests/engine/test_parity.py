@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 
@@ -49,5 +50,29 @@ def test_every_request_shape(checkpoint, reference, depth, align, kv_heads, back
         assert free_blocks(llm) == all_free
     for ask, batched, single in zip(SHAPES, together, alone, strict=True):
         output_ids = batched.outputs[0].token_ids
+        assert len(output_ids) == GREEDY.max_tokens
         assert output_ids == single.outputs[0].token_ids, ask.name
         assert_follows(oracle, ask, batched.prompt_token_ids, output_ids, layer, BLOCK_SIZE if align else 1)
+
+
+@pytest.mark.parametrize("backbone", TEXT_CONFIGS)
+def test_the_oracle_tells_answers_apart(checkpoint, reference, backbone):
+    """Were it blind to the layer, to `align` or to the picture, the test above would show nothing."""
+    oracle = reference(checkpoint(SmallLlava(backbone=backbone)))
+    ask = next(ask for ask in SHAPES if ask.name == "text before")
+    other = replace(ask, images=SHAPES[5].images)
+    text = ask.prompt.replace("<image>", "<image>" * SmallLlava().image_side ** 2)
+    prompt_ids = oracle.processor.tokenizer(text)["input_ids"]
+
+    def answer(ask, layer, align_to):
+        token_ids = list(prompt_ids)
+        for _ in range(16):
+            dropped = oracle.dropped(token_ids, len(prompt_ids), align_to)
+            embeds = [oracle.embeds(image) for image in ask.images]
+            token_ids.append(int(oracle.logits(token_ids, embeds, layer, dropped)[-1].argmax()))
+        return token_ids[len(prompt_ids) :]
+
+    assert_follows(oracle, ask, prompt_ids, answer(ask, 4, 1), 4, 1)
+    for wrong in (answer(ask, 8, 1), answer(ask, 5, 1), answer(ask, 4, BLOCK_SIZE), answer(other, 4, 1)):
+        with pytest.raises(AssertionError, match="text before"):
+            assert_follows(oracle, ask, prompt_ids, wrong, 4, 1)

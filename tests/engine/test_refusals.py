@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from vllm.config import CompilationMode, KVTransferConfig
+from vllm.config import CompilationMode, ECTransferConfig, KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.engine.engines import MODEL
@@ -31,6 +31,14 @@ OPTIONS = [
         {"kv_transfer_config": KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")},
         "KV connectors .* remove --kv-transfer-config",
     ),
+    ({"kv_offloading_size": 1.0}, "KV connectors .* --kv-offloading-size"),
+    (
+        {"ec_transfer_config": ECTransferConfig(ec_connector="ECExampleConnector", ec_role="ec_both")},
+        "encoder-cache connectors .* remove --ec-transfer-config",
+    ),
+    ({"mm_encoder_only": True}, "--mm-encoder-only runs no decoder"),
+    ({"async_scheduling": True}, "asynchronous scheduling: remove --async-scheduling"),
+    ({"ubatch_size": 2}, "micro-batching: remove --enable-dbo and --ubatch-size"),
     ({"enable_prompt_embeds": True}, "prompt embeddings .* remove --enable-prompt-embeds"),
     ({"kv_sharing_fast_prefill": True}, "fast prefill .* remove --kv-sharing-fast-prefill"),
     ({"disable_hybrid_kv_cache_manager": True}, "remove --disable-hybrid-kv-cache-manager"),
@@ -114,17 +122,23 @@ def test_a_sliding_window(altered):
             "text_config": config["text_config"] | {"model_type": "mistral", "sliding_window": 128}
         }
 
-    with pytest.raises(ValueError, match="sliding window"):
-        configure(altered(mistral))
+    folder = altered(mistral)
+    with pytest.raises(ValueError, match="sliding window") as refusal:
+        configure(folder)
+    way_out = re.search(r"--hf-overrides '(.*?)'", str(refusal.value))
+    assert way_out is not None
+    config = configure(folder, hf_overrides=json.loads(way_out[1]))
+    assert config.model_config.hf_text_config.sliding_window is None
 
 
 def test_what_is_accepted_sets_the_scheduler_and_settles_the_options(checkpoint):
     options = {"additional_config": {"other": 1, "vtw": {"layer": 3}}}
     config = configure(checkpoint(MODEL), enforce_eager=False, **options)
-    assert config.scheduler_config.scheduler_cls == "vllm_vtw.kv.scheduler.create_scheduler"
+    assert config.scheduler_config.scheduler_cls == "vllm_vtw.kv.scheduler.VTWScheduler"
     assert config.additional_config["other"] == 1
     assert config.additional_config["vtw"]["policy"]["stages"] == [{"layer": 3, "keep": 0.0}]
     assert config.additional_config["vtw"]["align"] is True
     assert config.model_config.enforce_eager
     assert config.compilation_config.mode == CompilationMode.NONE
+    assert not config.scheduler_config.async_scheduling
     assert config.model_config.architecture == "VTWLlavaForConditionalGeneration"

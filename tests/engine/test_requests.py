@@ -14,6 +14,8 @@ from tests.engine.engines import (
     free_blocks,
     logprobs_of,
     running,
+    scheduler_of,
+    step_until,
 )
 
 LAYER = MODEL.layers // 2
@@ -98,6 +100,26 @@ def test_repeated_prompts_with_prefix_caching(engine, oracle):
             assert_follows(oracle, ask, output.prompt_token_ids, ids, LAYER, align_to=1)
 
 
+def test_streaming_input_ends_with_an_error(engine, oracle, monkeypatch):
+    """vLLM marks a request whose prompt comes in pieces as resumable."""
+    scheduler = scheduler_of(engine)
+    add = scheduler.add_request
+
+    def add_resumable(request):
+        request.resumable = True
+        add(request)
+
+    all_free = free_blocks(engine)
+    monkeypatch.setattr(scheduler, "add_request", add_resumable)
+    engine.llm_engine.add_request("session", PICTURES[0].to_vllm(oracle), GREEDY)
+    monkeypatch.undo()
+    outputs = step_until(engine, lambda: not engine.llm_engine.has_unfinished_requests())
+    assert outputs["session"].outputs[0].finish_reason == "error"
+    assert free_blocks(engine) == all_free
+    assert not scheduler.retentions
+    engine.generate(PICTURES[0].to_vllm(oracle), GREEDY, use_tqdm=False)
+
+
 def test_ngram_speculation(checkpoint, reference, monkeypatch):
     # It loads numba, beside which vLLM cannot start another CPU engine in the same process.
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
@@ -115,15 +137,6 @@ def test_ngram_speculation(checkpoint, reference, monkeypatch):
             m.name: m.value for m in llm.get_metrics() if "spec_decode_num" in m.name and hasattr(m, "value")
         }
     assert drafted["vllm:spec_decode_num_draft_tokens"] > drafted["vllm:spec_decode_num_accepted_tokens"] > 0
-    for ask, output in zip(SHAPES, outputs, strict=True):
-        ids = output.outputs[0].token_ids
-        assert_follows(oracle, ask, output.prompt_token_ids, ids, LAYER, align_to=1)
-
-
-def test_asynchronous_scheduling_off(checkpoint, reference):
-    oracle = reference(checkpoint(MODEL))
-    with running(checkpoint(MODEL), {"layer": LAYER}, async_scheduling=False) as llm:
-        outputs = llm.generate([ask.to_vllm(oracle) for ask in SHAPES], GREEDY, use_tqdm=False)
     for ask, output in zip(SHAPES, outputs, strict=True):
         ids = output.outputs[0].token_ids
         assert_follows(oracle, ask, output.prompt_token_ids, ids, LAYER, align_to=1)

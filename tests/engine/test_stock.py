@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.small_llava import SmallLlava
 from tests.engine.engines import GREEDY, MODEL, SHAPES, held_blocks, running, step_until
 
 TEXTS = [ask for ask in SHAPES if not ask.images]
 
 
-def run(folder, reference, asks, vtw=None):
+def run(folder, reference, asks, vtw=None, **options):
     """Every answer, and the numbers of layer-blocks that each request held, step by step."""
     held = []
-    with running(folder, vtw, max_num_batched_tokens=128) as llm:
+    with running(folder, vtw, max_num_batched_tokens=128, **options) as llm:
         for number, ask in enumerate(asks):
             llm.llm_engine.add_request(str(number), ask.to_vllm(reference), GREEDY)
 
@@ -36,10 +37,14 @@ def run(folder, reference, asks, vtw=None):
     return answers, [sorted(step.values()) for step in held]
 
 
-def test_no_layer_left_without_pictures_is_stock(checkpoint, reference):
-    folder = checkpoint(MODEL)
-    stock = run(folder, reference(folder), SHAPES)
-    assert run(folder, reference(folder), SHAPES, {"layer": MODEL.layers}) == stock
+@pytest.mark.parametrize("model", [MODEL, SmallLlava(layers=6, kv_heads=1, backbone="qwen2")])
+@pytest.mark.parametrize("prefix_caching", [False, True])
+def test_no_layer_left_without_pictures_is_stock(checkpoint, reference, model, prefix_caching):
+    folder = checkpoint(model)
+    # Twice, so that the second half finds the first in the cache.
+    asks, options = SHAPES * 2, {"enable_prefix_caching": prefix_caching, "max_num_seqs": 6}
+    stock = run(folder, reference(folder), asks, **options)
+    assert run(folder, reference(folder), asks, {"layer": model.layers}, **options) == stock
 
 
 @pytest.mark.parametrize("layer", [1, 4, 7])

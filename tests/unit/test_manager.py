@@ -51,6 +51,8 @@ class Course(RuleBasedStateMachine):
             assert isinstance(stage, StageManager)
             stage.retentions = self.retentions
         self.requests: dict[str, tuple[Request, Prompt]] = {}
+        self.slots: dict[str, int] = {}
+        """By request: the most tokens that it was given slots for since it last had none."""
         self.arrived = 0
 
     def managers(self):
@@ -74,18 +76,21 @@ class Course(RuleBasedStateMachine):
         self.requests[request.request_id] = (request, prompt)
 
     @precondition(lambda self: self.requests)
-    @rule(data=st.data(), chunk=st.integers(1, 60))
-    def runs(self, data: st.DataObject, chunk: int):
+    @rule(data=st.data(), chunk=st.integers(1, 60), drafts=st.integers(0, 3))
+    def runs(self, data: st.DataObject, chunk: int, drafts: int):
         request = self.pick(data)
         computed, num_computed = self.manager.empty_kv_cache_blocks, 0
         if request.num_computed_tokens == 0:
             computed, num_computed, _ = self.manager.get_computed_blocks(request)
         chunk = min(chunk, request.num_tokens - request.num_computed_tokens - num_computed)
         before = self.manager.block_pool.get_num_free_blocks()
-        if self.manager.allocate_slots(request, chunk, num_computed, computed) is None:
+        if self.manager.allocate_slots(request, chunk, num_computed, computed, drafts) is None:
             assert self.manager.block_pool.get_num_free_blocks() == before
             return
         request.num_computed_tokens += num_computed + chunk
+        # Drafts get slots beyond what is computed, and are rejected here: the slots stay.
+        slots = min(request.num_computed_tokens + drafts, MAX_MODEL_LEN)
+        self.slots[request.request_id] = max(slots, self.slots.get(request.request_id, 0))
         if request.num_computed_tokens == request.num_tokens:
             request.append_output_token_ids(1)
 
@@ -95,18 +100,20 @@ class Course(RuleBasedStateMachine):
         request = self.pick(data)
         self.manager.free(request)
         request.num_computed_tokens = 0
+        self.slots.pop(request.request_id, None)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
     def ends(self, data: st.DataObject):
         request = self.pick(data)
         self.manager.free(request)
+        self.slots.pop(request.request_id, None)
         del self.requests[request.request_id], self.retentions[request.request_id]
 
     @invariant()
     def every_stage_holds_exactly_what_it_retains(self):
         for request, prompt in getattr(self, "requests", {}).values():
-            tokens = request.num_computed_tokens
+            tokens = self.slots.get(request.request_id, 0)
             held = (tokens, *[len(prompt.held(tokens, self.align_to))] * 3)
             blocks = [len(m.req_to_blocks.get(request.request_id, ())) for m in self.managers()]
             assert blocks == [-(-count // BLOCK_SIZE) for count in held]

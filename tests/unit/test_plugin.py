@@ -58,10 +58,15 @@ def test_an_untested_vllm_is_refused_when_vtw_is_asked_for_and_only_then(bare):
     assert ModelRegistry.inspect_model_cls("LlavaForConditionalGeneration", asked)[1].startswith("VTWLlava")
 
 
-def test_a_changed_registry_is_not_hooked(bare):
-    bare.setattr(type(ModelRegistry), "resolve_model_cls", lambda self, architectures: None)
-    with pytest.raises(RuntimeError, match=r"does not know this vLLM's ModelRegistry\.resolve_model_cls"):
-        plugin.register()
+def test_a_changed_registry_refuses_vtw_and_serves_the_rest(bare):
+    def changed(self, model_config):
+        return "resolved"
+
+    bare.setattr(type(ModelRegistry), "resolve_model_cls", changed)
+    plugin.register()
+    assert ModelRegistry.resolve_model_cls(SimpleNamespace(model_impl="auto")) == "resolved"
+    with pytest.raises(RuntimeError, match="does not know this vLLM's ModelRegistry"):
+        ModelRegistry.resolve_model_cls(model_config=SimpleNamespace(model_impl="vtw"))
 
 
 def test_a_changed_runner_is_not_hooked(monkeypatch):

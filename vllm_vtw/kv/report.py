@@ -32,7 +32,7 @@ def log_startup(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config:
     bytes_per_token = kv_cache_config.kv_cache_groups[0].kv_cache_spec.page_size_bytes / block_size
     logger.info(
         "vtw: withdrawing %s at layer K = %d of L = %d; KV cache groups: %s; "
-        "an image of %d tokens takes at most %.2f MiB of KV cache, %.2f MiB in stock vLLM",
+        "an image of %d tokens takes about %.2f MiB of KV cache, %.2f MiB in stock vLLM",
         "whole blocks of visual tokens" if config.align else "every visual token",
         stages[0].layer if stages else num_layers,
         num_layers,

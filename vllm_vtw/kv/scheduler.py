@@ -1,9 +1,9 @@
-"""vLLM's own schedulers, which also tell the stage managers what each request retains."""
+"""vLLM's own scheduler, which also tells the stage managers what each request retains."""
 
+import logging
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
@@ -11,45 +11,46 @@ from vllm.v1.request import Request
 from vllm_vtw.kv.manager import StageManager
 from vllm_vtw.kv.report import log_startup
 from vllm_vtw.retention import Retention, request_retentions
-from vllm_vtw.startup import vtw_config
+from vllm_vtw.startup import refuse_unsupported, vtw_config
+
+logger = logging.getLogger("vllm.vtw")
 
 
 class VTWScheduler(Scheduler):
-    """Knows every request's retention from its arrival until its blocks are free again."""
+    """Knows every request's retention from its arrival until its blocks are free again.
+
+    Raises:
+        ValueError: vLLM settled on an option that the plugin refuses after the plugin had looked.
+    """
 
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, **options: Any) -> None:
+        refuse_unsupported(vllm_config)
         super().__init__(vllm_config, kv_cache_config, **options)
         config = vtw_config(vllm_config)
         self.policy = config.policy
-        self.align_to = self.cache_config.block_size if config.align else 1
+        self.align_to = config.align_to(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
         self.retentions: dict[str, tuple[Retention, ...]] = {}
-        managers = self.kv_cache_manager.coordinator.single_type_managers
-        stage_managers = [manager for manager in managers if isinstance(manager, StageManager)]
-        if self.policy.stages and not stage_managers:
-            raise ValueError(
-                "--model-impl vtw needs vLLM's hybrid KV cache manager, which is off: "
-                "remove --disable-hybrid-kv-cache-manager"
-            )
-        for manager in stage_managers:
-            manager.retentions = self.retentions
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            if isinstance(manager, StageManager):
+                manager.retentions = self.retentions
         log_startup(vllm_config, kv_cache_config, config)
 
     def add_request(self, request: Request) -> None:
-        self.retentions[request.request_id] = request_retentions(
-            self.policy, request.mm_features, request.num_prompt_tokens, self.align_to
-        )
+        # A session with streaming input adds its id again for every piece of the prompt.
+        if request.request_id not in self.requests:
+            self.retentions[request.request_id] = request_retentions(
+                self.policy, request.mm_features, request.num_prompt_tokens, self.align_to
+            )
         super().add_request(request)
+        if request.resumable:
+            logger.error(
+                "vtw: request %s has streaming input, which would change what was withdrawn: "
+                "send the whole prompt at once",
+                request.request_id,
+            )
+            # vLLM's set of requests that end with an error after the step at hand.
+            self.encoder_cache_mismatch_reqs.add(request.request_id)
 
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
         del self.retentions[request.request_id]
-
-
-class AsyncVTWScheduler(VTWScheduler, AsyncScheduler):
-    """The same on vLLM's asynchronous scheduler."""
-
-
-def create_scheduler(vllm_config: VllmConfig, **options: Any) -> Scheduler:
-    """What `--scheduler-cls` is set to: vLLM decides on asynchronous scheduling after the plugin ran."""
-    asynchronous = vllm_config.scheduler_config.async_scheduling
-    return (AsyncVTWScheduler if asynchronous else VTWScheduler)(vllm_config=vllm_config, **options)

@@ -41,6 +41,11 @@ class StagedDecoder:
         """The final hidden states of the whole batch, shape `(tokens, hidden_size)`.
 
         A withdrawn token's row is its state where it left, after the final norm. Nothing is sampled from it.
+
+        Args:
+            input_ids: Token ids, shape `(tokens,)`; read only where there are no embeddings.
+            positions: Position ids in the prompts as they came, shape `(tokens,)`.
+            inputs_embeds: Embeddings of text and pictures, shape `(tokens, hidden_size)`.
         """
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         residual: torch.Tensor | None = None

@@ -22,34 +22,43 @@ Guard = Callable[[], None]
 def install(guard: Guard) -> None:
     """Makes the registry resolve `--model-impl vtw`, through its extension point where vLLM has one.
 
+    A registry that is not what the hook was written for refuses `vtw` and serves everything else.
+
     Args:
         guard: Called before the implementation is first used; raises where it must not be.
-
-    Raises:
-        RuntimeError: The registry is not what the wrapper was written for.
     """
     resolve = functools.partial(_resolve, guard)
     if hasattr(ModelRegistry, EXTENSION_POINT):
         ModelRegistry.register_model_impl(MODEL_IMPL, resolve)
         return
     registry = type(ModelRegistry)
-    for target in TARGETS:
-        original = getattr(registry, target, None)
-        if getattr(original, "knows_vtw", False):
-            continue
-        if original is None or list(inspect.signature(original).parameters) != EXPECTED_PARAMETERS:
-            raise RuntimeError(f"vllm-vtw does not know this vLLM's ModelRegistry.{target}")
-        setattr(registry, target, _wrap(original, resolve))
+    methods = [getattr(registry, target) for target in TARGETS]
+    if any(hasattr(method, "knows_vtw") for method in methods):
+        return
+    expected = all(list(inspect.signature(method).parameters) == EXPECTED_PARAMETERS for method in methods)
+    for target, method in zip(TARGETS, methods, strict=True):
+        wrapper = _resolving(method, resolve) if expected else _refusing(method)
+        wrapper.knows_vtw = True  # type: ignore[attr-defined]
+        setattr(registry, target, wrapper)
 
 
-def _wrap(original: Callable[..., Any], resolve: Callable[..., list[str]]) -> Callable[..., Any]:
+def _resolving(original: Callable[..., Any], resolve: Callable[..., list[str]]) -> Callable[..., Any]:
     @functools.wraps(original)
     def wrapper(self: Any, architectures: str | list[str], model_config: ModelConfig) -> Any:
         if model_config.model_impl == MODEL_IMPL:
             architectures = resolve(architectures, model_config)
         return original(self, architectures, model_config)
 
-    wrapper.knows_vtw = True  # type: ignore[attr-defined]
+    return wrapper
+
+
+def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if any(getattr(value, "model_impl", None) == MODEL_IMPL for value in (*args, *kwargs.values())):
+            raise RuntimeError(f"vllm-vtw does not know this vLLM's ModelRegistry.{original.__name__}")
+        return original(*args, **kwargs)
+
     return wrapper
 
 

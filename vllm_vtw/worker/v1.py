@@ -57,7 +57,13 @@ class V1Batches:
     def prepare(
         self, runner: GPUModelRunner, num_reqs: int, num_scheduled_tokens: Mapping[str, int] | None
     ) -> None:
-        """What the runner calls before it builds attention metadata; a dummy run schedules no requests."""
+        """What the runner calls before it builds attention metadata.
+
+        Args:
+            runner: Holds the requests and the batch.
+            num_reqs: Rows of the batch, without padding.
+            num_scheduled_tokens: By request; None in a dummy run, which has no requests.
+        """
         if num_scheduled_tokens is None:
             self.step.begin(None)
             return
@@ -77,7 +83,8 @@ class V1Batches:
         request = runner.requests[req_id]
         features, retentions = self.known.get(req_id, (None, ()))
         if features is not request.mm_features:
-            align_to = runner.cache_config.block_size if self.config.align else 1
+            block_size = runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+            align_to = self.config.align_to(block_size)
             retentions = request_retentions(
                 self.config.policy, request.mm_features, request.num_prompt_tokens, align_to
             )
