@@ -93,6 +93,8 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
             f'speculative decoding with method {speculative.method!r}: use "method": "ngram" or remove '
             "--speculative-config"
         )
+    elif speculative is not None and vllm_config.use_v2_model_runner:
+        yield "speculative decoding on model runner V2: set VLLM_USE_V2_MODEL_RUNNER=0"
     if parallel.pipeline_parallel_size > 1:
         yield "pipeline parallelism: use --tensor-parallel-size instead of --pipeline-parallel-size"
     if parallel.decode_context_parallel_size > 1:
@@ -120,5 +122,3 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
         yield "stages need KV cache groups of their own: remove --disable-hybrid-kv-cache-manager"
     if scheduler.scheduler_cls not in (None, SCHEDULER):
         yield f"the scheduler is the plugin's own: remove --scheduler-cls {scheduler.scheduler_cls}"
-    if vllm_config.use_v2_model_runner:
-        yield "model runner V2: set VLLM_USE_V2_MODEL_RUNNER=0"

@@ -1,6 +1,7 @@
 """Engines, requests and checks that the engine tests share."""
 
 import gc
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from PIL import Image
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1
 
 from benchmarks.small_llava import PATCH_SIZE, SmallLlava
 from tests.engine.reference import Reference
@@ -39,6 +42,10 @@ def running(folder: Path, vtw: dict[str, Any] | None = None, **options: Any) -> 
         "disable_log_stats": True,
     }
     llm = LLM(model=str(folder), **(defaults | options))
+    if (core := getattr(llm.llm_engine.engine_core, "engine_core", None)) is not None:
+        runner = core.model_executor.driver_worker.worker.model_runner
+        asked_for_v2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+        assert isinstance(runner, RunnerV2 if asked_for_v2 else RunnerV1)
     try:
         yield llm
     finally:

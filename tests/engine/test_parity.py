@@ -30,8 +30,16 @@ def pairwise(factors: Iterable[Iterable]) -> list[tuple]:
 
 
 FEW = pairwise(FACTORS)
+
+
+def named(depth, align, kv_heads, backbone, batched_tokens) -> str:
+    mode = "blocks" if align else "tokens"
+    return f"K{depth[1]}of{depth[0]}-{mode}-{kv_heads}heads-{backbone}-{batched_tokens}"
+
+
 ALL = [
-    pytest.param(*case, marks=() if case in FEW else pytest.mark.slow) for case in itertools.product(*FACTORS)
+    pytest.param(*case, marks=() if case in FEW else pytest.mark.slow, id=named(*case))
+    for case in itertools.product(*FACTORS)
 ]
 
 

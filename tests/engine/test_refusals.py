@@ -63,10 +63,11 @@ def test_an_option(checkpoint, options, message):
         configure(checkpoint(MODEL), **options)
 
 
-def test_model_runner_v2(checkpoint, monkeypatch):
+def test_speculation_on_model_runner_v2(checkpoint, monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(ValueError, match="model runner V2: set VLLM_USE_V2_MODEL_RUNNER=0"):
-        configure(checkpoint(MODEL))
+    ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    with pytest.raises(ValueError, match="on model runner V2: set VLLM_USE_V2_MODEL_RUNNER=0"):
+        configure(checkpoint(MODEL), speculative_config=ngram)
 
 
 def test_everything_that_stands_in_the_way_is_named_at_once(checkpoint):

@@ -6,6 +6,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.sequence import IntermediateTensors
+from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_vtw.models.decoder import StagedDecoder
 from vllm_vtw.startup import vtw_config
@@ -19,10 +20,17 @@ class VTWLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config = vtw_config(vllm_config)
-        step = CurrentStep(len(config.policy.stages), vllm_config.device_config.device)
-        self.decoder = StagedDecoder(self.language_model.model, config.policy, step)
-        self.prepare_batch = v1.V1Batches(config, step).prepare
-        v1.install()
+        self.step = CurrentStep(len(config.policy.stages), vllm_config.device_config.device)
+        self.decoder = StagedDecoder(self.language_model.model, config.policy, self.step)
+        if not vllm_config.use_v2_model_runner:
+            self.prepare_batch = v1.V1Batches(config, self.step).prepare
+            v1.install()
+
+    def get_model_state_cls(self) -> type[ModelState]:
+        """How model runner V2 is told of the batch."""
+        from vllm_vtw.worker.v2 import VTWModelState
+
+        return VTWModelState
 
     def forward(
         self,
