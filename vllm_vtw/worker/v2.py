@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -26,7 +25,7 @@ class VTWModelState(DefaultModelState):
     def __init__(
         self,
         vllm_config: VllmConfig,
-        model: nn.Module,
+        model: Any,
         encoder_cache: EncoderCache | None,
         device: torch.device,
     ) -> None:
