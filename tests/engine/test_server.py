@@ -111,9 +111,10 @@ def test_a_client_that_hangs_up_leaves_nothing_behind(client, server):
 
 
 HOLD = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from benchmarks.server import serving
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal; a job in the background ignores it
 with serving(Path(sys.argv[1]), *sys.argv[2:]) as server:
     print("UP", server.process.pid, flush=True)
     time.sleep(300)
