@@ -114,7 +114,8 @@ HOLD = """
 import signal, sys, time
 from pathlib import Path
 from benchmarks.server import serving
-signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal; a job in the background ignores it
+# As in a terminal: a job in the background ignores Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with serving(Path(sys.argv[1]), *sys.argv[2:]) as server:
     print("UP", server.process.pid, flush=True)
     time.sleep(300)
