@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 START_TIMEOUT = 300.0
 STOP_TIMEOUT = 10.0
 
@@ -114,7 +116,20 @@ def _end(process: subprocess.Popen) -> None:
         for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, sign)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(STOP_TIMEOUT)
+            deadline = time.monotonic() + STOP_TIMEOUT
+            while time.monotonic() < deadline:
+                if process.poll() is not None and not alive(process.pid):
+                    return
+                time.sleep(0.1)
     finally:
         signal.signal(signal.SIGINT, impatient)
+
+
+def alive(group: int) -> list[psutil.Process]:
+    """The processes of a process group, without those that have ended and wait to be reaped."""
+    members = []
+    for process in psutil.process_iter(["status"]):
+        with contextlib.suppress(ProcessLookupError):
+            if process.info["status"] != psutil.STATUS_ZOMBIE and os.getpgid(process.pid) == group:
+                members.append(process)
+    return members

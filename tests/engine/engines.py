@@ -42,17 +42,24 @@ def running(folder: Path, vtw: dict[str, Any] | None = None, **options: Any) -> 
         "disable_log_stats": True,
     }
     llm = LLM(model=str(folder), **(defaults | options))
-    if (core := getattr(llm.llm_engine.engine_core, "engine_core", None)) is not None:
-        runner = core.model_executor.driver_worker.worker.model_runner
-        asked_for_v2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
-        assert isinstance(runner, RunnerV2 if asked_for_v2 else RunnerV1)
     try:
+        assert_runner(llm)
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def assert_runner(llm: LLM) -> None:
+    """The engine's model runner is the one that the environment asks for. V2 has to run in this process."""
+    asked_for_v2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+    core = getattr(llm.llm_engine.engine_core, "engine_core", None)
+    driver = getattr(getattr(core, "model_executor", None), "driver_worker", None)
+    if asked_for_v2 or driver is not None:
+        assert driver is not None
+        assert isinstance(driver.worker.model_runner, RunnerV2 if asked_for_v2 else RunnerV1)
 
 
 def scheduler_of(llm: LLM) -> Scheduler:
