@@ -1,14 +1,11 @@
 """What vLLM's configuration means to the plugin: read, checked and adjusted before an engine starts."""
 
-import logging
 from collections.abc import Iterator
 
 from vllm.config import VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_vtw.config import KEYS, Model, VTWConfig
-
-logger = logging.getLogger("vllm.vtw")
 
 SCHEDULER = "vllm_vtw.kv.scheduler.VTWScheduler"
 # The decoders whose layers are called as `layer(positions, hidden_states, residual)`.
@@ -55,9 +52,6 @@ class VTWModelConfig(VerifyAndUpdateConfig):
             "vtw": config.resolved(_model(vllm_config)),
         }
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
-        logger.warning("vtw: no compilation, CUDA graphs or asynchronous scheduling in this version")
-        vllm_config.model_config.enforce_eager = True
-        vllm_config.scheduler_config.async_scheduling = False
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
@@ -95,8 +89,6 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
         )
     elif speculative is not None and vllm_config.use_v2_model_runner:
         yield "speculative decoding on model runner V2: set VLLM_USE_V2_MODEL_RUNNER=0"
-    if parallel.pipeline_parallel_size > 1:
-        yield "pipeline parallelism: use --tensor-parallel-size instead of --pipeline-parallel-size"
     if parallel.decode_context_parallel_size > 1:
         yield "decode context parallelism: remove --decode-context-parallel-size"
     if parallel.prefill_context_parallel_size > 1:
@@ -116,8 +108,6 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
         yield "prompt embeddings do not say which positions are visual: remove --enable-prompt-embeds"
     if vllm_config.cache_config.kv_sharing_fast_prefill:
         yield "fast prefill drops tokens of its own: remove --kv-sharing-fast-prefill"
-    if scheduler.async_scheduling:
-        yield "asynchronous scheduling: remove --async-scheduling"
     if scheduler.disable_hybrid_kv_cache_manager:
         yield "stages need KV cache groups of their own: remove --disable-hybrid-kv-cache-manager"
     if scheduler.scheduler_cls not in (None, SCHEDULER):

@@ -1,5 +1,6 @@
 """LLaVA with its visual tokens withdrawn: the model classes that `--model-impl vtw` selects."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from vllm.sequence import IntermediateTensors
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_vtw.models.decoder import StagedDecoder
+from vllm_vtw.models.received import received_buffers
 from vllm_vtw.startup import vtw_config
 from vllm_vtw.worker import v1
 from vllm_vtw.worker.step import CurrentStep
@@ -20,8 +22,11 @@ class VTWLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config = vtw_config(vllm_config)
-        self.step = CurrentStep(len(config.policy.stages), vllm_config.device_config.device)
-        self.decoder = StagedDecoder(self.language_model.model, config.policy, self.step)
+        device, limits = vllm_config.device_config.device, vllm_config.scheduler_config
+        self.step = CurrentStep(len(config.policy.stages), limits.max_num_seqs, device)
+        self.decoder = StagedDecoder(vllm_config, self.language_model.model, config.policy, self.step)
+        hidden_size = vllm_config.model_config.get_hidden_size()
+        self.make_empty_intermediate_tensors = partial(received_buffers, hidden_size=hidden_size)
         if not vllm_config.use_v2_model_runner:
             self.prepare_batch = v1.V1Batches(config, self.step).prepare
             v1.install()
@@ -39,6 +44,5 @@ class VTWLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor:
-        assert intermediate_tensors is None, "pipeline parallelism is refused at start-up"
-        return self.decoder(input_ids, positions, inputs_embeds)
+    ) -> torch.Tensor | IntermediateTensors:
+        return self.decoder(input_ids, positions, intermediate_tensors, inputs_embeds)

@@ -13,10 +13,11 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     subclass_attention_backend,
 )
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from vllm_vtw.kv.spec import StageSpec
-from vllm_vtw.worker.step import CurrentStep, StageStep
+from vllm_vtw.worker.step import CurrentStep
 
 
 @functools.cache
@@ -38,12 +39,19 @@ def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
             layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
             assert isinstance(layer, StageAttention)
             self.step = layer.step
+            # CUDA graphs read from where these were when they were captured.
+            limits, device = vllm_config.scheduler_config, self.step.device
+            self.seq_lens = torch.zeros(limits.max_num_seqs, dtype=torch.int32, device=device)
+            self.slots = torch.full((limits.max_num_batched_tokens,), PAD_SLOT_ID, device=device)
+            self.step.slots.update(dict.fromkeys(layer_names, self.slots))
 
         @classmethod
         def get_cudagraph_support(
             cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
         ) -> AttentionCGSupport:
-            return AttentionCGSupport.NEVER
+            # A batch with prefills has another number of tokens in every stage; decodes have not.
+            support: AttentionCGSupport = super().get_cudagraph_support(vllm_config, kv_cache_spec)
+            return min(support, AttentionCGSupport.UNIFORM_BATCH, key=lambda level: level.value)
 
         def build(
             self,
@@ -52,23 +60,29 @@ def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
             fast_build: bool = False,
         ) -> Any:
             stage = self.step.stages[self.stage - 1]
-            if stage is not None:
-                slots = self._slots(stage, common_attn_metadata.block_table_tensor)
-                common_attn_metadata = stage.metadata(common_attn_metadata, slots)
-            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+            if stage is None:
+                seen = self._dummy(common_attn_metadata)
+            else:
+                stage.place(common_attn_metadata.positions)
+                block_table = common_attn_metadata.block_table_tensor
+                stage.write_slots(block_table, self.kv_cache_spec.block_size, self.slots)
+                seen = stage.metadata(common_attn_metadata, self.seq_lens, self.slots)
+            return super().build(common_prefix_len, seen, fast_build)
 
         def update_block_table(
             self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor
         ) -> Any:
             stage = self.step.stages[self.stage - 1]
-            if stage is not None:
-                slot_mapping = self._slots(stage, blk_table)
-            return super().update_block_table(metadata, blk_table, slot_mapping)
+            if stage is None:
+                self.slots.fill_(PAD_SLOT_ID)
+            else:
+                stage.write_slots(blk_table, self.kv_cache_spec.block_size, self.slots)
+            return super().update_block_table(metadata, blk_table, self.slots[: len(metadata.slot_mapping)])
 
-        def _slots(self, stage: StageStep, block_table: torch.Tensor) -> torch.Tensor:
-            slots = stage.slot_mapping(block_table, self.kv_cache_spec.block_size)
-            self.step.slot_mappings.update(dict.fromkeys(self.layer_names, slots))
-            return slots
+        def _dummy(self, batch: CommonAttentionMetadata) -> CommonAttentionMetadata:
+            self.slots.fill_(PAD_SLOT_ID)
+            seq_lens = self.seq_lens[: batch.num_reqs].copy_(batch.seq_lens)
+            return batch.replace(seq_lens=seq_lens, slot_mapping=self.slots[: batch.num_actual_tokens])
 
     assert issubclass(StageBuilder, AttentionMetadataBuilder)
     return subclass_attention_backend("Stage", backend, StageBuilder)

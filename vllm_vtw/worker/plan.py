@@ -1,7 +1,8 @@
-"""The step plan: for a batch and a stage, the kept tokens, their ranks, and the lengths of every row."""
+"""The step plan: for a batch and a stage, the tokens that stay and how far each moves up in its row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,71 +13,131 @@ IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One step's requests, in the order of their rows.
+class Rows:
+    """What the requests of a batch retain, one request a row. It serves until the batch is another.
 
     Attributes:
         retentions: By row: the retention of every stage past the first.
-        num_computed: Tokens of each request that earlier steps computed, shape `(rows,)`.
-        num_scheduled: Tokens of each request in this step, shape `(rows,)`.
+        num_withdrawn: Tokens of each whole request that a stage never holds, shape `(stages, rows)`.
+        settled_at: The position from which on a stage holds every token, shape `(stages, rows)`.
+        prompt_logprobs: Whether a request wants those of its prompt, which are read off every token's row,
+            withdrawn or not.
     """
 
     retentions: Sequence[tuple[Retention, ...]]
+    num_withdrawn: IntArray
+    settled_at: IntArray
+    prompt_logprobs: bool
+
+    @classmethod
+    def of(cls, retentions: Sequence[tuple[Retention, ...]], prompt_logprobs: bool = False) -> "Rows":
+        """The rows of requests with these retentions, of every stage past the first."""
+
+        def table(values: list[list[int]]) -> IntArray:
+            return np.array(values, dtype=np.int64).T
+
+        return cls(
+            retentions,
+            table([[stage.num_withdrawn for stage in row] for row in retentions]),
+            table([[stage.settled_at for stage in row] for row in retentions]),
+            prompt_logprobs,
+        )
+
+
+def reads_prompt_rows(sampling_params: Any) -> bool:
+    """Whether a request with vLLM's `sampling_params` wants logprobs of its prompt."""
+    return sampling_params is not None and (
+        sampling_params.prompt_logprobs is not None or sampling_params.prompt_logprob_token_ids is not None
+    )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's work.
+
+    Attributes:
+        rows: The requests.
+        num_computed: Tokens of each request that earlier steps computed, shape `(rows,)`. With speculative
+            decoding it may be too large for a request that has its prompt behind it.
+        num_scheduled: Tokens of each request in this step, shape `(rows,)`.
+    """
+
+    rows: Rows
     num_computed: IntArray
     num_scheduled: IntArray
+
+    def token_rows(self) -> IntArray:
+        """The row of each token, shape `(tokens,)`."""
+        return np.repeat(np.arange(len(self.num_scheduled)), self.num_scheduled)
+
+
+@dataclass(frozen=True)
+class Withdrawal:
+    """The tokens that leave in a step, and those that do not.
+
+    Attributes:
+        kept: Indices in the batch of the tokens that the stage computes, ascending, shape `(kept,)`.
+        left: Indices of the others, shape `(left,)`.
+        shifts: Withdrawn tokens of the same request before each token of the batch, shape `(tokens,)`.
+        query_start_loc: Where each row's tokens start among the kept, shape `(rows + 1,)`.
+    """
+
+    kept: IntArray
+    left: IntArray
+    shifts: IntArray
+    query_start_loc: IntArray
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What one stage computes of a batch.
+    """What one stage makes of a batch.
+
+    A token's rank, its place in the stage's row, is its position less the withdrawn tokens before it. Only
+    the worker's device knows positions for certain, so the plan holds what to subtract.
 
     Attributes:
-        kept: Indices of the stage's tokens in the batch, ascending, shape `(tokens,)`; None for all of them.
-        rows: The row of each of the stage's tokens, shape `(tokens,)`.
-        ranks: Each token's place in the stage's row, shape `(tokens,)`.
-        query_start_loc: Where each row's tokens start among the stage's, shape `(rows + 1,)`.
-        seq_lens: Tokens that the stage holds of each request after the step, shape `(rows,)`.
+        withdrawn: Tokens of each row that the stage does not hold after the step, shape `(rows,)`.
+        settled: Whether `withdrawn` is what the rows withdraw altogether.
+        withdrawal: None where every token of the batch stays; `withdrawn` then shifts all of a row's tokens.
     """
 
-    kept: IntArray | None
-    rows: IntArray
-    ranks: IntArray
-    query_start_loc: IntArray
-    seq_lens: IntArray
+    withdrawn: IntArray
+    settled: bool
+    withdrawal: Withdrawal | None = None
 
 
-def plan_stage(batch: Batch, stage: int) -> StagePlan | None:
-    """The plan of `stage`, 1 or deeper. None when no request of the batch has lost a token to it."""
-    retentions = [by_stage[stage - 1] for by_stage in batch.retentions]
-    num_rows = len(retentions)
-    withdrawn = np.fromiter((r.num_withdrawn for r in retentions), np.int64, num_rows)
-    if not withdrawn.any():
-        return None
-    stops = batch.num_computed + batch.num_scheduled
-    # Exact for every row that has all its images behind it: in decode, all of them.
-    held_before, seq_lens = batch.num_computed - withdrawn, stops - withdrawn
-    settled_at = np.fromiter((r.settled_at for r in retentions), np.int64, num_rows)
-    unsettled = np.flatnonzero(batch.num_computed < settled_at)
+def plan_stage(batch: Batch, stage: int) -> StagePlan:
+    """The plan of `stage`, 1 or deeper."""
+    withdrawn = batch.rows.num_withdrawn[stage - 1]
+    # Past its last withdrawn token a row needs no looking into: in decode, every row.
+    unsettled = np.flatnonzero(batch.num_computed < batch.rows.settled_at[stage - 1])
+    if len(unsettled) == 0:
+        return StagePlan(withdrawn, settled=True)
+
+    withdrawn = withdrawn.copy()
+    starts = _starts(batch.num_scheduled)
+    keep = np.ones(starts[-1], dtype=bool)
+    chunks = []
     for row in unsettled:
-        held_before[row] = retentions[row].count(int(batch.num_computed[row]))
-        seq_lens[row] = retentions[row].count(int(stops[row]))
+        retention = batch.rows.retentions[row][stage - 1]
+        start = int(batch.num_computed[row])
+        stop = start + int(batch.num_scheduled[row])
+        tokens = slice(starts[row], starts[row + 1])
+        keep[tokens] = retention.keep(start, stop)
+        withdrawn[row] = stop - retention.count(stop)
+        chunks.append((tokens, start - retention.count(start)))
+    if keep.all():
+        return StagePlan(withdrawn, settled=False)
 
-    lengths = seq_lens - held_before
-    query_start_loc = _starts(lengths)
-    rows = np.repeat(np.arange(num_rows), lengths)
-    ranks = np.arange(query_start_loc[-1]) + (held_before - query_start_loc[:-1])[rows]
-    kept = None
-    if len(rows) < batch.num_scheduled.sum():
-        batch_starts = _starts(batch.num_scheduled)
-        mask = np.ones(batch_starts[-1], dtype=bool)
-        for row in unsettled:
-            tokens = slice(batch_starts[row], batch_starts[row + 1])
-            mask[tokens] = retentions[row].keep(int(batch.num_computed[row]), int(stops[row]))
-        kept = np.flatnonzero(mask)
-    return StagePlan(kept, rows, ranks, query_start_loc, seq_lens)
+    shifts = np.repeat(withdrawn, batch.num_scheduled)
+    for tokens, before in chunks:
+        left = ~keep[tokens]
+        shifts[tokens] = before + np.cumsum(left) - left
+    withdrawal = Withdrawal(np.flatnonzero(keep), np.flatnonzero(~keep), shifts, _starts(keep)[starts])
+    return StagePlan(withdrawn, settled=False, withdrawal=withdrawal)
 
 
-def _starts(lengths: IntArray) -> IntArray:
+def _starts(lengths: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> IntArray:
     starts = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=starts[1:])
     return starts

@@ -2,20 +2,22 @@
 
 import functools
 import inspect
+import operator
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_vtw.config import VTWConfig
 from vllm_vtw.retention import Retention, request_retentions
-from vllm_vtw.worker.plan import Batch
+from vllm_vtw.worker.plan import Batch, Rows, reads_prompt_rows
 from vllm_vtw.worker.step import CurrentStep
 
 TARGET = "_build_attention_metadata"
 EXTENSION_POINT = "_prepare_model_batch"
-NEEDED_PARAMETERS = {"self", "num_reqs", "num_scheduled_tokens"}
+NEEDED_PARAMETERS = {"self", "num_reqs", "num_scheduled_tokens", "num_tokens_padded"}
 
 
 def install() -> None:
@@ -38,7 +40,9 @@ def install() -> None:
         prepare_batch = getattr(self.get_model(), "prepare_batch", None)
         if prepare_batch is not None:
             given = signature.bind(self, *args, **kwargs).arguments
-            prepare_batch(self, given["num_reqs"], given.get("num_scheduled_tokens"))
+            # The runner pads attention metadata only for CUDA graphs of the whole model.
+            fixed_shape = given.get("num_tokens_padded") is not None
+            prepare_batch(self, given["num_reqs"], given.get("num_scheduled_tokens"), fixed_shape)
         return original(self, *args, **kwargs)
 
     build_attention_metadata.calls_prepare_batch = True  # type: ignore[attr-defined]
@@ -51,11 +55,17 @@ class V1Batches:
     def __init__(self, config: VTWConfig, step: CurrentStep) -> None:
         self.config = config
         self.step = step
-        self.known: dict[str, tuple[list[Any], tuple[Retention, ...]]] = {}
-        """By request id, with the features that the retentions were made from: an id may be used again."""
+        self.requests: list[CachedRequestState] = []
+        """Of the step before: a batch of the same requests has the same rows."""
+        self.known: dict[str, tuple[CachedRequestState, tuple[Retention, ...]]] = {}
+        """By request id, with the request that it was made from: an id may be used again."""
 
     def prepare(
-        self, runner: GPUModelRunner, num_reqs: int, num_scheduled_tokens: Mapping[str, int] | None
+        self,
+        runner: GPUModelRunner,
+        num_reqs: int,
+        num_scheduled_tokens: Mapping[str, int] | None,
+        fixed_shape: bool,
     ) -> None:
         """What the runner calls before it builds attention metadata.
 
@@ -63,30 +73,38 @@ class V1Batches:
             runner: Holds the requests and the batch.
             num_reqs: Rows of the batch, without padding.
             num_scheduled_tokens: By request; None in a dummy run, which has no requests.
+            fixed_shape: A CUDA graph of the whole model replays the step.
         """
         if num_scheduled_tokens is None:
             self.step.begin(None)
             return
         req_ids = runner.input_batch.req_ids[:num_reqs]
-        scheduled = (num_scheduled_tokens[req_id] for req_id in req_ids)
-        self.step.begin(
-            Batch(
-                [self._retentions(runner, req_id) for req_id in req_ids],
-                runner.input_batch.num_computed_tokens_cpu[:num_reqs].astype(np.int64),
-                np.fromiter(scheduled, np.int64, num_reqs),
-            )
+        requests = list(map(runner.requests.__getitem__, req_ids))
+        if len(requests) != len(self.requests) or not all(map(operator.is_, requests, self.requests)):
+            self._take(runner, requests)
+        batch = Batch(
+            self.rows,
+            runner.input_batch.num_computed_tokens_cpu[:num_reqs].astype(np.int64),
+            np.fromiter(map(num_scheduled_tokens.__getitem__, req_ids), np.int64, num_reqs),
+        )
+        self.step.begin(batch, fixed_shape)
+
+    def _take(self, runner: GPUModelRunner, requests: list[CachedRequestState]) -> None:
+        self.requests = requests
+        wanted = [request.sampling_params for request in requests]
+        self.rows = Rows.of(
+            [self._retentions(runner, request) for request in requests], any(map(reads_prompt_rows, wanted))
         )
         if len(self.known) > 2 * len(runner.requests):
             self.known = {req_id: known for req_id, known in self.known.items() if req_id in runner.requests}
 
-    def _retentions(self, runner: GPUModelRunner, req_id: str) -> tuple[Retention, ...]:
-        request = runner.requests[req_id]
-        features, retentions = self.known.get(req_id, (None, ()))
-        if features is not request.mm_features:
+    def _retentions(self, runner: GPUModelRunner, request: CachedRequestState) -> tuple[Retention, ...]:
+        known, retentions = self.known.get(request.req_id, (None, ()))
+        if known is not request:
             block_size = runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
             align_to = self.config.align_to(block_size)
             retentions = request_retentions(
                 self.config.policy, request.mm_features, request.num_prompt_tokens, align_to
             )
-            self.known[req_id] = (request.mm_features, retentions)
+            self.known[request.req_id] = (request, retentions)
         return retentions

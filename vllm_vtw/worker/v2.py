@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
@@ -15,7 +16,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm_vtw.config import VTWConfig
 from vllm_vtw.retention import Retention, request_retentions
 from vllm_vtw.startup import vtw_config
-from vllm_vtw.worker.plan import Batch
+from vllm_vtw.worker.plan import Batch, Rows, reads_prompt_rows
 from vllm_vtw.worker.step import CurrentStep
 
 
@@ -32,7 +33,10 @@ class VTWModelState(DefaultModelState):
         super().__init__(vllm_config, model, encoder_cache, device)
         self.config: VTWConfig = vtw_config(vllm_config)
         self.step: CurrentStep = model.step
-        self.retentions: dict[str, tuple[Retention, ...]] = {}
+        self.known: dict[str, tuple[tuple[Retention, ...], bool]] = {}
+        """By request id: its retention, and whether it wants logprobs of its prompt."""
+        self.req_ids: list[str] = []
+        """Of the step before: a batch of the same requests has the same rows."""
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
@@ -40,26 +44,34 @@ class VTWModelState(DefaultModelState):
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
-        self.retentions[new_req_data.req_id] = request_retentions(
+        retentions = request_retentions(
             self.config.policy, new_req_data.mm_features, new_req_data.prompt_len, self.align_to
         )
+        self.known[new_req_data.req_id] = retentions, reads_prompt_rows(new_req_data.sampling_params)
+        self.req_ids = []
 
     def remove_request(self, req_id: str) -> None:
         super().remove_request(req_id)
-        self.retentions.pop(req_id, None)
+        self.known.pop(req_id, None)
 
-    def prepare_attn(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        rows = input_batch.num_reqs
-        # The requests of a dummy run are nobody's.
-        known = [self.retentions.get(req_id) for req_id in input_batch.req_ids[:rows]]
-        retentions = [retention for retention in known if retention is not None]
-        self.step.begin(
-            Batch(
-                retentions,
-                input_batch.num_computed_tokens_np[:rows].astype(np.int64),
-                input_batch.num_scheduled_tokens[:rows].astype(np.int64),
-            )
-            if len(retentions) == rows
-            else None
+    def prepare_attn(
+        self, input_batch: InputBatch, cudagraph_mode: CUDAGraphMode, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        self.step.begin(self._batch(input_batch), fixed_shape=cudagraph_mode == CUDAGraphMode.FULL)
+        return super().prepare_attn(input_batch, cudagraph_mode, *args, **kwargs)
+
+    def _batch(self, input_batch: InputBatch) -> Batch | None:
+        """What the step computes; None in a dummy run, whose requests are nobody's."""
+        num_reqs = input_batch.num_reqs
+        req_ids = input_batch.req_ids[:num_reqs]
+        if req_ids != self.req_ids:
+            if not all(req_id in self.known for req_id in req_ids):
+                return None
+            known = [self.known[req_id] for req_id in req_ids]
+            self.rows = Rows.of([retentions for retentions, _ in known], any(reads for _, reads in known))
+            self.req_ids = req_ids
+        return Batch(
+            self.rows,
+            input_batch.num_computed_tokens_np[:num_reqs].astype(np.int64),
+            input_batch.num_scheduled_tokens[:num_reqs].astype(np.int64),
         )
-        return super().prepare_attn(input_batch, *args, **kwargs)

@@ -1,0 +1,45 @@
+"""Inputs of segments that CUDA graphs replay piece by piece."""
+
+from bisect import bisect_left
+
+import torch
+from vllm.config import VllmConfig
+
+
+class GraphInputs:
+    """Where a segment past the first finds its inputs: a graph reads where they were when it was captured.
+
+    The segments share the buffers, as one is done with its inputs before the next one's are written.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        self.compilation = vllm_config.compilation_config
+        self.positions = self.hidden = self.residual = torch.empty(0)
+        if self._sizes():
+            rows, model = max(self._sizes()), vllm_config.model_config
+            self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
+            self.hidden = torch.zeros(rows, model.get_hidden_size(), dtype=model.dtype, device=device)
+            self.residual = torch.zeros_like(self.hidden)
+
+    def _sizes(self) -> list[int]:
+        """The captured token counts, which the runner may still change when it knows its backends."""
+        mode = self.compilation.cudagraph_mode
+        if mode is None or not mode.has_piecewise_cudagraphs():
+            return []
+        return sorted(self.compilation.cudagraph_capture_sizes or [])
+
+    def size(self, rows: int) -> int | None:
+        """The token count of the smallest graph for `rows` rows; None where no graph is large enough."""
+        sizes = self._sizes()
+        index = bisect_left(sizes, rows)
+        return sizes[index] if index < len(sizes) else None
+
+    def write(
+        self, size: int, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Copies a segment's inputs; returns `size` rows of the buffers, the last of them from before."""
+        rows = len(hidden)
+        self.positions[:rows].copy_(positions)
+        self.hidden[:rows].copy_(hidden)
+        self.residual[:rows].copy_(residual)
+        return self.positions[:size], self.hidden[:size], self.residual[:size]
