@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 
-from vllm.config import VllmConfig
+from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
+from vllm.config import CompilationMode, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_vtw.config import KEYS, Model, VTWConfig
 
-SCHEDULER = "vllm_vtw.kv.scheduler.VTWScheduler"
+SCHEDULER = "vllm_vtw.kv.scheduler.make_scheduler"
 # The decoders whose layers are called as `layer(positions, hidden_states, residual)`.
 TEXT_MODELS = ("llama", "mistral", "qwen2")
 
@@ -82,13 +83,15 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
         yield "--additional-config has to be a JSON object"
     if vllm_config.lora_config is not None:
         yield "LoRA maps adapters to the tokens of the whole batch: remove --enable-lora"
-    if speculative is not None and speculative.method != "ngram":
+    if speculative is not None and not speculative.use_ngram():
         yield (
             f'speculative decoding with method {speculative.method!r}: use "method": "ngram" or remove '
             "--speculative-config"
         )
-    elif speculative is not None and vllm_config.use_v2_model_runner:
-        yield "speculative decoding on model runner V2: set VLLM_USE_V2_MODEL_RUNNER=0"
+    if vllm_config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE:
+        yield "compilation mode 1 compiles the whole model at once: remove -cc.mode=1, vLLM's default is 3"
+    if is_breakable_cudagraph_enabled():
+        yield "breakable CUDA graphs fix the tokens of every stage: set VLLM_USE_BREAKABLE_CUDAGRAPH=0"
     if parallel.decode_context_parallel_size > 1:
         yield "decode context parallelism: remove --decode-context-parallel-size"
     if parallel.prefill_context_parallel_size > 1:

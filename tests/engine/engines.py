@@ -147,6 +147,17 @@ def assert_follows(
     assert not wrong, f"{ask.name}: token {wrong[0]} is {output_ids[wrong[0]]}, not {expected[wrong[0]]}"
 
 
+def worst_choice(
+    reference: Reference, ask: Ask, prompt_ids: Sequence[int], output_ids: Sequence[int], layer: int
+) -> float:
+    """By how many logits the worst token of an answer falls short of the float32 reference's choice."""
+    token_ids = [*prompt_ids, *output_ids]
+    embeds = [reference.embeds(image) for image in ask.images]
+    logits = reference.logits(token_ids, embeds, layer, reference.dropped(token_ids, len(prompt_ids), 1))
+    answers = logits[len(prompt_ids) - 1 : -1]
+    return float((answers.max(-1).values - answers[range(len(output_ids)), list(output_ids)]).max())
+
+
 def step_until(llm: LLM, done: Callable[[], bool], each: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Steps the engine, calling `each` after every step, until `done`. The finished outputs, by request."""
     finished = {}

@@ -13,11 +13,7 @@ from tests.engine.engines import MODEL
 
 OPTIONS = [
     ({"enable_lora": True}, "LoRA .* remove --enable-lora"),
-    (
-        {"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2}},
-        'speculative decoding with method \'ngram_gpu\': use "method": "ngram"',
-    ),
-    ({"pipeline_parallel_size": 2}, "pipeline parallelism: .* instead of --pipeline-parallel-size"),
+    ({"compilation_config": {"mode": 1}, "enforce_eager": False}, "compilation mode 1 .* remove -cc.mode=1"),
     (
         {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
         "decode context parallelism: remove --decode-context-parallel-size",
@@ -37,7 +33,6 @@ OPTIONS = [
         "encoder-cache connectors .* remove --ec-transfer-config",
     ),
     ({"mm_encoder_only": True}, "--mm-encoder-only runs no decoder"),
-    ({"async_scheduling": True}, "asynchronous scheduling: remove --async-scheduling"),
     ({"ubatch_size": 2}, "micro-batching: remove --enable-dbo and --ubatch-size"),
     ({"enable_prompt_embeds": True}, "prompt embeddings .* remove --enable-prompt-embeds"),
     ({"kv_sharing_fast_prefill": True}, "fast prefill .* remove --kv-sharing-fast-prefill"),
@@ -63,11 +58,17 @@ def test_an_option(checkpoint, options, message):
         configure(checkpoint(MODEL), **options)
 
 
-def test_speculation_on_model_runner_v2(checkpoint, monkeypatch):
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
-    with pytest.raises(ValueError, match="on model runner V2: set VLLM_USE_V2_MODEL_RUNNER=0"):
-        configure(checkpoint(MODEL), speculative_config=ngram)
+def test_a_draft_model(checkpoint):
+    folder = checkpoint(MODEL)
+    draft = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 2}
+    with pytest.raises(ValueError, match='with method \'draft_model\': use "method": "ngram"'):
+        configure(folder, speculative_config=draft)
+
+
+def test_breakable_cuda_graphs(checkpoint, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    with pytest.raises(ValueError, match=r"breakable CUDA graphs .* set VLLM_USE_BREAKABLE_CUDAGRAPH=0"):
+        configure(checkpoint(MODEL))
 
 
 def test_everything_that_stands_in_the_way_is_named_at_once(checkpoint):
@@ -135,11 +136,9 @@ def test_a_sliding_window(altered):
 def test_what_is_accepted_sets_the_scheduler_and_settles_the_options(checkpoint):
     options = {"additional_config": {"other": 1, "vtw": {"layer": 3}}}
     config = configure(checkpoint(MODEL), enforce_eager=False, **options)
-    assert config.scheduler_config.scheduler_cls == "vllm_vtw.kv.scheduler.VTWScheduler"
+    assert config.scheduler_config.scheduler_cls == "vllm_vtw.kv.scheduler.make_scheduler"
     assert config.additional_config["other"] == 1
     assert config.additional_config["vtw"]["policy"]["stages"] == [{"layer": 3, "keep": 0.0}]
     assert config.additional_config["vtw"]["align"] is True
-    assert config.model_config.enforce_eager
-    assert config.compilation_config.mode == CompilationMode.NONE
-    assert not config.scheduler_config.async_scheduling
+    assert config.compilation_config.mode == CompilationMode.DYNAMO_TRACE_ONCE  # the CPU backend's own
     assert config.model_config.architecture == "VTWLlavaForConditionalGeneration"

@@ -1,4 +1,4 @@
-"""Corners of the V1 tests once more on model runner V2, in a process where its Triton kernels can run."""
+"""Model runner V2, in processes where its Triton kernels can run without a GPU."""
 
 import os
 import subprocess
@@ -8,22 +8,43 @@ import pytest
 
 PARITY = "test_parity.py::test_every_request_shape"
 PREEMPTED = "test_blocks.py::test_preempted_requests_resume_with_the_same_answers"
+LOGPROBS = "test_requests.py::test_logprobs"
+GRAPHS = "graph_corners.py::test_graphs_are_replayed"
+slow = pytest.mark.slow
+
+
+def run(plugin: str, corner: str) -> None:
+    """Runs a test of this folder under `plugin`. `running` fails where V2 is not the engine's runner."""
+    command = [sys.executable, "-m", "pytest", "-p", f"tests.engine.{plugin}", "-q", "-m", ""]
+    result = subprocess.run(
+        [*command, f"tests/engine/{corner}"], env=os.environ, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout[-6000:]
+    assert " passed" in result.stdout
+    assert "skipped" not in result.stdout
 
 
 @pytest.mark.parametrize(
     "corner",
     [
         "test_blocks.py::test_several_stages",
-        pytest.param(f"{PARITY}[K1of8-tokens-2heads-llama-64]", marks=pytest.mark.slow),
-        pytest.param(f"{PARITY}[K4of8-blocks-1heads-qwen2-8192]", marks=pytest.mark.slow),
-        pytest.param(f"{PREEMPTED}[False]", marks=pytest.mark.slow),
+        pytest.param(f"{PARITY}[K1of8-tokens-2heads-llama-64]", marks=slow),
+        pytest.param(f"{PARITY}[K4of8-blocks-1heads-qwen2-8192]", marks=slow),
+        pytest.param(f"{PREEMPTED}[False]", marks=slow),
+        pytest.param(f"{LOGPROBS}[several apart]", marks=slow),
     ],
 )
 def test_corner(corner):
-    """`running` fails where an engine's runner is not the one that the environment asks for."""
-    command = [sys.executable, "-m", "pytest", "-p", "tests.engine.triton_interpreter", "-q", "-m", ""]
-    result = subprocess.run(
-        [*command, f"tests/engine/{corner}"], env=os.environ, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout[-6000:]
-    assert "1 passed" in result.stdout
+    run("triton_interpreter", corner)
+
+
+@pytest.mark.parametrize(
+    "corner",
+    [
+        f"{GRAPHS}[True-False]",
+        "graph_corners.py::test_ngram_speculation[ngram_gpu-True]",
+        pytest.param("graph_corners.py", marks=slow),
+    ],
+)
+def test_corner_with_compilation_and_graphs(corner):
+    run("static_graphs", corner)

@@ -5,21 +5,28 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
 
 from vllm_vtw.retention import Retention
 from vllm_vtw.worker.backend import StageAttention, stage_backend
-from vllm_vtw.worker.plan import Batch
+from vllm_vtw.worker.plan import Batch, Rows
 from vllm_vtw.worker.step import CurrentStep
 
 BLOCK_SIZE = 4
+MAX_SEQS, MAX_TOKENS = 4, 20
 # A picture at 2..9 in the first of two requests, whose prompt has 14 tokens; the second decodes its token 5.
-RETENTIONS = [(Retention([(2, 10)]),), (Retention(),)]
-BLOCK_TABLE = torch.tensor([[7, 8, 0], [3, 5, 0]], dtype=torch.int32)
+ROWS = Rows.of([(Retention([(2, 10)]),), (Retention(),)])
+BLOCK_TABLE = torch.tensor([[7, 8, 0], [3, 5, 0], [0, 0, 0]], dtype=torch.int32)
 
 
 class Builder(AttentionMetadataBuilder):
     supports_update_block_table = True
+    _cudagraph_support = AttentionCGSupport.ALWAYS
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
         return common_attn_metadata
@@ -38,7 +45,7 @@ class Backend(AttentionBackend):
 
 @pytest.fixture
 def step() -> CurrentStep:
-    return CurrentStep(1, torch.device("cpu"))
+    return CurrentStep(1, MAX_SEQS, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -46,55 +53,113 @@ def builder(step):
     layer = StageAttention.__new__(StageAttention)
     torch.nn.Module.__init__(layer)
     layer.stage, layer.step = 1, step
-    config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={"layer.4": layer}))
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context={"layer.4": layer}),
+        scheduler_config=SimpleNamespace(max_num_seqs=MAX_SEQS, max_num_batched_tokens=MAX_TOKENS),
+    )
     spec = SimpleNamespace(stage=1, block_size=BLOCK_SIZE)
     return stage_backend(Backend).get_builder_cls()(spec, ["layer.4"], config, torch.device("cpu"))
 
 
-@pytest.fixture
-def common() -> CommonAttentionMetadata:
+def metadata(computed: list[int], scheduled: list[int], padded_rows: int = 0) -> CommonAttentionMetadata:
+    """The batch as a runner describes it, of requests with `computed` tokens and `scheduled` more."""
+    seq_lens = [*np.add(computed, scheduled).tolist(), *[0] * padded_rows]
+    starts = np.cumsum([0, *scheduled, *[0] * padded_rows]).tolist()
+    positions = [p for c, s in zip(computed, scheduled, strict=True) for p in range(c, c + s)]
+    num_tokens = len(positions) + padded_rows
     return CommonAttentionMetadata(
-        query_start_loc=torch.tensor([0, 14, 15]),
-        query_start_loc_cpu=torch.tensor([0, 14, 15]),
-        seq_lens=torch.tensor([14, 6]),
-        num_reqs=2,
-        num_actual_tokens=15,
-        max_query_len=14,
-        max_seq_len=14,
-        block_table_tensor=BLOCK_TABLE,
-        slot_mapping=torch.arange(15),
+        query_start_loc=torch.tensor(starts),
+        query_start_loc_cpu=torch.tensor(starts),
+        seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
+        seq_lens_cpu_upper_bound=torch.tensor(seq_lens, dtype=torch.int32),
+        num_reqs=len(seq_lens),
+        num_actual_tokens=num_tokens,
+        max_query_len=max(scheduled),
+        max_seq_len=512,
+        block_table_tensor=BLOCK_TABLE[: len(seq_lens)],
+        slot_mapping=torch.arange(num_tokens),
+        positions=torch.tensor([*positions, *[0] * padded_rows]),
     )
 
 
-EXPECTED_SLOTS = [28, 29, 30, 31, 32, 33, 21]  # ranks 0..5 in blocks 7 and 8, and rank 5 in block 5
+def begin(step: CurrentStep, computed: list[int], scheduled: list[int], **options) -> None:
+    step.begin(Batch(ROWS, np.array(computed), np.array(scheduled)), **options)
 
 
-def begin(step: CurrentStep) -> None:
-    step.begin(Batch(RETENTIONS, np.array([0, 5]), np.array([14, 1])))
+PREFILL = ([0, 5], [14, 1])
+PREFILL_SLOTS = [28, 29, 30, 31, 32, 33, 21]  # ranks 0..5 in blocks 7 and 8, and rank 5 in block 5
+DECODE = ([14, 6], [1, 1])
+DECODE_SLOTS = [34, 22]  # rank 6 in block 8, and rank 6 in block 5
 
 
-def test_the_stage_sees_what_it_retains(builder, step, common):
-    begin(step)
-    seen = builder.build(0, common)
-    assert seen.query_start_loc.tolist() == [0, 6, 7]
-    assert seen.seq_lens.tolist() == [6, 6]
+def test_the_stage_sees_what_it_retains(builder, step):
+    begin(step, *PREFILL)
+    seen = builder.build(0, metadata(*PREFILL))
+    assert seen.query_start_loc.tolist() == seen.query_start_loc_cpu.tolist() == [0, 6, 7]
+    assert seen.seq_lens.tolist() == seen.seq_lens_cpu_upper_bound.tolist() == [6, 6]
     assert (seen.num_actual_tokens, seen.max_query_len, seen.max_seq_len) == (7, 6, 6)
-    assert seen.slot_mapping.tolist() == EXPECTED_SLOTS
-    assert step.slot_mappings["layer.4"] is seen.slot_mapping
+    assert seen.slot_mapping.tolist() == PREFILL_SLOTS
+    assert step.slots["layer.4"].tolist() == PREFILL_SLOTS + [-1] * (MAX_TOKENS - 7)
+    assert step.stages[0].kept.tolist() == step.stages[0].gather.tolist() == [0, 1, 10, 11, 12, 13, 14]
+
+
+def test_a_padded_decode_lies_where_the_one_before_lay(builder, step):
+    """What a CUDA graph of the whole model reads: it was captured in a dummy run."""
+    step.begin(None)
+    captured = builder.build(0, metadata([0, 0, 0], [1, 1, 1]))
+    assert captured.slot_mapping.tolist() == [-1, -1, -1]
+    begin(step, *DECODE, fixed_shape=True)
+    seen = builder.build(0, metadata(*DECODE, padded_rows=1))
+    assert captured.slot_mapping.tolist() == seen.slot_mapping.tolist() == [*DECODE_SLOTS, -1]
+    assert captured.seq_lens.tolist() == seen.seq_lens.tolist() == [7, 7, 0]
+    assert captured.seq_lens.data_ptr() == seen.seq_lens.data_ptr()
+    assert captured.slot_mapping.data_ptr() == seen.slot_mapping.data_ptr()
+    assert step.stages[0].kept is None
+
+
+def test_a_withdrawn_token_in_a_graph_of_the_whole_model_is_not_stored(builder, step):
+    """A prefill's chunk of one token runs as a decode."""
+    chunk = ([5, 6], [1, 1])
+    begin(step, *chunk, fixed_shape=True)
+    seen = builder.build(0, metadata(*chunk))
+    assert seen.slot_mapping.tolist() == [-1, 22]
+    assert seen.seq_lens.tolist() == [2, 7]
+    assert seen.query_start_loc.tolist() == [0, 1, 2]
+    assert step.stages[0].gather is None
+
+
+def test_lengths_follow_the_device_where_the_host_only_guesses(builder, step):
+    """With asynchronous speculation the host takes every draft for accepted."""
+    begin(step, [17, 9], [1, 1])
+    seen = builder.build(0, metadata(*DECODE))
+    assert seen.seq_lens.tolist() == [7, 7]
+    assert seen.slot_mapping.tolist() == DECODE_SLOTS
 
 
 def test_another_group_of_the_stage_gets_slots_of_its_own(builder, step):
     """What FlashAttention's groups of one stage go through after the first of them."""
-    begin(step)
+    begin(step, *PREFILL)
+    first = builder.build(0, metadata(*PREFILL))
     other = BLOCK_TABLE + 10
-    table, slots = builder.update_block_table("of the first group", other, torch.arange(15))
+    table, slots = builder.update_block_table(first, other, torch.arange(15))
     assert table is other
-    assert slots.tolist() == [slot + 10 * BLOCK_SIZE for slot in EXPECTED_SLOTS]
-    assert step.slot_mappings["layer.4"] is slots
+    assert slots.tolist() == [slot + 10 * BLOCK_SIZE for slot in PREFILL_SLOTS]
 
 
-def test_a_dummy_run_is_left_as_it_is(builder, step, common):
-    begin(step)
+def test_a_dummy_run_stores_nothing(builder, step):
+    begin(step, *PREFILL)
+    builder.build(0, metadata(*PREFILL))
     step.begin(None)
-    assert builder.build(0, common) is common
-    assert step.slot_mappings == {}
+    seen = builder.build(0, metadata(*PREFILL))
+    assert seen.slot_mapping.tolist() == [-1] * 15
+    assert set(step.slots["layer.4"].tolist()) == {-1}
+    assert seen.seq_lens.tolist() == [14, 6]
+
+
+def test_graphs_of_the_whole_model_are_for_decodes(builder):
+    assert builder.get_cudagraph_support(None, None) == AttentionCGSupport.UNIFORM_BATCH
+
+
+def test_no_backend_is_said_to_support_more_than_it_does(builder, monkeypatch):
+    monkeypatch.setattr(Builder, "_cudagraph_support", AttentionCGSupport.NEVER)
+    assert builder.get_cudagraph_support(None, None) == AttentionCGSupport.NEVER

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from tests.unit.strategies import ALIGNMENTS, Prompt, prompts
 from vllm_vtw.retention import Retention
-from vllm_vtw.worker.plan import Batch, plan_stage
+from vllm_vtw.worker.plan import Batch, Rows, plan_stage
 
 
 @st.composite
@@ -24,40 +24,49 @@ def test_a_plan_is_what_going_through_the_tokens_gives(step, align_to):
     retentions = [(prompt.retention(align_to),) for prompt, _, _ in step]
     computed = np.array([row[1] for row in step], dtype=np.int64)
     scheduled = np.array([row[2] for row in step], dtype=np.int64)
-    plan = plan_stage(Batch(retentions, computed, scheduled), 1)
+    batch = Batch(Rows.of(retentions), computed, scheduled)
+    plan = plan_stage(batch, 1)
 
-    kept, rows, ranks, starts, seq_lens, index = [], [], [], [0], [], 0
+    kept, rows, ranks, positions, starts, held_after, index = [], [], [], [], [0], [], 0
     for row, (prompt, before, now) in enumerate(step):
         held = prompt.held(before + now, align_to)
         for position in range(before, before + now):
             if position in held:
                 kept.append(index)
                 rows.append(row)
+                positions.append(position)
                 ranks.append(held.index(position))
             index += 1
         starts.append(len(kept))
-        seq_lens.append(len(held))
+        held_after.append(len(held))
 
-    if all(retention.num_withdrawn == 0 for (retention,) in retentions):
-        assert plan is None
-        return
-    assert plan is not None
-    assert (list(range(index)) if plan.kept is None else plan.kept.tolist()) == kept
-    assert plan.rows.tolist() == rows
-    assert plan.ranks.tolist() == ranks
-    assert plan.query_start_loc.tolist() == starts
-    assert plan.seq_lens.tolist() == seq_lens
+    assert (computed + scheduled - plan.withdrawn).tolist() == held_after
+    token_rows = batch.token_rows()
+    if len(kept) == index:
+        assert plan.withdrawal is None
+        assert (np.array(positions) - plan.withdrawn[token_rows]).tolist() == ranks
+    else:
+        assert plan.withdrawal is not None
+        assert plan.withdrawal.kept.tolist() == kept
+        assert sorted([*kept, *plan.withdrawal.left]) == list(range(index))
+        assert token_rows[plan.withdrawal.kept].tolist() == rows
+        assert (np.array(positions) - plan.withdrawal.shifts[plan.withdrawal.kept]).tolist() == ranks
+        assert plan.withdrawal.query_start_loc.tolist() == starts
+    if plan.settled:
+        assert plan.withdrawn.tolist() == [retention.num_withdrawn for (retention,) in retentions]
 
 
-def test_a_batch_of_texts_has_no_plan():
+def test_texts_are_settled_from_the_start():
     texts = [(Retention(),)] * 3
-    assert plan_stage(Batch(texts, np.array([0, 5, 9]), np.array([4, 1, 1])), 1) is None
+    plan = plan_stage(Batch(Rows.of(texts), np.array([0, 5, 9]), np.array([4, 1, 1])), 1)
+    assert plan.settled
+    assert plan.withdrawal is None
+    assert plan.withdrawn.tolist() == [0, 0, 0]
 
 
-def test_decoding_gathers_nothing():
-    picture = Retention([(2, 50)])
-    plan = plan_stage(Batch([(picture,), (Retention(),)], np.array([60, 7]), np.array([1, 1])), 1)
-    assert plan is not None
-    assert plan.kept is None
-    assert plan.ranks.tolist() == [12, 7]
-    assert plan.seq_lens.tolist() == [13, 8]
+def test_decoding_withdraws_nothing_more():
+    rows = Rows.of([(Retention([(2, 50)]),), (Retention(),)])
+    plan = plan_stage(Batch(rows, np.array([60, 7]), np.array([1, 1])), 1)
+    assert plan.settled
+    assert plan.withdrawal is None
+    assert plan.withdrawn.tolist() == [48, 0]

@@ -29,17 +29,19 @@ def log_startup(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config:
     # Every group takes the memory of the largest.
     group_layers = max(layers for layers, _ in groups)
     held = sum(group_layers * (tokens - withdrawn if is_stage else tokens) for _, is_stage in groups)
+    in_stock = sum(layers for layers, _ in groups) * tokens
     bytes_per_token = kv_cache_config.kv_cache_groups[0].kv_cache_spec.page_size_bytes / block_size
     logger.info(
-        "vtw: withdrawing %s at layer K = %d of L = %d; KV cache groups: %s; "
+        "vtw: withdrawing %s at layer K = %d of L = %d; KV cache groups%s: %s; "
         "an image of %d tokens takes about %.2f MiB of KV cache, %.2f MiB in stock vLLM",
         "whole blocks of visual tokens" if config.align else "every visual token",
         stages[0].layer if stages else num_layers,
         num_layers,
+        " of the first pipeline rank" if vllm_config.parallel_config.pipeline_parallel_size > 1 else "",
         " + ".join(f"{layers} layers ({'text' if is_stage else 'all'})" for layers, is_stage in groups),
         tokens,
         held * bytes_per_token / 2**20,
-        num_layers * tokens * bytes_per_token / 2**20,
+        in_stock * bytes_per_token / 2**20,
     )
     if stages and config.align and withdrawn < tokens / 2:
         logger.warning(

@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
@@ -54,3 +55,13 @@ class VTWScheduler(Scheduler):
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
         del self.retentions[request.request_id]
+
+
+class VTWAsyncScheduler(VTWScheduler, AsyncScheduler):
+    """The same over vLLM's asynchronous scheduler."""
+
+
+def make_scheduler(vllm_config: VllmConfig, **options: Any) -> VTWScheduler:
+    """What `--scheduler-cls` names: vLLM settles on asynchronous scheduling after the plugin was asked."""
+    chosen = VTWAsyncScheduler if vllm_config.scheduler_config.async_scheduling else VTWScheduler
+    return chosen(vllm_config=vllm_config, **options)

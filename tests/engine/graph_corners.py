@@ -1,0 +1,90 @@
+"""The way of a CUDA machine, on the stand-ins of `static_graphs`: run by `test_runner_v2.py`."""
+
+import pytest
+from vllm import SamplingParams
+from vllm.compilation.counter import compilation_counter
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+from benchmarks.small_llava import SmallLlava
+from tests.engine import static_graphs
+from tests.engine.engines import (
+    BLOCK_SIZE,
+    GREEDY,
+    SHAPES,
+    assert_follows,
+    free_blocks,
+    running,
+    scheduler_of,
+)
+
+LAYERS, LAYER = 4, 2
+MODEL = SmallLlava(layers=LAYERS)
+ENGINE = {"enforce_eager": False, "max_num_batched_tokens": 128, "max_num_seqs": 8}
+NGRAM = {"num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.getbasetemp() / "cache"))
+    static_graphs.replays.clear()
+    static_graphs.captures.clear()
+
+
+def answer(checkpoint, reference, align=False, params=GREEDY, **options):
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    with running(folder, {"layer": LAYER, "align": align}, **(ENGINE | options)) as llm:
+        is_async = isinstance(scheduler_of(llm), AsyncScheduler)
+        assert is_async == options.get("async_scheduling", True)
+        all_free = free_blocks(llm)
+        outputs = llm.generate([ask.to_vllm(oracle) for ask in SHAPES], params, use_tqdm=False)
+        assert free_blocks(llm) == all_free
+    for ask, output in zip(SHAPES, outputs, strict=True):
+        ids = output.outputs[0].token_ids
+        assert len(ids) == params.max_tokens
+        align_to = BLOCK_SIZE if align else 1
+        assert_follows(oracle, ask, output.prompt_token_ids, ids, LAYER, align_to)
+
+
+@pytest.mark.parametrize("align", [False, True])
+@pytest.mark.parametrize("async_scheduling", [True, False])
+def test_graphs_are_replayed(checkpoint, reference, align, async_scheduling):
+    before = compilation_counter.clone()
+    answer(checkpoint, reference, align, async_scheduling=async_scheduling)
+    sizes = static_graphs.SIZES
+    # Layers are cut at attention: one piece more than layers, in each of the two segments.
+    pieces = LAYERS + 2
+    assert static_graphs.captures == {("PIECEWISE", size): pieces for size in sizes} | {("FULL", 8): 1}
+    assert static_graphs.replays["FULL", 8] >= GREEDY.max_tokens
+    piecewise = {size: count for (mode, size), count in static_graphs.replays.items() if mode == "PIECEWISE"}
+    # No batch of these requests is as small as that before its pictures are out, with decodes or without.
+    assert piecewise
+    assert all(count % (LAYER + 1) == 0 for count in piecewise.values())
+    assert any(count % pieces for count in piecewise.values()), "every segment ran at the batch's size"
+    compiled = compilation_counter.num_aot_compiles - before.num_aot_compiles
+    loaded = compilation_counter.num_aot_artifacts_loaded - before.num_aot_artifacts_loaded
+    assert compiled + loaded == 2
+
+
+def test_a_second_start_compiles_nothing(checkpoint, reference):
+    answer(checkpoint, reference)
+    before = compilation_counter.clone()
+    answer(checkpoint, reference)
+    with before.expect():
+        assert compilation_counter.num_aot_artifacts_loaded - before.num_aot_artifacts_loaded == 2
+        assert compilation_counter.num_aot_compiles == before.num_aot_compiles
+        assert compilation_counter.num_inductor_compiles == before.num_inductor_compiles
+
+
+def test_chunks_of_one_token_run_as_decodes(checkpoint, reference):
+    """Pictures come in one token at a time, with the decodes of others, in graphs of the whole model."""
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    answer(checkpoint, reference, params=params, long_prefill_token_threshold=1)
+    assert static_graphs.replays["FULL", 8] > 200
+
+
+@pytest.mark.parametrize(("method", "async_scheduling"), [("ngram", False), ("ngram_gpu", True)])
+def test_ngram_speculation(checkpoint, reference, method, async_scheduling):
+    speculative = NGRAM | {"method": method}
+    answer(checkpoint, reference, async_scheduling=async_scheduling, speculative_config=speculative)
+    assert static_graphs.replays["FULL", 32] > 0
