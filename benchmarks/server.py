@@ -45,6 +45,14 @@ class Server:
                 totals[sample[1]] = totals.get(sample[1], 0.0) + float(sample[2])
         return totals
 
+    def by_engine(self, metric: str) -> dict[str, float]:
+        """A metric's samples, summed over their other labels, by data-parallel engine."""
+        totals: dict[str, float] = {}
+        for line in self._metrics_page().splitlines():
+            if sample := re.fullmatch(re.escape(metric) + r'\{.*engine="(\d+)".*\} (\S+)', line):
+                totals[sample[1]] = totals.get(sample[1], 0.0) + float(sample[2])
+        return totals
+
     def num_kv_blocks(self) -> int:
         """Blocks in the KV cache's pool, vLLM's null block included."""
         found = re.search(r'vllm:cache_config_info\{.*num_gpu_blocks="(\d+)"', self._metrics_page())

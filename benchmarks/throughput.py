@@ -8,7 +8,6 @@ Requests of one picture each, all at once, with the same options for both. Nothi
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import processor
 from benchmarks.small_llava import PATCH_SIZE, SmallLlava
 
 MODEL = SmallLlava(layers=16, hidden=1024, heads=16, kv_heads=16, image_side=24)
@@ -82,7 +82,7 @@ def run_all(dtype: str) -> dict[str, Any]:
     )
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"processor": _processor(), "cores": os.cpu_count()},
+        "machine": {"processor": processor(), "cores": os.cpu_count()},
         "versions": {name: version(name) for name in ("vllm-vtw", "vllm", "torch", "transformers")},
         "model": vars(MODEL),
         "requests": REQUESTS,
@@ -91,13 +91,6 @@ def run_all(dtype: str) -> dict[str, Any]:
         "runs": [{"side": side, "requests_per_second": speed} for side, speed in runs],
         "ratio": vtw / stock,
     }
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(": ")[1]
-    return platform.processor()
 
 
 def main() -> None:

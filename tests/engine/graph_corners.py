@@ -3,6 +3,7 @@
 import pytest
 from vllm import SamplingParams
 from vllm.compilation.counter import compilation_counter
+from vllm.forward_context import get_forward_context
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from benchmarks.small_llava import SmallLlava
@@ -16,6 +17,7 @@ from tests.engine.engines import (
     running,
     scheduler_of,
 )
+from vllm_vtw.models.graph_inputs import GraphInputs
 
 LAYERS, LAYER = 4, 2
 MODEL = SmallLlava(layers=LAYERS)
@@ -46,34 +48,41 @@ def answer(checkpoint, reference, align=False, params=GREEDY, **options):
         assert_follows(oracle, ask, output.prompt_token_ids, ids, LAYER, align_to)
 
 
+@pytest.fixture
+def taken(monkeypatch) -> list[tuple[int, int]]:
+    """Token counts of the graphs that later segments took, each with the token count of the whole batch."""
+    sizes, original = [], GraphInputs.write
+
+    def write(self, size, *inputs):
+        sizes.append((size, get_forward_context().batch_descriptor.num_tokens))
+        return original(self, size, *inputs)
+
+    monkeypatch.setattr(GraphInputs, "write", write)
+    return sizes
+
+
 @pytest.mark.parametrize("align", [False, True])
 @pytest.mark.parametrize("async_scheduling", [True, False])
-def test_graphs_are_replayed(checkpoint, reference, align, async_scheduling):
-    before = compilation_counter.clone()
+def test_graphs_are_replayed(checkpoint, reference, taken, align, async_scheduling):
     answer(checkpoint, reference, align, async_scheduling=async_scheduling)
-    sizes = static_graphs.SIZES
     # Layers are cut at attention: one piece more than layers, in each of the two segments.
     pieces = LAYERS + 2
-    assert static_graphs.captures == {("PIECEWISE", size): pieces for size in sizes} | {("FULL", 8): 1}
+    captured = {("PIECEWISE", size): pieces for size in static_graphs.SIZES}
+    assert static_graphs.captures == captured | {("FULL", 8): 1}
     assert static_graphs.replays["FULL", 8] >= GREEDY.max_tokens
-    piecewise = {size: count for (mode, size), count in static_graphs.replays.items() if mode == "PIECEWISE"}
-    # No batch of these requests is as small as that before its pictures are out, with decodes or without.
-    assert piecewise
-    assert all(count % (LAYER + 1) == 0 for count in piecewise.values())
-    assert any(count % pieces for count in piecewise.values()), "every segment ran at the batch's size"
-    compiled = compilation_counter.num_aot_compiles - before.num_aot_compiles
-    loaded = compilation_counter.num_aot_artifacts_loaded - before.num_aot_artifacts_loaded
-    assert compiled + loaded == 2
+    assert any(mode == "PIECEWISE" for mode, _ in static_graphs.replays)
+    # Some batches had a graph of more tokens, or were too large for one.
+    assert any(size < batch for size, batch in taken)
+    assert any(size == batch for size, batch in taken)
 
 
 def test_a_second_start_compiles_nothing(checkpoint, reference):
     answer(checkpoint, reference)
     before = compilation_counter.clone()
     answer(checkpoint, reference)
-    with before.expect():
-        assert compilation_counter.num_aot_artifacts_loaded - before.num_aot_artifacts_loaded == 2
-        assert compilation_counter.num_aot_compiles == before.num_aot_compiles
-        assert compilation_counter.num_inductor_compiles == before.num_inductor_compiles
+    assert compilation_counter.num_aot_artifacts_loaded - before.num_aot_artifacts_loaded == 2
+    assert compilation_counter.num_aot_compiles == before.num_aot_compiles
+    assert compilation_counter.num_inductor_compiles == before.num_inductor_compiles
 
 
 def test_chunks_of_one_token_run_as_decodes(checkpoint, reference):

@@ -22,7 +22,7 @@ from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backend import AttentionCGSupport
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu import cudagraph_utils
 
@@ -116,10 +116,9 @@ def build(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 original_build = CPUAttentionMetadataBuilder.build
-Metadata = original_build.__annotations__["return"]
 
 
-class Rescheduled(Metadata):
+class Rescheduled(CPUAttentionMetadata):
     @property
     def scheduler_metadata(self) -> torch.Tensor:
         return self.schedule()
@@ -162,4 +161,4 @@ FixFunctionalizationPass.__call__ = lambda self, graph: None
 torch.accelerator.empty_cache = lambda: None
 torch.accelerator.get_memory_info = lambda *_: (0, 0)
 # Inductor asks for the compiler behind Triton, which the interpreter has none of.
-torch.utils._triton.triton_hash_with_backend = lambda: "interpreter"
+torch.utils._triton.triton_hash_with_backend = lambda: "interpreter"  # type: ignore[assignment]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from openai import BadRequestError, OpenAI
@@ -138,6 +139,28 @@ def test_the_start_up_line(server):
     assert f"KV cache groups: {LAYER} layers (all) + {LAYER} layers (text)" in line
     # 100 tokens, 2 heads of 32 floats for keys and as many for values: 51,200 bytes a layer.
     assert "an image of 100 tokens takes about 0.20 MiB of KV cache, 0.39 MiB in stock vLLM" in line
+
+
+def test_data_parallel_ranks_take_turns(checkpoint, reference):
+    """One request at a time leaves a rank idle; several together keep both busy."""
+    vtw = json.dumps({"vtw": {"layer": LAYER}})
+    options = (*OPTIONS, "--data-parallel-size=2", f"--additional-config={vtw}")
+    images = [(A,), (B,), (), (A, B)]
+    with serving(checkpoint(MODEL), *options, env={"VLLM_CPU_OMP_THREADS_BIND": "nobind"}) as server:
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        alone = [chat(client, *each) for each in images]
+        with ThreadPoolExecutor() as pool:
+            together = list(pool.map(lambda each: chat(client, *each), images))
+        engines = server.by_engine("vllm:request_success_total")
+    assert len(engines) == 2
+    assert all(count > 0 for count in engines.values())
+    assert sum(engines.values()) == 2 * len(images)
+    for each, one, other in zip(images, alone, together, strict=True):
+        token_ids = one.choices[0].token_ids
+        assert token_ids == other.choices[0].token_ids
+        assert_follows(
+            reference(checkpoint(MODEL)), Ask("chat", "", each), one.prompt_token_ids, token_ids, LAYER, 1
+        )
 
 
 def test_a_wrong_option_ends_the_start_with_the_reason(checkpoint):

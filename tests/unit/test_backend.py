@@ -83,7 +83,7 @@ def metadata(computed: list[int], scheduled: list[int], padded_rows: int = 0) ->
 
 
 def begin(step: CurrentStep, computed: list[int], scheduled: list[int], **options) -> None:
-    step.begin(Batch(ROWS, np.array(computed), np.array(scheduled)), **options)
+    step.begin(Batch(ROWS, np.array(computed), np.cumsum([0, *scheduled])), **options)
 
 
 PREFILL = ([0, 5], [14, 1])
@@ -99,7 +99,7 @@ def test_the_stage_sees_what_it_retains(builder, step):
     assert seen.seq_lens.tolist() == seen.seq_lens_cpu_upper_bound.tolist() == [6, 6]
     assert (seen.num_actual_tokens, seen.max_query_len, seen.max_seq_len) == (7, 6, 6)
     assert seen.slot_mapping.tolist() == PREFILL_SLOTS
-    assert step.slots["layer.4"].tolist() == PREFILL_SLOTS + [-1] * (MAX_TOKENS - 7)
+    assert step.slots["layer.4"].whole.tolist() == PREFILL_SLOTS + [-1] * (MAX_TOKENS - 7)
     assert step.stages[0].kept.tolist() == step.stages[0].gather.tolist() == [0, 1, 10, 11, 12, 13, 14]
 
 
@@ -152,7 +152,7 @@ def test_a_dummy_run_stores_nothing(builder, step):
     step.begin(None)
     seen = builder.build(0, metadata(*PREFILL))
     assert seen.slot_mapping.tolist() == [-1] * 15
-    assert set(step.slots["layer.4"].tolist()) == {-1}
+    assert set(step.slots["layer.4"].whole.tolist()) == {-1}
     assert seen.seq_lens.tolist() == [14, 6]
 
 

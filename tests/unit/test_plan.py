@@ -24,7 +24,7 @@ def test_a_plan_is_what_going_through_the_tokens_gives(step, align_to):
     retentions = [(prompt.retention(align_to),) for prompt, _, _ in step]
     computed = np.array([row[1] for row in step], dtype=np.int64)
     scheduled = np.array([row[2] for row in step], dtype=np.int64)
-    batch = Batch(Rows.of(retentions), computed, scheduled)
+    batch = Batch(Rows.of(retentions), computed, np.cumsum([0, *scheduled]))
     plan = plan_stage(batch, 1)
 
     kept, rows, ranks, positions, starts, held_after, index = [], [], [], [], [0], [], 0
@@ -58,7 +58,7 @@ def test_a_plan_is_what_going_through_the_tokens_gives(step, align_to):
 
 def test_texts_are_settled_from_the_start():
     texts = [(Retention(),)] * 3
-    plan = plan_stage(Batch(Rows.of(texts), np.array([0, 5, 9]), np.array([4, 1, 1])), 1)
+    plan = plan_stage(Batch(Rows.of(texts), np.array([0, 5, 9]), np.array([0, 4, 5, 6])), 1)
     assert plan.settled
     assert plan.withdrawal is None
     assert plan.withdrawn.tolist() == [0, 0, 0]
@@ -66,7 +66,7 @@ def test_texts_are_settled_from_the_start():
 
 def test_decoding_withdraws_nothing_more():
     rows = Rows.of([(Retention([(2, 50)]),), (Retention(),)])
-    plan = plan_stage(Batch(rows, np.array([60, 7]), np.array([1, 1])), 1)
+    plan = plan_stage(Batch(rows, np.array([60, 7]), np.array([0, 1, 2])), 1)
     assert plan.settled
     assert plan.withdrawal is None
     assert plan.withdrawn.tolist() == [48, 0]

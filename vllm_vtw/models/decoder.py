@@ -144,7 +144,7 @@ class StagedDecoder:
                 batch_descriptor=BatchDescriptor(num_tokens=size),
             )
         if context.attn_metadata is not None:  # it is missing where vLLM measures memory
-            slots = {name: self.step.slots[name][: len(hidden)] for name in segment.layer_names}
+            slots = {name: self.step.slots[name].view(len(hidden)) for name in segment.layer_names}
             context.slot_mapping.update(slots)
         with override_forward_context(context):
             hidden, residual = segment(positions, hidden, residual)

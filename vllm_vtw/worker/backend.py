@@ -13,10 +13,10 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     subclass_attention_backend,
 )
-from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from vllm_vtw.kv.spec import StageSpec
+from vllm_vtw.worker.buffers import Front, Slots
 from vllm_vtw.worker.step import CurrentStep
 
 
@@ -41,8 +41,8 @@ def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
             self.step = layer.step
             # CUDA graphs read from where these were when they were captured.
             limits, device = vllm_config.scheduler_config, self.step.device
-            self.seq_lens = torch.zeros(limits.max_num_seqs, dtype=torch.int32, device=device)
-            self.slots = torch.full((limits.max_num_batched_tokens,), PAD_SLOT_ID, device=device)
+            self.seq_lens = Front(torch.zeros(limits.max_num_seqs, dtype=torch.int32, device=device))
+            self.slots = Slots(limits.max_num_batched_tokens, device)
             self.step.slots.update(dict.fromkeys(layer_names, self.slots))
 
         @classmethod
@@ -65,7 +65,7 @@ def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
             else:
                 stage.place(common_attn_metadata.positions)
                 block_table = common_attn_metadata.block_table_tensor
-                stage.write_slots(block_table, self.kv_cache_spec.block_size, self.slots)
+                stage.write_slots(self.slots, block_table, self.kv_cache_spec.block_size)
                 seen = stage.metadata(common_attn_metadata, self.seq_lens, self.slots)
             return super().build(common_prefix_len, seen, fast_build)
 
@@ -74,15 +74,16 @@ def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
         ) -> Any:
             stage = self.step.stages[self.stage - 1]
             if stage is None:
-                self.slots.fill_(PAD_SLOT_ID)
+                self.slots.clear()
             else:
-                stage.write_slots(blk_table, self.kv_cache_spec.block_size, self.slots)
-            return super().update_block_table(metadata, blk_table, self.slots[: len(metadata.slot_mapping)])
+                stage.write_slots(self.slots, blk_table, self.kv_cache_spec.block_size)
+            slot_mapping = self.slots.view(len(metadata.slot_mapping))
+            return super().update_block_table(metadata, blk_table, slot_mapping)
 
         def _dummy(self, batch: CommonAttentionMetadata) -> CommonAttentionMetadata:
-            self.slots.fill_(PAD_SLOT_ID)
-            seq_lens = self.seq_lens[: batch.num_reqs].copy_(batch.seq_lens)
-            return batch.replace(seq_lens=seq_lens, slot_mapping=self.slots[: batch.num_actual_tokens])
+            self.slots.clear()
+            seq_lens = self.seq_lens.view(batch.num_reqs).copy_(batch.seq_lens)
+            return batch.replace(seq_lens=seq_lens, slot_mapping=self.slots.view(batch.num_actual_tokens))
 
     assert issubclass(StageBuilder, AttentionMetadataBuilder)
     return subclass_attention_backend("Stage", backend, StageBuilder)

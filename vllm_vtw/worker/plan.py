@@ -10,6 +10,8 @@ import numpy.typing as npt
 from vllm_vtw.retention import Retention
 
 IntArray = npt.NDArray[np.int64]
+Int32Array = npt.NDArray[np.int32]
+"""Lengths, as attention backends have them."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Rows:
     """
 
     retentions: Sequence[tuple[Retention, ...]]
-    num_withdrawn: IntArray
+    num_withdrawn: Int32Array
     settled_at: IntArray
     prompt_logprobs: bool
 
@@ -33,13 +35,10 @@ class Rows:
     def of(cls, retentions: Sequence[tuple[Retention, ...]], prompt_logprobs: bool = False) -> "Rows":
         """The rows of requests with these retentions, of every stage past the first."""
 
-        def table(values: list[list[int]]) -> IntArray:
-            return np.array(values, dtype=np.int64).T
-
         return cls(
             retentions,
-            table([[stage.num_withdrawn for stage in row] for row in retentions]),
-            table([[stage.settled_at for stage in row] for row in retentions]),
+            np.array([[stage.num_withdrawn for stage in row] for row in retentions], dtype=np.int32).T,
+            np.array([[stage.settled_at for stage in row] for row in retentions], dtype=np.int64).T,
             prompt_logprobs,
         )
 
@@ -59,16 +58,21 @@ class Batch:
         rows: The requests.
         num_computed: Tokens of each request that earlier steps computed, shape `(rows,)`. With speculative
             decoding it may be too large for a request that has its prompt behind it.
-        num_scheduled: Tokens of each request in this step, shape `(rows,)`.
+        query_start_loc: Where the tokens of each row start in the batch, and where the last ones end, shape
+            `(rows + 1,)`.
     """
 
     rows: Rows
-    num_computed: IntArray
-    num_scheduled: IntArray
+    num_computed: npt.NDArray[np.integer]
+    query_start_loc: npt.NDArray[np.integer]
+
+    @property
+    def is_one_token_each(self) -> bool:
+        return bool(self.query_start_loc[-1] == len(self.num_computed))
 
     def token_rows(self) -> IntArray:
         """The row of each token, shape `(tokens,)`."""
-        return np.repeat(np.arange(len(self.num_scheduled)), self.num_scheduled)
+        return np.repeat(np.arange(len(self.num_computed)), np.diff(self.query_start_loc))
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class Withdrawal:
 
     kept: IntArray
     left: IntArray
-    shifts: IntArray
+    shifts: Int32Array
     query_start_loc: IntArray
 
 
@@ -101,7 +105,7 @@ class StagePlan:
         withdrawal: None where every token of the batch stays; `withdrawn` then shifts all of a row's tokens.
     """
 
-    withdrawn: IntArray
+    withdrawn: Int32Array
     settled: bool
     withdrawal: Withdrawal | None = None
 
@@ -115,29 +119,24 @@ def plan_stage(batch: Batch, stage: int) -> StagePlan:
         return StagePlan(withdrawn, settled=True)
 
     withdrawn = withdrawn.copy()
-    starts = _starts(batch.num_scheduled)
+    starts = batch.query_start_loc
     keep = np.ones(starts[-1], dtype=bool)
     chunks = []
     for row in unsettled:
         retention = batch.rows.retentions[row][stage - 1]
         start = int(batch.num_computed[row])
-        stop = start + int(batch.num_scheduled[row])
         tokens = slice(starts[row], starts[row + 1])
+        stop = start + int(tokens.stop - tokens.start)
         keep[tokens] = retention.keep(start, stop)
         withdrawn[row] = stop - retention.count(stop)
         chunks.append((tokens, start - retention.count(start)))
     if keep.all():
         return StagePlan(withdrawn, settled=False)
 
-    shifts = np.repeat(withdrawn, batch.num_scheduled)
+    shifts = np.repeat(withdrawn, np.diff(starts))
     for tokens, before in chunks:
         left = ~keep[tokens]
         shifts[tokens] = before + np.cumsum(left) - left
-    withdrawal = Withdrawal(np.flatnonzero(keep), np.flatnonzero(~keep), shifts, _starts(keep)[starts])
+    kept_before = np.concatenate(([0], np.cumsum(keep)))
+    withdrawal = Withdrawal(np.flatnonzero(keep), np.flatnonzero(~keep), shifts, kept_before[starts])
     return StagePlan(withdrawn, settled=False, withdrawal=withdrawal)
-
-
-def _starts(lengths: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> IntArray:
-    starts = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=starts[1:])
-    return starts

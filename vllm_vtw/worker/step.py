@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
+from vllm_vtw.worker.buffers import Front, Slots
 from vllm_vtw.worker.plan import Batch, Rows, StagePlan, plan_stage
 
 
@@ -44,8 +44,7 @@ class StageStep:
         self._not_stored: torch.Tensor | None = None
         self._ranks: torch.Tensor | None = None
         if plan.withdrawal is None:
-            one_each = len(token_rows) == len(withdrawn)
-            self.shifts = withdrawn if one_each else withdrawn[token_rows]
+            self.shifts = withdrawn[token_rows].long()  # positions are int64, lengths are not
             return
         device = withdrawn.device
         self.shifts = async_tensor_h2d(plan.withdrawal.shifts, device)
@@ -60,6 +59,10 @@ class StageStep:
         self.token_rows = token_rows[self.kept]
         self.query_start_loc = plan.withdrawal.query_start_loc.astype(np.int32)
 
+    def begin_again(self) -> None:
+        """Makes this the step of the next token of each row, as long as they decode."""
+        self._ranks = None
+
     def place(self, positions: torch.Tensor) -> None:
         """Settles the ranks of the stage's tokens.
 
@@ -69,63 +72,53 @@ class StageStep:
         if self._ranks is None:
             if self.kept is not None:
                 positions = positions[self.kept]
-            self._ranks = positions[: len(self.shifts)] - self.shifts
+            elif len(positions) > len(self.shifts):
+                positions = positions[: len(self.shifts)]
+            self._ranks = positions - self.shifts
 
-    def write_slots(self, block_table: torch.Tensor, block_size: int, slots: torch.Tensor) -> None:
-        """Writes the KV slot of each of the stage's tokens to the front of `slots`, and pads the rest.
-
-        Args:
-            block_table: Of a KV-cache group, shape `(at least rows, blocks)`.
-            block_size: Of that group.
-            slots: Its buffer, int64, shape `(most tokens of a batch,)`.
-        """
-        ranks = self._ranks
-        assert ranks is not None, "no group of this stage had its metadata built"
-        blocks = block_table[self.token_rows, ranks // block_size]
-        torch.add(ranks % block_size, blocks, alpha=block_size, out=slots[: len(ranks)])
-        slots[len(ranks) :] = PAD_SLOT_ID
+    def write_slots(self, slots: Slots, block_table: torch.Tensor, block_size: int) -> None:
+        """Writes the KV slot of each of the stage's tokens under a group's block table."""
+        assert self._ranks is not None, "no group of this stage had its metadata built"
+        slots.write(self.token_rows, self._ranks, block_table, block_size)
         if self._not_stored is not None:
-            slots[self._not_stored] = PAD_SLOT_ID
+            slots.skip(self._not_stored)
 
     def metadata(
-        self, batch: CommonAttentionMetadata, seq_lens: torch.Tensor, slots: torch.Tensor
+        self, batch: CommonAttentionMetadata, seq_lens: Front, slots: Slots
     ) -> CommonAttentionMetadata:
         """The batch's metadata as this stage has it: fewer tokens, shorter rows, other slots.
 
         Args:
             batch: Of all tokens, with rows padded where a CUDA graph wants it.
-            seq_lens: Receives the rows' lengths, int32, shape `(at least padded rows,)`.
-            slots: As `write_slots` left it.
+            seq_lens: Receives the rows' lengths, int32.
+            slots: As `write_slots` left them.
         """
         rows = len(self.plan.withdrawn)
-        seq_lens = seq_lens[: batch.num_reqs]
-        torch.sub(batch.seq_lens[:rows], self.withdrawn, out=seq_lens[:rows])
-        seq_lens[rows:] = 0
+        seen = CommonAttentionMetadata.__new__(CommonAttentionMetadata)
+        vars(seen).update(vars(batch))  # `batch.replace` takes five times as long, in every step
+        seen.seq_lens = seq_lens.view(batch.num_reqs)
+        if rows == batch.num_reqs:
+            torch.sub(batch.seq_lens, self.withdrawn, out=seen.seq_lens)
+        else:
+            torch.sub(batch.seq_lens[:rows], self.withdrawn, out=seen.seq_lens[:rows])
+            seen.seq_lens[rows:] = 0
         assert batch.seq_lens_cpu_upper_bound is not None
-        upper_bound = batch.seq_lens_cpu_upper_bound.numpy().copy()
-        upper_bound[:rows] -= self.plan.withdrawn
-        of_kept = {}
-        num_tokens = batch.num_actual_tokens
+        upper_bound = batch.seq_lens_cpu_upper_bound.numpy()[:rows] - self.plan.withdrawn
+        seen.max_seq_len = int(upper_bound.max())
+        if rows < batch.num_reqs:
+            upper_bound = np.pad(upper_bound, (0, batch.num_reqs - rows))
+        seen.seq_lens_cpu_upper_bound = torch.from_numpy(upper_bound)
         if self.query_start_loc is not None:
             assert batch.num_reqs == rows, "a step of a fixed shape gathers nothing"
-            num_tokens = int(self.query_start_loc[-1])
-            of_kept = {
-                "query_start_loc": async_tensor_h2d(self.query_start_loc, slots.device),
-                "query_start_loc_cpu": torch.from_numpy(self.query_start_loc),
-                "num_actual_tokens": num_tokens,
-                "max_query_len": int(np.diff(self.query_start_loc).max()),
-            }
-        return batch.replace(
-            seq_lens=seq_lens,
-            seq_lens_cpu_upper_bound=torch.from_numpy(upper_bound),
-            max_seq_len=int(upper_bound[:rows].max()),
-            slot_mapping=slots[:num_tokens],
-            # Rotary positions were applied before; what builders take from here would index the whole batch.
-            positions=None,
-            _num_computed_tokens_cache=None,
-            _token_to_req_indices_cache=None,
-            **of_kept,
-        )
+            seen.query_start_loc = async_tensor_h2d(self.query_start_loc, batch.seq_lens.device)
+            seen.query_start_loc_cpu = torch.from_numpy(self.query_start_loc)
+            seen.num_actual_tokens = int(self.query_start_loc[-1])
+            seen.max_query_len = int(np.diff(self.query_start_loc).max())
+        seen.slot_mapping = slots.view(seen.num_actual_tokens)
+        # Rotary positions were applied before; what builders take from here would index the whole batch.
+        seen.positions = None
+        seen._num_computed_tokens_cache = seen._token_to_req_indices_cache = None
+        return seen
 
 
 def _gather(kept: np.ndarray, kept_before: np.ndarray, device: torch.device) -> torch.Tensor | None:
@@ -150,12 +143,14 @@ class CurrentStep:
         self.device = device
         self.stages: Sequence[StageStep | None] = (None,) * num_stages
         """By stage past the first; None in a dummy run, which computes everything and stores nothing."""
-        self.slots: dict[str, torch.Tensor] = {}
-        """By layer name: the buffer with the KV slots of the layer's tokens, in which CUDA graphs look."""
+        self.slots: dict[str, Slots] = {}
+        """By layer name: the KV slots of the layer's tokens."""
         self.prompt_logprobs = False
         """Whether anything will be read from the rows of withdrawn tokens."""
         self._each_row = torch.arange(max_num_seqs, device=device)
         self._rows: Rows | None = None
+        self._decoding: Rows | None = None
+        """The rows of the step before, where all of them decoded: the next decode's plan is the same."""
 
     def begin(self, batch: Batch | None, fixed_shape: bool = False) -> None:
         """Starts a step over `batch`; None for a dummy run.
@@ -167,13 +162,19 @@ class CurrentStep:
         if batch is None:
             self.stages = (None,) * self.num_stages
             self.prompt_logprobs = False
+            self._decoding = None
+            return
+        if batch.is_one_token_each and batch.rows is self._decoding:
+            for stage in self.stages:
+                assert stage is not None
+                stage.begin_again()
             return
         if batch.rows is not self._rows:
             self._rows = batch.rows
             self._num_withdrawn = async_tensor_h2d(batch.rows.num_withdrawn, self.device)
         self.prompt_logprobs = batch.rows.prompt_logprobs
-        if (batch.num_scheduled == 1).all():
-            token_rows = self._each_row[: len(batch.num_scheduled)]
+        if batch.is_one_token_each:
+            token_rows = self._each_row[: len(batch.num_computed)]
         else:
             token_rows = async_tensor_h2d(batch.token_rows(), self.device)
         stages = []
@@ -186,3 +187,5 @@ class CurrentStep:
             stages.append(StageStep(plan, before, withdrawn, token_rows, fixed_shape))
             before = plan
         self.stages = stages
+        decoding = batch.is_one_token_each and all(stage.plan.settled for stage in stages)
+        self._decoding = batch.rows if decoding else None

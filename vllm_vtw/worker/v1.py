@@ -6,7 +6,6 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -33,17 +32,15 @@ def install() -> None:
         return
     if original is None or not inspect.signature(original).parameters.keys() >= NEEDED_PARAMETERS:
         raise RuntimeError(f"vllm-vtw does not know this vLLM's GPUModelRunner.{TARGET}")
-    signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def build_attention_metadata(self: GPUModelRunner, *args: Any, **kwargs: Any) -> Any:
+    def build_attention_metadata(self: GPUModelRunner, **given: Any) -> Any:
         prepare_batch = getattr(self.get_model(), "prepare_batch", None)
         if prepare_batch is not None:
-            given = signature.bind(self, *args, **kwargs).arguments
             # The runner pads attention metadata only for CUDA graphs of the whole model.
             fixed_shape = given.get("num_tokens_padded") is not None
             prepare_batch(self, given["num_reqs"], given.get("num_scheduled_tokens"), fixed_shape)
-        return original(self, *args, **kwargs)
+        return original(self, **given)
 
     build_attention_metadata.calls_prepare_batch = True  # type: ignore[attr-defined]
     setattr(GPUModelRunner, TARGET, build_attention_metadata)
@@ -55,8 +52,9 @@ class V1Batches:
     def __init__(self, config: VTWConfig, step: CurrentStep) -> None:
         self.config = config
         self.step = step
-        self.requests: list[CachedRequestState] = []
-        """Of the step before: a batch of the same requests has the same rows."""
+        self.outputs: list[list[int] | None] = []
+        """The lists that gather the answers of the step before's requests: what a row has of its own, also
+        where an id is used again. A batch of the same requests has the same rows."""
         self.known: dict[str, tuple[CachedRequestState, tuple[Retention, ...]]] = {}
         """By request id, with the request that it was made from: an id may be used again."""
 
@@ -78,19 +76,17 @@ class V1Batches:
         if num_scheduled_tokens is None:
             self.step.begin(None)
             return
-        req_ids = runner.input_batch.req_ids[:num_reqs]
-        requests = list(map(runner.requests.__getitem__, req_ids))
-        if len(requests) != len(self.requests) or not all(map(operator.is_, requests, self.requests)):
-            self._take(runner, requests)
-        batch = Batch(
-            self.rows,
-            runner.input_batch.num_computed_tokens_cpu[:num_reqs].astype(np.int64),
-            np.fromiter(map(num_scheduled_tokens.__getitem__, req_ids), np.int64, num_reqs),
+        outputs = runner.input_batch.req_output_token_ids[:num_reqs]
+        if len(outputs) != len(self.outputs) or not all(map(operator.is_, outputs, self.outputs)):
+            self.outputs = outputs
+            self._take(runner, runner.input_batch.req_ids[:num_reqs])
+        num_computed = runner.input_batch.num_computed_tokens_cpu[:num_reqs]
+        self.step.begin(
+            Batch(self.rows, num_computed, runner.query_start_loc.np[: num_reqs + 1]), fixed_shape
         )
-        self.step.begin(batch, fixed_shape)
 
-    def _take(self, runner: GPUModelRunner, requests: list[CachedRequestState]) -> None:
-        self.requests = requests
+    def _take(self, runner: GPUModelRunner, req_ids: list[str]) -> None:
+        requests = [runner.requests[req_id] for req_id in req_ids]
         wanted = [request.sampling_params for request in requests]
         self.rows = Rows.of(
             [self._retentions(runner, request) for request in requests], any(map(reads_prompt_rows, wanted))

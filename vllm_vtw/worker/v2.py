@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
@@ -72,6 +71,6 @@ class VTWModelState(DefaultModelState):
             self.req_ids = req_ids
         return Batch(
             self.rows,
-            input_batch.num_computed_tokens_np[:num_reqs].astype(np.int64),
-            input_batch.num_scheduled_tokens[:num_reqs].astype(np.int64),
+            input_batch.num_computed_tokens_np[:num_reqs],
+            input_batch.query_start_loc_np[: num_reqs + 1],
         )

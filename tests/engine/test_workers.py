@@ -1,0 +1,53 @@
+"""Several workers, in vLLM's own executor: tensor and pipeline parallelism on the CPU."""
+
+import math
+
+import pytest
+from vllm import SamplingParams
+
+from benchmarks.small_llava import SmallLlava
+from tests.engine.engines import SHAPES, assert_follows, logprobs_of, running
+
+LAYERS = 4
+MODEL = SmallLlava(layers=LAYERS)
+ASKS = [ask for ask in SHAPES if ask.name in ("no image", "text before", "several apart", "last")]
+SHORT = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, prompt_logprobs=0)
+# vLLM makes the buffers that a pipeline rank receives in when it warms up what it has compiled.
+PIPELINE = {
+    "pipeline_parallel_size": 2,
+    "enforce_eager": False,
+    "compilation_config": {"mode": 2, "backend": "eager"},
+}
+
+
+@pytest.fixture(autouse=True)
+def two_cores(monkeypatch):
+    """Workers share what cores there are; an engine of several steps in a process of its own."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+
+
+@pytest.mark.parametrize(
+    ("layer", "options"),
+    [
+        pytest.param(2, {"tensor_parallel_size": 2}, id="tensor"),
+        pytest.param(1, PIPELINE, id="pipeline, inside the first rank"),
+        pytest.param(2, PIPELINE, id="pipeline, between the ranks"),
+        pytest.param(3, PIPELINE, id="pipeline, inside the second rank"),
+    ],
+)
+def test_answers_of_two_workers(checkpoint, reference, layer, options):
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    options = options | {"max_num_batched_tokens": 64, "max_num_seqs": 4}
+    with running(folder, {"layer": layer, "align": False}, **options) as llm:
+        outputs = llm.generate([ask.to_vllm(oracle) for ask in ASKS], SHORT, use_tqdm=False)
+    for ask, output in zip(ASKS, outputs, strict=True):
+        prompt, answer = output.prompt_token_ids, output.outputs[0].token_ids
+        assert_follows(oracle, ask, prompt, answer, layer, align_to=1)
+        embeds = [oracle.embeds(image) for image in ask.images]
+        expected = logprobs_of(oracle.logits(prompt, embeds, layer, oracle.dropped(prompt, len(prompt), 1)))
+        for position in range(1, len(prompt)):
+            if prompt[position] != oracle.image_token:
+                given = output.prompt_logprobs[position][prompt[position]].logprob
+                assert math.isclose(given, expected[position - 1, prompt[position]], abs_tol=1e-3)
