@@ -76,9 +76,9 @@ class V1Batches:
         if num_scheduled_tokens is None:
             self.step.begin(None)
             return
-        outputs = runner.input_batch.req_output_token_ids[:num_reqs]
+        outputs = runner.input_batch.req_output_token_ids
         if len(outputs) != len(self.outputs) or not all(map(operator.is_, outputs, self.outputs)):
-            self.outputs = outputs
+            self.outputs = list(outputs)
             self._take(runner, runner.input_batch.req_ids[:num_reqs])
         num_computed = runner.input_batch.num_computed_tokens_cpu[:num_reqs]
         self.step.begin(
