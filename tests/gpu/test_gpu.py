@@ -1,0 +1,118 @@
+"""The corners of the CPU tests on a GPU: CUDA graphs, both attention backends, both model runners.
+
+In float32 answers equal the transformers reference. In bfloat16 they equal those of the same engine run
+eagerly, and stay near the reference's.
+"""
+
+import collections
+from dataclasses import replace
+
+import pytest
+import torch
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import get_forward_context, is_forward_context_available
+
+from benchmarks.small_llava import TEXT_CONFIGS, SmallLlava
+from tests.engine.engines import GREEDY, SHAPES, assert_follows, free_blocks, running, worst_choice
+
+BLOCK_SIZE = 16
+LAYER = 2
+# FlashAttention takes heads of 64.
+MODEL = SmallLlava(layers=4, hidden=256, heads=4, kv_heads=2)
+# What the CPU tests allow: there, a wrong layer costs an answer 0.7 logits.
+BFLOAT16_MARGIN = 0.1
+
+
+@pytest.fixture(params=["1", "0"], ids=["V2", "V1"], autouse=True)
+def runner(request, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", request.param)
+
+
+@pytest.fixture
+def replays(monkeypatch) -> collections.Counter:
+    """How many CUDA graphs were replayed, by mode."""
+    counts: collections.Counter = collections.Counter()
+    original = torch.cuda.CUDAGraph.replay
+
+    def replay(graph):
+        in_forward = is_forward_context_available()
+        mode = get_forward_context().cudagraph_runtime_mode if in_forward else CUDAGraphMode.FULL
+        counts[mode.name] += 1
+        return original(graph)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", replay)
+    return counts
+
+
+def answers(folder, oracle, backend, dtype, align=False, **options):
+    defaults = {
+        "dtype": dtype,
+        "block_size": BLOCK_SIZE,
+        "attention_backend": backend,
+        "max_num_batched_tokens": 256,
+        "max_num_seqs": 8,
+        "kv_cache_memory_bytes": 256 << 20,
+    }
+    with running(folder, {"layer": LAYER, "align": align}, **(defaults | options)) as llm:
+        all_free = free_blocks(llm)
+        outputs = llm.generate([ask.to_vllm(oracle) for ask in SHAPES], GREEDY, use_tqdm=False)
+        assert free_blocks(llm) == all_free
+    return outputs
+
+
+@pytest.mark.parametrize("backbone", TEXT_CONFIGS)
+@pytest.mark.parametrize("align", [False, True])
+@pytest.mark.parametrize("enforce_eager", [True, False])
+def test_float32_is_the_reference(checkpoint, reference, replays, backbone, align, enforce_eager):
+    """On Triton attention, as FlashAttention takes no float32."""
+    folder = checkpoint(replace(MODEL, backbone=backbone))
+    oracle = reference(folder)
+    outputs = answers(folder, oracle, "TRITON_ATTN", "float32", align, enforce_eager=enforce_eager)
+    assert bool(replays["FULL"]) == bool(replays["PIECEWISE"]) == (not enforce_eager)
+    for ask, output in zip(SHAPES, outputs, strict=True):
+        ids = output.outputs[0].token_ids
+        align_to = BLOCK_SIZE if align else 1
+        assert_follows(oracle, ask, output.prompt_token_ids, ids, LAYER, align_to)
+
+
+@pytest.mark.parametrize("backend", ["FLASH_ATTN", "TRITON_ATTN"])
+@pytest.mark.parametrize("async_scheduling", [True, False])
+def test_bfloat16_in_graphs_is_eager(checkpoint, reference, replays, backend, async_scheduling):
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    # Without the compiler, which rounds elsewhere, what is left is the graphs.
+    compiled_as_eager = {"mode": 3, "backend": "eager", "cudagraph_mode": "FULL_AND_PIECEWISE"}
+    options = {"async_scheduling": async_scheduling}
+    eager = answers(folder, oracle, backend, "bfloat16", enforce_eager=True, **options)
+    assert not replays
+    graphs = answers(
+        folder,
+        oracle,
+        backend,
+        "bfloat16",
+        enforce_eager=False,
+        compilation_config=compiled_as_eager,
+        **options,
+    )
+    assert replays["FULL"] > GREEDY.max_tokens
+    assert replays["PIECEWISE"] > 0
+    for ask, one, other in zip(SHAPES, eager, graphs, strict=True):
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids, ask.name
+        told = (oracle, ask, one.prompt_token_ids, one.outputs[0].token_ids)
+        assert worst_choice(*told, LAYER) < BFLOAT16_MARGIN, ask.name
+
+
+def test_ngram_speculation(checkpoint, reference, replays):
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    speculative = {
+        "method": "ngram",
+        "num_speculative_tokens": 3,
+        "prompt_lookup_max": 2,
+        "prompt_lookup_min": 1,
+    }
+    options = {"enforce_eager": False, "speculative_config": speculative}
+    for ask, output in zip(SHAPES, answers(folder, oracle, "TRITON_ATTN", "float32", **options), strict=True):
+        ids = output.outputs[0].token_ids
+        assert_follows(oracle, ask, output.prompt_token_ids, ids, LAYER, align_to=1)
+    assert replays["FULL"] > 0
