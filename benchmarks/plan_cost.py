@@ -119,7 +119,7 @@ def main() -> None:
             "requests": arguments.requests,
             "steps": STEPS,
             "median_cpu_microseconds_in_order": runs,
-            "vtwminus_stock": round(vtw - stock, 1),
+            "vtw_minus_stock": round(vtw - stock, 1),
             "vllm": vllm.__version__,
             "torch": torch.__version__,
             "machine": f"{processor()}, {os.cpu_count()} cores",

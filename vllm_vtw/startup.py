@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
-from vllm.config import CompilationMode, VllmConfig
+from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_vtw.config import KEYS, Model, VTWConfig
@@ -90,6 +90,10 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
         )
     if vllm_config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE:
         yield "compilation mode 1 compiles the whole model at once: remove -cc.mode=1, vLLM's default is 3"
+    mode = vllm_config.compilation_config.cudagraph_mode
+    if parallel.pipeline_parallel_size > 1 and mode is not None and mode.mixed_mode() == CUDAGraphMode.FULL:
+        # A rank of shallow layers alone would take it, and send rows that the next one does not expect.
+        yield f"CUDA graph mode {mode.name} with pipeline parallelism: use FULL_AND_PIECEWISE"
     if is_breakable_cudagraph_enabled():
         yield "breakable CUDA graphs fix the tokens of every stage: set VLLM_USE_BREAKABLE_CUDAGRAPH=0"
     if parallel.decode_context_parallel_size > 1:

@@ -76,6 +76,12 @@ def test_graphs_are_replayed(checkpoint, reference, taken, align, async_scheduli
     assert any(size == batch for size, batch in taken)
 
 
+def test_graphs_of_mixed_batches_become_piecewise(checkpoint, reference, taken):
+    answer(checkpoint, reference, compilation_config={"cudagraph_mode": "FULL"})
+    assert static_graphs.replays["FULL", 8] >= GREEDY.max_tokens
+    assert any(size < batch for size, batch in taken)
+
+
 def test_a_second_start_compiles_nothing(checkpoint, reference):
     answer(checkpoint, reference)
     before = compilation_counter.clone()

@@ -7,6 +7,7 @@ they went. What a step puts elsewhere, the replay does not see.
 """
 
 import collections
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,8 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu import cudagraph_utils
+
+from vllm_vtw.worker.step import CurrentStep
 
 SIZES = [8, 16, 32]
 replays: collections.Counter = collections.Counter()
@@ -89,9 +92,25 @@ def capture(self: Any, create_forward_fn: Callable, progress_bar_desc: str = "")
 
 
 def run_fullgraph(self: Any, desc: Any) -> None:
-    """In place of `CudaGraphManager.run_fullgraph`."""
+    """In place of `CudaGraphManager.run_fullgraph`: what was captured knows nothing of a later plan."""
     replays[desc.cg_mode.name, desc.num_tokens] += 1
+    plans = [(step, step.stages) for step in steps]
+    for step in steps:
+        step.stages = (None,) * step.num_stages
     self.graphs[desc](CUDAGraphMode.NONE)
+    for step, stages in plans:
+        step.stages = stages
+
+
+def remember(self: Any, *args: Any) -> None:
+    """In place of `CurrentStep.__init__`."""
+    original_init(self, *args)
+    steps.add(self)
+
+
+steps: weakref.WeakSet[CurrentStep] = weakref.WeakSet()
+original_init = CurrentStep.__init__
+CurrentStep.__init__ = remember  # type: ignore[assignment]
 
 
 def build(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -129,12 +148,12 @@ class Rescheduled(CPUAttentionMetadata):
 
 def check_and_update_config(cls: Any, vllm_config: VllmConfig) -> None:
     """In place of the platform's, which would switch all of it off."""
-    asynchronous = vllm_config.scheduler_config.async_scheduling
+    config = vllm_config.compilation_config
+    asynchronous, mode = vllm_config.scheduler_config.async_scheduling, config.cudagraph_mode
     original_check(cls, vllm_config)
     vllm_config.scheduler_config.async_scheduling = asynchronous
-    config = vllm_config.compilation_config
     config.mode = CompilationMode.VLLM_COMPILE
-    config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    config.cudagraph_mode = mode or CUDAGraphMode.FULL_AND_PIECEWISE
     config.cudagraph_capture_sizes, config.max_cudagraph_capture_size = SIZES, SIZES[-1]
     config.compile_sizes = []
 

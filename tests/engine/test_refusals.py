@@ -15,6 +15,10 @@ OPTIONS = [
     ({"enable_lora": True}, "LoRA .* remove --enable-lora"),
     ({"compilation_config": {"mode": 1}, "enforce_eager": False}, "compilation mode 1 .* remove -cc.mode=1"),
     (
+        {"pipeline_parallel_size": 2, "compilation_config": {"cudagraph_mode": "FULL"}},
+        "CUDA graph mode FULL with pipeline parallelism: use FULL_AND_PIECEWISE",
+    ),
+    (
         {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
         "decode context parallelism: remove --decode-context-parallel-size",
     ),

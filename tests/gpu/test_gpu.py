@@ -16,9 +16,9 @@ from benchmarks.small_llava import TEXT_CONFIGS, SmallLlava
 from tests.engine.engines import GREEDY, SHAPES, assert_follows, free_blocks, running, worst_choice
 
 BLOCK_SIZE = 16
-LAYER = 2
 # FlashAttention takes heads of 64.
 MODEL = SmallLlava(layers=4, hidden=256, heads=4, kv_heads=2)
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
 # What the CPU tests allow: there, a wrong layer costs an answer 0.7 logits.
 BFLOAT16_MARGIN = 0.1
 
@@ -44,7 +44,7 @@ def replays(monkeypatch) -> collections.Counter:
     return counts
 
 
-def answers(folder, oracle, backend, dtype, align=False, **options):
+def answers(folder, oracle, backend, dtype, layer=2, align=False, **options):
     defaults = {
         "dtype": dtype,
         "block_size": BLOCK_SIZE,
@@ -53,7 +53,7 @@ def answers(folder, oracle, backend, dtype, align=False, **options):
         "max_num_seqs": 8,
         "kv_cache_memory_bytes": 256 << 20,
     }
-    with running(folder, {"layer": LAYER, "align": align}, **(defaults | options)) as llm:
+    with running(folder, {"layer": layer, "align": align}, **(defaults | options)) as llm:
         all_free = free_blocks(llm)
         outputs = llm.generate([ask.to_vllm(oracle) for ask in SHAPES], GREEDY, use_tqdm=False)
         assert free_blocks(llm) == all_free
@@ -63,33 +63,36 @@ def answers(folder, oracle, backend, dtype, align=False, **options):
 @pytest.mark.parametrize("backbone", TEXT_CONFIGS)
 @pytest.mark.parametrize("align", [False, True])
 @pytest.mark.parametrize("enforce_eager", [True, False])
-def test_float32_is_the_reference(checkpoint, reference, replays, backbone, align, enforce_eager):
-    """On Triton attention, as FlashAttention takes no float32."""
+@pytest.mark.parametrize("layer", [1, 2])
+def test_float32_is_the_reference(checkpoint, reference, replays, backbone, align, enforce_eager, layer):
+    """On Triton attention, as FlashAttention takes no float32. Layer 1 of 4 makes three groups of a stage."""
     folder = checkpoint(replace(MODEL, backbone=backbone))
     oracle = reference(folder)
-    outputs = answers(folder, oracle, "TRITON_ATTN", "float32", align, enforce_eager=enforce_eager)
+    outputs = answers(folder, oracle, "TRITON_ATTN", "float32", layer, align, enforce_eager=enforce_eager)
     assert bool(replays["FULL"]) == bool(replays["PIECEWISE"]) == (not enforce_eager)
     for ask, output in zip(SHAPES, outputs, strict=True):
         ids = output.outputs[0].token_ids
         align_to = BLOCK_SIZE if align else 1
-        assert_follows(oracle, ask, output.prompt_token_ids, ids, LAYER, align_to)
+        assert_follows(oracle, ask, output.prompt_token_ids, ids, layer, align_to)
 
 
 @pytest.mark.parametrize("backend", ["FLASH_ATTN", "TRITON_ATTN"])
 @pytest.mark.parametrize("async_scheduling", [True, False])
-def test_bfloat16_in_graphs_is_eager(checkpoint, reference, replays, backend, async_scheduling):
+@pytest.mark.parametrize("layer", [1, 2])
+def test_bfloat16_in_graphs_is_eager(checkpoint, reference, replays, backend, async_scheduling, layer):
     folder = checkpoint(MODEL)
     oracle = reference(folder)
     # Without the compiler, which rounds elsewhere, what is left is the graphs.
     compiled_as_eager = {"mode": 3, "backend": "eager", "cudagraph_mode": "FULL_AND_PIECEWISE"}
     options = {"async_scheduling": async_scheduling}
-    eager = answers(folder, oracle, backend, "bfloat16", enforce_eager=True, **options)
+    eager = answers(folder, oracle, backend, "bfloat16", layer, enforce_eager=True, **options)
     assert not replays
     graphs = answers(
         folder,
         oracle,
         backend,
         "bfloat16",
+        layer,
         enforce_eager=False,
         compilation_config=compiled_as_eager,
         **options,
@@ -99,20 +102,25 @@ def test_bfloat16_in_graphs_is_eager(checkpoint, reference, replays, backend, as
     for ask, one, other in zip(SHAPES, eager, graphs, strict=True):
         assert one.outputs[0].token_ids == other.outputs[0].token_ids, ask.name
         told = (oracle, ask, one.prompt_token_ids, one.outputs[0].token_ids)
-        assert worst_choice(*told, LAYER) < BFLOAT16_MARGIN, ask.name
+        assert worst_choice(*told, layer) < BFLOAT16_MARGIN, ask.name
 
 
-def test_ngram_speculation(checkpoint, reference, replays):
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"compilation_config": {"cudagraph_mode": "FULL"}}, id="FULL for all"),
+        pytest.param({"long_prefill_token_threshold": 1}, id="chunks of one token"),
+        pytest.param({"speculative_config": NGRAM}, id="n-gram"),
+        pytest.param(
+            {"speculative_config": NGRAM, "long_prefill_token_threshold": 4}, id="chunks as long as a draft"
+        ),
+    ],
+)
+def test_float32_in_graphs_is_the_reference(checkpoint, reference, replays, options):
     folder = checkpoint(MODEL)
     oracle = reference(folder)
-    speculative = {
-        "method": "ngram",
-        "num_speculative_tokens": 3,
-        "prompt_lookup_max": 2,
-        "prompt_lookup_min": 1,
-    }
-    options = {"enforce_eager": False, "speculative_config": speculative}
-    for ask, output in zip(SHAPES, answers(folder, oracle, "TRITON_ATTN", "float32", **options), strict=True):
+    outputs = answers(folder, oracle, "TRITON_ATTN", "float32", enforce_eager=False, **options)
+    for ask, output in zip(SHAPES, outputs, strict=True):
         ids = output.outputs[0].token_ids
-        assert_follows(oracle, ask, output.prompt_token_ids, ids, LAYER, align_to=1)
-    assert replays["FULL"] > 0
+        assert_follows(oracle, ask, output.prompt_token_ids, ids, layer=2, align_to=1)
+    assert replays

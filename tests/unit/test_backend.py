@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -31,9 +32,6 @@ class Builder(AttentionMetadataBuilder):
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
         return common_attn_metadata
 
-    def update_block_table(self, metadata, blk_table, slot_mapping):
-        return blk_table, slot_mapping
-
 
 class Backend(AttentionBackend):
     get_name = get_impl_cls = staticmethod(lambda: None)
@@ -49,16 +47,24 @@ def step() -> CurrentStep:
 
 
 @pytest.fixture
-def builder(step):
-    layer = StageAttention.__new__(StageAttention)
-    torch.nn.Module.__init__(layer)
-    layer.stage, layer.step = 1, step
-    config = SimpleNamespace(
-        compilation_config=SimpleNamespace(static_forward_context={"layer.4": layer}),
-        scheduler_config=SimpleNamespace(max_num_seqs=MAX_SEQS, max_num_batched_tokens=MAX_TOKENS),
-    )
-    spec = SimpleNamespace(stage=1, block_size=BLOCK_SIZE)
-    return stage_backend(Backend).get_builder_cls()(spec, ["layer.4"], config, torch.device("cpu"))
+def make_builder(step):
+    def make(layer_name: str):
+        layer = StageAttention.__new__(StageAttention)
+        torch.nn.Module.__init__(layer)
+        layer.stage, layer.step = 1, step
+        config = SimpleNamespace(
+            compilation_config=SimpleNamespace(static_forward_context={layer_name: layer}),
+            scheduler_config=SimpleNamespace(max_num_seqs=MAX_SEQS, max_num_batched_tokens=MAX_TOKENS),
+        )
+        spec = SimpleNamespace(stage=1, block_size=BLOCK_SIZE)
+        return stage_backend(Backend).get_builder_cls()(spec, [layer_name], config, torch.device("cpu"))
+
+    return make
+
+
+@pytest.fixture
+def builder(make_builder):
+    return make_builder("layer.4")
 
 
 def metadata(computed: list[int], scheduled: list[int], padded_rows: int = 0) -> CommonAttentionMetadata:
@@ -136,14 +142,19 @@ def test_lengths_follow_the_device_where_the_host_only_guesses(builder, step):
     assert seen.slot_mapping.tolist() == DECODE_SLOTS
 
 
-def test_another_group_of_the_stage_gets_slots_of_its_own(builder, step):
-    """What FlashAttention's groups of one stage go through after the first of them."""
-    begin(step, *PREFILL)
-    first = builder.build(0, metadata(*PREFILL))
-    other = BLOCK_TABLE + 10
-    table, slots = builder.update_block_table(first, other, torch.arange(15))
-    assert table is other
-    assert slots.tolist() == [slot + 10 * BLOCK_SIZE for slot in PREFILL_SLOTS]
+def test_groups_of_one_stage_lie_apart(builder, make_builder, step):
+    """A CUDA graph of each group's layers reads what was its own at capture."""
+    other = make_builder("layer.5")
+    assert not other.supports_update_block_table
+    step.begin(None)
+    captured = [one.build(0, metadata([0, 0], [1, 1])) for one in (builder, other)]
+    begin(step, *DECODE, fixed_shape=True)
+    batch = metadata(*DECODE)
+    builder.build(0, batch)
+    other.build(0, batch.replace(block_table_tensor=BLOCK_TABLE[:2] + 10))
+    assert [seen.seq_lens.tolist() for seen in captured] == [[7, 7], [7, 7]]
+    apart = [slot + 10 * BLOCK_SIZE for slot in DECODE_SLOTS]
+    assert [seen.slot_mapping.tolist() for seen in captured] == [DECODE_SLOTS, apart]
 
 
 def test_a_dummy_run_stores_nothing(builder, step):
@@ -156,10 +167,25 @@ def test_a_dummy_run_stores_nothing(builder, step):
     assert seen.seq_lens.tolist() == [14, 6]
 
 
-def test_graphs_of_the_whole_model_are_for_decodes(builder):
-    assert builder.get_cudagraph_support(None, None) == AttentionCGSupport.UNIFORM_BATCH
+@pytest.mark.parametrize(
+    ("of_backend", "speculative", "v2", "expected"),
+    [
+        ("ALWAYS", None, True, "UNIFORM_BATCH"),
+        ("ALWAYS", "ngram", True, "UNIFORM_BATCH"),
+        ("ALWAYS", None, False, "UNIFORM_BATCH"),
+        ("ALWAYS", "ngram", False, "UNIFORM_SINGLE_TOKEN_DECODE"),
+        ("NEVER", None, True, "NEVER"),
+    ],
+)
+def test_graphs_of_the_whole_model(builder, monkeypatch, of_backend, speculative, v2, expected):
+    monkeypatch.setattr(Builder, "_cudagraph_support", AttentionCGSupport[of_backend])
+    config = SimpleNamespace(speculative_config=speculative, use_v2_model_runner=v2)
+    assert builder.get_cudagraph_support(config, None) == AttentionCGSupport[expected]
 
 
-def test_no_backend_is_said_to_support_more_than_it_does(builder, monkeypatch):
-    monkeypatch.setattr(Builder, "_cudagraph_support", AttentionCGSupport.NEVER)
-    assert builder.get_cudagraph_support(None, None) == AttentionCGSupport.NEVER
+def test_a_backend_that_is_not_supported_is_refused(step):
+    attention = Attention.__new__(Attention)
+    torch.nn.Module.__init__(attention)
+    attention.attn_backend = SimpleNamespace(get_name=lambda: "FLASHINFER")
+    with pytest.raises(ValueError, match="backend FLASHINFER: set --attention-backend to one of FLASH_ATTN"):
+        StageAttention.adopt(attention, 1, step)

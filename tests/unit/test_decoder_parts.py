@@ -38,6 +38,15 @@ def test_inputs_lie_where_those_before_lay():
     assert second[2][:, 0].tolist() == [3.0] * 3 + [1.0] * 5
 
 
+def test_the_runner_may_settle_on_piecewise_graphs_later():
+    inputs = graph_inputs(CUDAGraphMode.FULL)
+    assert inputs.size(5) is None
+    inputs.compilation.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    size = inputs.size(5)
+    assert size == 8
+    assert len(inputs.write(size, torch.arange(5), torch.ones(5, 4), torch.ones(5, 4))[1]) == 8
+
+
 @pytest.mark.parametrize("rows", [0, 1, 3, 5])
 def test_a_rank_takes_as_many_rows_as_come(rows):
     """Both model runners copy into the first rows of a buffer, one for each of the batch's 5 tokens."""

@@ -73,7 +73,9 @@ class StagedDecoder:
             received: What the rank before returned, in at least as many rows.
             inputs_embeds: Embeddings of text and pictures, shape `(tokens, hidden_size)`.
         """
-        steps = (None, *self.step.stages)
+        # Where vLLM measures memory, or keeps an idle rank in step, there is no batch.
+        is_dummy = get_forward_context().attn_metadata is None
+        steps = (None, *((None,) * self.step.num_stages if is_dummy else self.step.stages))
         residual: torch.Tensor | None = None
         exit_states: torch.Tensor | None = None
         if received is None:
@@ -143,7 +145,7 @@ class StagedDecoder:
                 cudagraph_runtime_mode=CUDAGraphMode.PIECEWISE,
                 batch_descriptor=BatchDescriptor(num_tokens=size),
             )
-        if context.attn_metadata is not None:  # it is missing where vLLM measures memory
+        if context.attn_metadata is not None:
             slots = {name: self.step.slots[name].view(len(hidden)) for name in segment.layer_names}
             context.slot_mapping.update(slots)
         with override_forward_context(context):

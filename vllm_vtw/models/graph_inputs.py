@@ -15,14 +15,15 @@ class GraphInputs:
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         self.compilation = vllm_config.compilation_config
         self.positions = self.hidden = self.residual = torch.empty(0)
-        if self._sizes():
-            rows, model = max(self._sizes()), vllm_config.model_config
+        # The runner may still turn FULL into FULL_AND_PIECEWISE, when it knows its attention backends.
+        if self.compilation.cudagraph_mode and self.compilation.cudagraph_capture_sizes:
+            rows, model = max(self.compilation.cudagraph_capture_sizes), vllm_config.model_config
             self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
             self.hidden = torch.zeros(rows, model.get_hidden_size(), dtype=model.dtype, device=device)
             self.residual = torch.zeros_like(self.hidden)
 
     def _sizes(self) -> list[int]:
-        """The captured token counts, which the runner may still change when it knows its backends."""
+        """The captured token counts, ascending."""
         mode = self.compilation.cudagraph_mode
         if mode is None or not mode.has_piecewise_cudagraphs():
             return []

@@ -12,7 +12,7 @@ class Received(torch.Tensor):
     """A buffer that takes as many rows as come.
 
     vLLM copies what a rank receives into rows of a buffer, a row for each token of the batch. A rank past
-    the withdrawal layer is sent fewer.
+    the withdrawal layer is sent fewer; the rows behind them are left from before.
     """
 
     def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:

@@ -19,6 +19,9 @@ from vllm_vtw.kv.spec import StageSpec
 from vllm_vtw.worker.buffers import Front, Slots
 from vllm_vtw.worker.step import CurrentStep
 
+# Backends that take rows without a query in the middle of a batch.
+BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "CPU_ATTN")
+
 
 @functools.cache
 def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
@@ -26,6 +29,9 @@ def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
     model_builder: Any = backend.get_builder_cls()
 
     class StageBuilder(model_builder):
+        # Groups of one stage would share the first one's lengths, which its own CUDA graphs do not read.
+        supports_update_block_table = False
+
         def __init__(
             self,
             kv_cache_spec: StageSpec,
@@ -51,7 +57,11 @@ def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
         ) -> AttentionCGSupport:
             # A batch with prefills has another number of tokens in every stage; decodes have not.
             support: AttentionCGSupport = super().get_cudagraph_support(vllm_config, kv_cache_spec)
-            return min(support, AttentionCGSupport.UNIFORM_BATCH, key=lambda level: level.value)
+            most = AttentionCGSupport.UNIFORM_BATCH
+            if vllm_config.speculative_config is not None and not vllm_config.use_v2_model_runner:
+                # Runner V1 takes a chunk as long as a draft for a decode, with pictures in it.
+                most = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+            return min(support, most, key=lambda level: level.value)
 
         def build(
             self,
@@ -68,17 +78,6 @@ def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
                 stage.write_slots(self.slots, block_table, self.kv_cache_spec.block_size)
                 seen = stage.metadata(common_attn_metadata, self.seq_lens, self.slots)
             return super().build(common_prefix_len, seen, fast_build)
-
-        def update_block_table(
-            self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor
-        ) -> Any:
-            stage = self.step.stages[self.stage - 1]
-            if stage is None:
-                self.slots.clear()
-            else:
-                stage.write_slots(self.slots, blk_table, self.kv_cache_spec.block_size)
-            slot_mapping = self.slots.view(len(metadata.slot_mapping))
-            return super().update_block_table(metadata, blk_table, slot_mapping)
 
         def _dummy(self, batch: CommonAttentionMetadata) -> CommonAttentionMetadata:
             self.slots.clear()
@@ -99,10 +98,19 @@ class StageAttention(Attention):
     def adopt(cls, attention: Attention, stage: int, step: CurrentStep) -> None:
         """Turns a layer that the model has built into one of `stage`.
 
+        Raises:
+            ValueError: The layer's attention backend is not supported.
+
         The model's classes build their attention themselves, each with its own arguments; changing the
         class afterwards leaves all of that, weights and quantization included, as it is.
         """
         assert type(attention) is Attention, f"unexpected attention layer {type(attention).__name__}"
+        backend = attention.get_attn_backend().get_name()
+        if backend not in BACKENDS:
+            raise ValueError(
+                f"--model-impl vtw does not support the attention backend {backend}: "
+                f"set --attention-backend to one of {', '.join(BACKENDS)}"
+            )
         attention.__class__ = cls
         assert isinstance(attention, cls)
         attention.stage, attention.step = stage, step

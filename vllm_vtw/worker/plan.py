@@ -11,7 +11,6 @@ from vllm_vtw.retention import Retention
 
 IntArray = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
-"""Lengths, as attention backends have them."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,8 @@ class Batch(NamedTuple):
     Attributes:
         rows: The requests.
         num_computed: Tokens of each request that earlier steps computed, shape `(rows,)`. With speculative
-            decoding it may be too large for a request that has its prompt behind it.
+            decoding it may be too large for a request that has its prompt behind it, where it does not
+            matter: the plan of such a row is the same from there on.
         query_start_loc: Where the tokens of each row start in the batch, and where the last ones end, shape
             `(rows + 1,)`.
     """
@@ -64,6 +64,11 @@ class Batch(NamedTuple):
     rows: Rows
     num_computed: npt.NDArray[np.integer]
     query_start_loc: npt.NDArray[np.integer]
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether every row has its last withdrawn token behind it."""
+        return bool((self.num_computed >= self.rows.settled_at).all())
 
     @property
     def is_one_token_each(self) -> bool:

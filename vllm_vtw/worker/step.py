@@ -49,6 +49,7 @@ class StageStep:
         device = withdrawn.device
         self.shifts = async_tensor_h2d(plan.withdrawal.shifts, device)
         if fixed_shape:
+            assert len(token_rows) == len(withdrawn), "a chunk of several tokens cannot be cut in a graph"
             self._not_stored = async_tensor_h2d(plan.withdrawal.left, device)
             return
         self.kept = async_tensor_h2d(plan.withdrawal.kept, device)
@@ -60,7 +61,7 @@ class StageStep:
         self.query_start_loc = plan.withdrawal.query_start_loc.astype(np.int32)
 
     def begin_again(self) -> None:
-        """Makes this the step of the next token of each row, as long as they decode."""
+        """Forgets where the tokens of the step before lay; the plan is the same as long as rows decode."""
         self._ranks = None
 
     def place(self, positions: torch.Tensor) -> None:
@@ -164,7 +165,7 @@ class CurrentStep:
             self.prompt_logprobs = False
             self._decoding = None
             return
-        if batch.is_one_token_each and batch.rows is self._decoding:
+        if batch.rows is self._decoding and batch.is_one_token_each and batch.is_settled:
             for stage in self.stages:
                 assert stage is not None
                 stage.begin_again()
@@ -187,5 +188,4 @@ class CurrentStep:
             stages.append(StageStep(plan, before, withdrawn, token_rows, fixed_shape))
             before = plan
         self.stages = stages
-        decoding = batch.is_one_token_each and all(stage.plan.settled for stage in stages)
-        self._decoding = batch.rows if decoding else None
+        self._decoding = batch.rows if batch.is_one_token_each and batch.is_settled else None

@@ -1,0 +1,52 @@
+"""A decode step's plan and metadata never make the host wait for the device."""
+
+import numpy as np
+import pytest
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from vllm_vtw.retention import Retention
+from vllm_vtw.worker.buffers import Front, Slots
+from vllm_vtw.worker.plan import Batch, Rows
+from vllm_vtw.worker.step import CurrentStep
+
+ROWS, BLOCKS, BLOCK_SIZE = 256, 8, 16
+
+
+@pytest.fixture
+def waiting_fails():
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_decode(waiting_fails):
+    device = torch.device("cuda")
+    step = CurrentStep(1, ROWS, device)
+    slots, seq_lens = Slots(ROWS, device), Front(torch.zeros(ROWS, dtype=torch.int32, device=device))
+    starts = np.arange(ROWS + 1)
+    first, second = (Rows.of([(Retention([(2, 2 + length)]),)] * ROWS) for length in (10, 20))
+    for rows, position in ((first, 60), (first, 61), (second, 70)):
+        step.begin(Batch(rows, np.full(ROWS, position), starts))
+        batch = CommonAttentionMetadata(
+            query_start_loc=torch.arange(ROWS + 1, dtype=torch.int32, device=device),
+            query_start_loc_cpu=torch.arange(ROWS + 1, dtype=torch.int32),
+            seq_lens=torch.full((ROWS,), position + 1, dtype=torch.int32, device=device),
+            seq_lens_cpu_upper_bound=torch.full((ROWS,), position + 1, dtype=torch.int32),
+            num_reqs=ROWS,
+            num_actual_tokens=ROWS,
+            max_query_len=1,
+            max_seq_len=position + 1,
+            block_table_tensor=torch.zeros(ROWS, BLOCKS, dtype=torch.int32, device=device),
+            slot_mapping=torch.arange(ROWS, device=device),
+            positions=torch.full((ROWS,), position, device=device),
+        )
+        (stage,) = step.stages
+        assert stage is not None
+        assert batch.positions is not None
+        stage.place(batch.positions)
+        stage.write_slots(slots, batch.block_table_tensor, BLOCK_SIZE)
+        stage.metadata(batch, seq_lens, slots)
+    torch.cuda.set_sync_debug_mode("default")
+    assert slots.whole.unique().tolist() == [(70 - 20) % BLOCK_SIZE]
+    assert seq_lens.whole.unique().tolist() == [71 - 20]
