@@ -134,9 +134,8 @@ class StagedDecoder:
         size = rows if piecewise else None
         if kept is not None:
             # A batch too large for a graph may have few enough tokens left.
-            size = self.graph_inputs.size(rows)
-            if not piecewise and self.graph_inputs.size(len(positions)) is not None:
-                size = None
+            if piecewise or self.graph_inputs.size(len(positions)) is None:
+                size = self.graph_inputs.size(rows)
             positions = positions[kept]
         if size is not None:
             positions, hidden, residual = self.graph_inputs.write(size, positions, hidden, residual)

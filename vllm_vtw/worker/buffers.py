@@ -7,17 +7,18 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 class Front:
     """A tensor of which every step uses the front, mostly as much of it as the step before.
 
-    Making a view costs as much as filling it with the numbers of a decode step.
+    Making a view, or asking a tensor for its length, costs as much as filling it with the numbers of a
+    decode step.
     """
 
     def __init__(self, whole: torch.Tensor) -> None:
         self.whole = whole
-        self._view = whole
+        self._size, self._view = len(whole), whole
 
     def view(self, size: int) -> torch.Tensor:
         """The first `size` rows."""
-        if len(self._view) != size:
-            self._view = self.whole[:size]
+        if size != self._size:
+            self._size, self._view = size, self.whole[:size]
         return self._view
 
 
@@ -32,19 +33,20 @@ class Slots(Front):
         self._written = 0
 
     def write(
-        self, rows: torch.Tensor, ranks: torch.Tensor, block_table: torch.Tensor, block_size: int
+        self, count: int, rows: torch.Tensor, ranks: torch.Tensor, block_table: torch.Tensor, block_size: int
     ) -> None:
-        """Writes the slots of tokens at `ranks` of their `rows`.
+        """Writes the slots of `count` tokens at `ranks` of their `rows`.
 
         Args:
+            count: Tokens.
             rows: Shape `(tokens,)`.
             ranks: Shape `(tokens,)`.
             block_table: Of the group, shape `(at least rows, blocks)`.
             block_size: Of the group.
         """
-        blocks = block_table[rows, ranks // block_size]
-        torch.add(ranks % block_size, blocks, alpha=block_size, out=self.view(len(ranks)))
-        self._pad(len(ranks))
+        blocks = block_table[rows, torch.floor_divide(ranks, block_size)]
+        torch.add(ranks % block_size, blocks, alpha=block_size, out=self.view(count))
+        self._pad(count)
 
     def skip(self, tokens: torch.Tensor) -> None:
         """Leaves out some of the tokens written, given by their indices."""

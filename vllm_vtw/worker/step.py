@@ -17,6 +17,7 @@ class StageStep:
     Attributes:
         kept: Indices in the batch of the tokens that the stage computes, shape `(kept,)`; None for all.
         gather: Indices of the same tokens among those of the stage before; None when both compute the same.
+        num_tokens: How many they are.
 
     Args:
         plan: The stage's plan.
@@ -43,6 +44,7 @@ class StageStep:
         self.query_start_loc: np.ndarray | None = None
         self._not_stored: torch.Tensor | None = None
         self._ranks: torch.Tensor | None = None
+        self.num_tokens = len(token_rows)
         if plan.withdrawal is None:
             self.shifts = withdrawn[token_rows].long()  # positions are int64, lengths are not
             return
@@ -58,6 +60,7 @@ class StageStep:
             self.gather = _gather(plan.withdrawal.kept, before.withdrawal.kept, device)
         self.shifts = self.shifts[self.kept]
         self.token_rows = token_rows[self.kept]
+        self.num_tokens = len(plan.withdrawal.kept)
         self.query_start_loc = plan.withdrawal.query_start_loc.astype(np.int32)
 
     def begin_again(self) -> None:
@@ -73,14 +76,14 @@ class StageStep:
         if self._ranks is None:
             if self.kept is not None:
                 positions = positions[self.kept]
-            elif len(positions) > len(self.shifts):
-                positions = positions[: len(self.shifts)]
+            elif positions.shape[0] > self.num_tokens:
+                positions = positions[: self.num_tokens]
             self._ranks = positions - self.shifts
 
     def write_slots(self, slots: Slots, block_table: torch.Tensor, block_size: int) -> None:
         """Writes the KV slot of each of the stage's tokens under a group's block table."""
         assert self._ranks is not None, "no group of this stage had its metadata built"
-        slots.write(self.token_rows, self._ranks, block_table, block_size)
+        slots.write(self.num_tokens, self.token_rows, self._ranks, block_table, block_size)
         if self._not_stored is not None:
             slots.skip(self._not_stored)
 
@@ -113,7 +116,7 @@ class StageStep:
             assert batch.num_reqs == rows, "a step of a fixed shape gathers nothing"
             seen.query_start_loc = async_tensor_h2d(self.query_start_loc, batch.seq_lens.device)
             seen.query_start_loc_cpu = torch.from_numpy(self.query_start_loc)
-            seen.num_actual_tokens = int(self.query_start_loc[-1])
+            seen.num_actual_tokens = self.num_tokens
             seen.max_query_len = int(np.diff(self.query_start_loc).max())
         seen.slot_mapping = slots.view(seen.num_actual_tokens)
         # Rotary positions were applied before; what builders take from here would index the whole batch.
