@@ -98,11 +98,11 @@ class StageAttention(Attention):
     def adopt(cls, attention: Attention, stage: int, step: CurrentStep) -> None:
         """Turns a layer that the model has built into one of `stage`.
 
-        Raises:
-            ValueError: The layer's attention backend is not supported.
-
         The model's classes build their attention themselves, each with its own arguments; changing the
         class afterwards leaves all of that, weights and quantization included, as it is.
+
+        Raises:
+            ValueError: The layer's attention backend is not supported.
         """
         assert type(attention) is Attention, f"unexpected attention layer {type(attention).__name__}"
         backend = attention.get_attn_backend().get_name()
