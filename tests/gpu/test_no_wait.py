@@ -22,7 +22,7 @@ def waiting_fails():
 
 def test_decode(waiting_fails):
     device = torch.device("cuda")
-    step = CurrentStep(1, ROWS, device)
+    step = CurrentStep(1, device)
     slots, seq_lens = Slots(ROWS, device), Front(torch.zeros(ROWS, dtype=torch.int32, device=device))
     starts = np.arange(ROWS + 1)
     first, second = (Rows.of([(Retention([(2, 2 + length)]),)] * ROWS) for length in (10, 20))
@@ -45,7 +45,7 @@ def test_decode(waiting_fails):
         assert stage is not None
         assert batch.positions is not None
         stage.place(batch.positions)
-        stage.write_slots(slots, batch.block_table_tensor, BLOCK_SIZE)
+        stage.write_slots(slots, batch, BLOCK_SIZE)
         stage.metadata(batch, seq_lens, slots)
     torch.cuda.set_sync_debug_mode("default")
     assert slots.whole.unique().tolist() == [(70 - 20) % BLOCK_SIZE]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -41,9 +42,15 @@ class Backend(AttentionBackend):
         return Builder
 
 
+@pytest.fixture(autouse=True, scope="module")
+def platform():
+    """What a worker does before it builds a model."""
+    current_platform.register_triton_kernel_overrides()
+
+
 @pytest.fixture
 def step() -> CurrentStep:
-    return CurrentStep(1, MAX_SEQS, torch.device("cpu"))
+    return CurrentStep(1, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -74,14 +81,14 @@ def metadata(computed: list[int], scheduled: list[int], padded_rows: int = 0) ->
     positions = [p for c, s in zip(computed, scheduled, strict=True) for p in range(c, c + s)]
     num_tokens = len(positions) + padded_rows
     return CommonAttentionMetadata(
-        query_start_loc=torch.tensor(starts),
-        query_start_loc_cpu=torch.tensor(starts),
+        query_start_loc=torch.tensor(starts, dtype=torch.int32),
+        query_start_loc_cpu=torch.tensor(starts, dtype=torch.int32),
         seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
         seq_lens_cpu_upper_bound=torch.tensor(seq_lens, dtype=torch.int32),
         num_reqs=len(seq_lens),
         num_actual_tokens=num_tokens,
         max_query_len=max(scheduled),
-        max_seq_len=512,
+        max_seq_len=max(seq_lens),
         block_table_tensor=BLOCK_TABLE[: len(seq_lens)],
         slot_mapping=torch.arange(num_tokens),
         positions=torch.tensor([*positions, *[0] * padded_rows]),
@@ -102,8 +109,8 @@ def test_the_stage_sees_what_it_retains(builder, step):
     begin(step, *PREFILL)
     seen = builder.build(0, metadata(*PREFILL))
     assert seen.query_start_loc.tolist() == seen.query_start_loc_cpu.tolist() == [0, 6, 7]
-    assert seen.seq_lens.tolist() == seen.seq_lens_cpu_upper_bound.tolist() == [6, 6]
-    assert (seen.num_actual_tokens, seen.max_query_len, seen.max_seq_len) == (7, 6, 6)
+    assert seen.seq_lens.tolist() == [6, 6]
+    assert (seen.num_actual_tokens, seen.max_query_len) == (7, 6)
     assert seen.slot_mapping.tolist() == PREFILL_SLOTS
     assert step.slots["layer.4"].whole.tolist() == PREFILL_SLOTS + [-1] * (MAX_TOKENS - 7)
     assert step.stages[0].kept.tolist() == step.stages[0].gather.tolist() == [0, 1, 10, 11, 12, 13, 14]
@@ -140,6 +147,17 @@ def test_lengths_follow_the_device_where_the_host_only_guesses(builder, step):
     seen = builder.build(0, metadata(*DECODE))
     assert seen.seq_lens.tolist() == [7, 7]
     assert seen.slot_mapping.tolist() == DECODE_SLOTS
+
+
+@pytest.mark.parametrize(("requests", "longest"), [([0, 1], 15), ([0], 7)])
+def test_no_row_is_longer_than_the_longest(builder, step, requests, longest):
+    """A text may be the longest, whatever the others withdrew."""
+    computed, scheduled = ([values[request] for request in requests] for values in DECODE)
+    rows = Rows.of([ROWS.retentions[request] for request in requests])
+    step.begin(Batch(rows, np.array(computed), np.cumsum([0, *scheduled])))
+    seen = builder.build(0, metadata(computed, scheduled))
+    assert seen.max_seq_len == longest
+    assert max(seen.seq_lens.tolist()) <= longest
 
 
 def test_groups_of_one_stage_lie_apart(builder, make_builder, step):

@@ -30,6 +30,11 @@ class StageSpec(AttentionSpec):
             spec, cls, drop=("sliding_window", "attention_chunk_size", "non_causal"), stage=stage
         )
 
+    @property
+    def uses_slot_mapping(self) -> bool:
+        """False: vLLM's would give every token a slot; the stage writes its own."""
+        return False
+
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes of the largest request that vLLM may be sent: text only, which retains everything."""
         return cdiv(vllm_config.model_config.max_model_len, self.block_size) * self.page_size_bytes

@@ -22,8 +22,7 @@ class VTWLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config = vtw_config(vllm_config)
-        device, limits = vllm_config.device_config.device, vllm_config.scheduler_config
-        self.step = CurrentStep(len(config.policy.stages), limits.max_num_seqs, device)
+        self.step = CurrentStep(len(config.policy.stages), vllm_config.device_config.device)
         self.decoder = StagedDecoder(vllm_config, self.language_model.model, config.policy, self.step)
         hidden_size = vllm_config.model_config.get_hidden_size()
         self.make_empty_intermediate_tensors = partial(received_buffers, hidden_size=hidden_size)

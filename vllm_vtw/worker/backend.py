@@ -74,13 +74,12 @@ def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
                 seen = self._dummy(common_attn_metadata)
             else:
                 stage.place(common_attn_metadata.positions)
-                block_table = common_attn_metadata.block_table_tensor
-                stage.write_slots(self.slots, block_table, self.kv_cache_spec.block_size)
+                stage.write_slots(self.slots, common_attn_metadata, self.kv_cache_spec.block_size)
                 seen = stage.metadata(common_attn_metadata, self.seq_lens, self.slots)
             return super().build(common_prefix_len, seen, fast_build)
 
         def _dummy(self, batch: CommonAttentionMetadata) -> CommonAttentionMetadata:
-            self.slots.clear()
+            self.slots.clear(batch, self.kv_cache_spec.block_size)
             seq_lens = self.seq_lens.view(batch.num_reqs).copy_(batch.seq_lens)
             return batch.replace(seq_lens=seq_lens, slot_mapping=self.slots.view(batch.num_actual_tokens))
 

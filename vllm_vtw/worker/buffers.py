@@ -1,7 +1,11 @@
 """Tensors of one KV-cache group that every step writes anew, where CUDA graphs look for them."""
 
 import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
+from vllm.v1.worker.block_table import ComputeSlotMappingKernel
+
+NO_CONTEXT_PARALLELISM = (1, 0, 1)
 
 
 class Front:
@@ -33,28 +37,47 @@ class Slots(Front):
         self._written = 0
 
     def write(
-        self, count: int, rows: torch.Tensor, ranks: torch.Tensor, block_table: torch.Tensor, block_size: int
+        self,
+        count: int,
+        starts: torch.Tensor,
+        ranks: torch.Tensor,
+        block_table: torch.Tensor,
+        block_size: int,
     ) -> None:
-        """Writes the slots of `count` tokens at `ranks` of their `rows`.
+        """Writes the slots of the tokens at `ranks` of their rows.
 
         Args:
             count: Tokens.
-            rows: Shape `(tokens,)`.
-            ranks: Shape `(tokens,)`.
-            block_table: Of the group, shape `(at least rows, blocks)`.
+            starts: Where each row's tokens start, and where the last ones end, int32, shape `(rows + 1,)`.
+            ranks: int64, shape `(count,)`.
+            block_table: Of the group, int32, shape `(rows, blocks)`.
             block_size: Of the group.
         """
-        blocks = block_table[rows, torch.floor_divide(ranks, block_size)]
-        torch.add(ranks % block_size, blocks, alpha=block_size, out=self.view(count))
+        # Not through vLLM's launcher, which takes three times as long as the kernel. Nor does the kernel pad:
+        # it would do so to the end in every step, and on the CPU not at all.
+        ComputeSlotMappingKernel.kernel[(starts.shape[0],)](
+            count,
+            count,
+            starts,
+            ranks,
+            block_table,
+            block_table.stride(0),
+            self.whole,
+            block_size,
+            *NO_CONTEXT_PARALLELISM,
+            PAD_SLOT_ID,
+            ComputeSlotMappingKernel.triton_block_size,
+        )
         self._pad(count)
 
     def skip(self, tokens: torch.Tensor) -> None:
         """Leaves out some of the tokens written, given by their indices."""
         self.whole[tokens] = PAD_SLOT_ID
 
-    def clear(self) -> None:
-        """Leaves out all of them."""
-        self._pad(0)
+    def clear(self, batch: CommonAttentionMetadata, block_size: int) -> None:
+        """Leaves out all of them. Going the way of the others compiles it before a request comes."""
+        assert batch.positions is not None
+        self.write(0, batch.query_start_loc[:1], batch.positions, batch.block_table_tensor, block_size)
 
     def _pad(self, count: int) -> None:
         if count < self._written:

@@ -15,7 +15,10 @@ Int32Array = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Rows:
-    """What the requests of a batch retain, one request a row. It serves until the batch is another.
+    """What the requests of a batch retain, one request a row.
+
+    It serves for as long as the same requests stay in the same rows: one that was preempted comes back to
+    another `Rows`.
 
     Attributes:
         retentions: By row: the retention of every stage past the first.
@@ -74,9 +77,9 @@ class Batch(NamedTuple):
     def is_one_token_each(self) -> bool:
         return bool(self.query_start_loc[-1] == len(self.num_computed))
 
-    def token_rows(self) -> IntArray:
-        """The row of each token, shape `(tokens,)`."""
-        return np.repeat(np.arange(len(self.num_computed)), np.diff(self.query_start_loc))
+    def repeat(self, of_rows: Int32Array) -> Int32Array:
+        """For each token what `of_rows` says of its row, shape `(tokens,)`."""
+        return np.repeat(of_rows, np.diff(self.query_start_loc))
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def plan_stage(batch: Batch, stage: int) -> StagePlan:
     if keep.all():
         return StagePlan(withdrawn, settled=False)
 
-    shifts = np.repeat(withdrawn, np.diff(starts))
+    shifts = batch.repeat(withdrawn)
     for tokens, before in chunks:
         left = ~keep[tokens]
         shifts[tokens] = before + np.cumsum(left) - left

@@ -23,7 +23,7 @@ class StageStep:
         plan: The stage's plan.
         before: The plan of the stage before.
         withdrawn: `plan.withdrawn` on the device.
-        token_rows: The row of each token of the batch, on the device, shape `(tokens,)`.
+        batch: The requests.
         fixed_shape: A CUDA graph replays the step: withdrawn tokens are computed with the others, and only
             not stored.
     """
@@ -33,35 +33,37 @@ class StageStep:
         plan: StagePlan,
         before: StagePlan | None,
         withdrawn: torch.Tensor,
-        token_rows: torch.Tensor,
+        batch: Batch,
         fixed_shape: bool,
     ) -> None:
         self.plan = plan
         self.withdrawn = withdrawn
-        self.token_rows = token_rows
+        self._least_withdrawn = int(plan.withdrawn.min())
         self.kept: torch.Tensor | None = None
         self.gather: torch.Tensor | None = None
-        self.query_start_loc: np.ndarray | None = None
+        self.num_tokens = int(batch.query_start_loc[-1])
+        self._starts_cpu: np.ndarray | None = None
         self._not_stored: torch.Tensor | None = None
         self._ranks: torch.Tensor | None = None
-        self.num_tokens = len(token_rows)
-        if plan.withdrawal is None:
-            self.shifts = withdrawn[token_rows].long()  # positions are int64, lengths are not
-            return
         device = withdrawn.device
-        self.shifts = async_tensor_h2d(plan.withdrawal.shifts, device)
+        if plan.withdrawal is None:
+            self._shifts = withdrawn.long()  # as positions are; subtracting takes twice as long otherwise
+            if not batch.is_one_token_each:
+                self._shifts = async_tensor_h2d(batch.repeat(plan.withdrawn), device)
+            return
+        self._shifts = async_tensor_h2d(plan.withdrawal.shifts, device)
         if fixed_shape:
-            assert len(token_rows) == len(withdrawn), "a chunk of several tokens cannot be cut in a graph"
+            assert batch.is_one_token_each, "a chunk of several tokens cannot be cut in a graph"
             self._not_stored = async_tensor_h2d(plan.withdrawal.left, device)
             return
         self.kept = async_tensor_h2d(plan.withdrawal.kept, device)
         self.gather = self.kept
         if before is not None and before.withdrawal is not None:
             self.gather = _gather(plan.withdrawal.kept, before.withdrawal.kept, device)
-        self.shifts = self.shifts[self.kept]
-        self.token_rows = token_rows[self.kept]
+        self._shifts = self._shifts[self.kept]
         self.num_tokens = len(plan.withdrawal.kept)
-        self.query_start_loc = plan.withdrawal.query_start_loc.astype(np.int32)
+        self._starts_cpu = plan.withdrawal.query_start_loc.astype(np.int32)
+        self._starts = async_tensor_h2d(self._starts_cpu, device)
 
     def begin_again(self) -> None:
         """Forgets where the tokens of the step before lay; the plan is the same as long as rows decode."""
@@ -78,12 +80,13 @@ class StageStep:
                 positions = positions[self.kept]
             elif positions.shape[0] > self.num_tokens:
                 positions = positions[: self.num_tokens]
-            self._ranks = positions - self.shifts
+            self._ranks = positions - self._shifts
 
-    def write_slots(self, slots: Slots, block_table: torch.Tensor, block_size: int) -> None:
-        """Writes the KV slot of each of the stage's tokens under a group's block table."""
+    def write_slots(self, slots: Slots, batch: CommonAttentionMetadata, block_size: int) -> None:
+        """Writes the KV slot of each of the stage's tokens under the block table of `batch`."""
         assert self._ranks is not None, "no group of this stage had its metadata built"
-        slots.write(self.num_tokens, self.token_rows, self._ranks, block_table, block_size)
+        starts = batch.query_start_loc if self._starts_cpu is None else self._starts
+        slots.write(self.num_tokens, starts, self._ranks, batch.block_table_tensor, block_size)
         if self._not_stored is not None:
             slots.skip(self._not_stored)
 
@@ -106,18 +109,15 @@ class StageStep:
         else:
             torch.sub(batch.seq_lens[:rows], self.withdrawn, out=seen.seq_lens[:rows])
             seen.seq_lens[rows:] = 0
-        assert batch.seq_lens_cpu_upper_bound is not None
-        upper_bound = batch.seq_lens_cpu_upper_bound.numpy()[:rows] - self.plan.withdrawn
-        seen.max_seq_len = int(upper_bound.max())
-        if rows < batch.num_reqs:
-            upper_bound = np.pad(upper_bound, (0, batch.num_reqs - rows))
-        seen.seq_lens_cpu_upper_bound = torch.from_numpy(upper_bound)
-        if self.query_start_loc is not None:
+        # A bound, as backends need it. The exact one would cost as much in every step as all lengths.
+        seen.max_seq_len = batch.max_seq_len - self._least_withdrawn
+        seen.seq_lens_cpu_upper_bound = None
+        if self._starts_cpu is not None:
             assert batch.num_reqs == rows, "a step of a fixed shape gathers nothing"
-            seen.query_start_loc = async_tensor_h2d(self.query_start_loc, batch.seq_lens.device)
-            seen.query_start_loc_cpu = torch.from_numpy(self.query_start_loc)
+            seen.query_start_loc = self._starts
+            seen.query_start_loc_cpu = torch.from_numpy(self._starts_cpu)
             seen.num_actual_tokens = self.num_tokens
-            seen.max_query_len = int(np.diff(self.query_start_loc).max())
+            seen.max_query_len = int(np.diff(self._starts_cpu).max())
         seen.slot_mapping = slots.view(seen.num_actual_tokens)
         # Rotary positions were applied before; what builders take from here would index the whole batch.
         seen.positions = None
@@ -138,11 +138,10 @@ class CurrentStep:
 
     Args:
         num_stages: Stages past the first.
-        max_num_seqs: The most rows of a batch.
         device: Where the model runs.
     """
 
-    def __init__(self, num_stages: int, max_num_seqs: int, device: torch.device) -> None:
+    def __init__(self, num_stages: int, device: torch.device) -> None:
         self.num_stages = num_stages
         self.device = device
         self.stages: Sequence[StageStep | None] = (None,) * num_stages
@@ -151,10 +150,10 @@ class CurrentStep:
         """By layer name: the KV slots of the layer's tokens."""
         self.prompt_logprobs = False
         """Whether anything will be read from the rows of withdrawn tokens."""
-        self._each_row = torch.arange(max_num_seqs, device=device)
         self._rows: Rows | None = None
         self._decoding: Rows | None = None
-        """The rows of the step before, where all of them decoded: the next decode's plan is the same."""
+        """The rows of the step before, where all of them decoded past their last withdrawn token: the plan of
+        their next tokens is the same."""
 
     def begin(self, batch: Batch | None, fixed_shape: bool = False) -> None:
         """Starts a step over `batch`; None for a dummy run.
@@ -168,7 +167,7 @@ class CurrentStep:
             self.prompt_logprobs = False
             self._decoding = None
             return
-        if batch.rows is self._decoding and batch.is_one_token_each and batch.is_settled:
+        if batch.rows is self._decoding and batch.is_one_token_each:
             for stage in self.stages:
                 assert stage is not None
                 stage.begin_again()
@@ -177,10 +176,6 @@ class CurrentStep:
             self._rows = batch.rows
             self._num_withdrawn = async_tensor_h2d(batch.rows.num_withdrawn, self.device)
         self.prompt_logprobs = batch.rows.prompt_logprobs
-        if batch.is_one_token_each:
-            token_rows = self._each_row[: len(batch.num_computed)]
-        else:
-            token_rows = async_tensor_h2d(batch.token_rows(), self.device)
         stages = []
         before: StagePlan | None = None
         for index in range(self.num_stages):
@@ -188,7 +183,7 @@ class CurrentStep:
             withdrawn = (
                 self._num_withdrawn[index] if plan.settled else async_tensor_h2d(plan.withdrawn, self.device)
             )
-            stages.append(StageStep(plan, before, withdrawn, token_rows, fixed_shape))
+            stages.append(StageStep(plan, before, withdrawn, batch, fixed_shape))
             before = plan
         self.stages = stages
         self._decoding = batch.rows if batch.is_one_token_each and batch.is_settled else None

@@ -2,10 +2,10 @@
 
 import functools
 import inspect
-import operator
 from collections.abc import Mapping
 from typing import Any
 
+from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -52,9 +52,9 @@ class V1Batches:
     def __init__(self, config: VTWConfig, step: CurrentStep) -> None:
         self.config = config
         self.step = step
-        self.outputs: list[list[int] | None] = []
-        """The lists that gather the answers of the step before's requests: what a row has of its own, also
-        where an id is used again. A batch of the same requests has the same rows."""
+        self.made_for: SamplingMetadata | None = None
+        """The sampling metadata of the step before: the runner makes them anew when a request joins, leaves
+        or moves, also where an id is used again."""
         self.known: dict[str, tuple[CachedRequestState, tuple[Retention, ...]]] = {}
         """By request id, with the request that it was made from: an id may be used again."""
 
@@ -76,9 +76,8 @@ class V1Batches:
         if num_scheduled_tokens is None:
             self.step.begin(None)
             return
-        outputs = runner.input_batch.req_output_token_ids
-        if len(outputs) != len(self.outputs) or not all(map(operator.is_, outputs, self.outputs)):
-            self.outputs = list(outputs)
+        if runner.input_batch.sampling_metadata is not self.made_for:
+            self.made_for = runner.input_batch.sampling_metadata
             self._take(runner, runner.input_batch.req_ids[:num_reqs])
         num_computed = runner.input_batch.num_computed_tokens_cpu[:num_reqs]
         self.step.begin(
