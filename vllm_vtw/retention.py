@@ -1,6 +1,7 @@
 """Which of a request's tokens a stage holds: the one piece of arithmetic that scheduler and worker share."""
 
-from bisect import bisect_left
+import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Any
@@ -22,14 +23,19 @@ class Retention:
 
     Args:
         withdrawn: Spans of withdrawn prompt positions, ascending, neither empty nor overlapping.
+        shareable: So many tokens, at the start, any request that begins with the same ones retains alike.
     """
 
-    def __init__(self, withdrawn: Sequence[Span] = ()) -> None:
+    def __init__(self, withdrawn: Sequence[Span] = (), shareable: float = math.inf) -> None:
         self._starts = [start for start, _ in withdrawn]
         self._stops = [stop for _, stop in withdrawn]
         assert all(start < stop for start, stop in withdrawn)
         assert all(stop <= start for stop, start in zip(self._stops[:-1], self._starts[1:], strict=True))
         self._withdrawn_before = [0, *accumulate(stop - start for start, stop in withdrawn)]
+        self._start_ranks = [
+            start - before for start, before in zip(self._starts, self._withdrawn_before[:-1], strict=True)
+        ]
+        self.shareable = shareable
         self.num_withdrawn = self._withdrawn_before[-1]
         """Tokens of the whole request that the stage never holds."""
         self.settled_at = self._stops[-1] if withdrawn else 0
@@ -44,6 +50,10 @@ class Retention:
             return num_tokens
         beyond = max(0, self._stops[spans - 1] - num_tokens)
         return num_tokens - self._withdrawn_before[spans] + beyond
+
+    def position(self, rank: int) -> int:
+        """Where in the request the retained token of this rank is: the inverse of `count`."""
+        return rank + self._withdrawn_before[bisect_right(self._start_ranks, rank)]
 
     def keep(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
         """Whether each position in `start..stop-1` is retained, shape `(stop - start,)`."""
@@ -63,20 +73,27 @@ def visual_spans(mm_features: Iterable[Any]) -> list[Span]:
     ]
 
 
-def withdrawable(spans: Iterable[Span], num_prompt_tokens: int, align_to: int = 1) -> list[Span]:
-    """The visual positions that leave: not the prompt's last token, and only whole blocks of `align_to`.
+def prompt_retention(spans: Iterable[Span], num_prompt_tokens: int, align_to: int) -> Retention:
+    """Withdraws visual positions by whole blocks of `align_to`, but never the prompt's last token.
 
     Spans that touch count as one, so a block may lie across two images.
     """
     merged: list[Span] = []
-    for start, end in sorted(spans):
-        stop = min(end, num_prompt_tokens - 1)
+    for start, stop in sorted(spans):
         if merged and start <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
         else:
             merged.append((start, stop))
     blocks = ((-(-start // align_to) * align_to, stop // align_to * align_to) for start, stop in merged)
-    return [(start, stop) for start, stop in blocks if start < stop]
+    withdrawn = [(start, stop) for start, stop in blocks if start < stop]
+    if not withdrawn or withdrawn[-1][1] < num_prompt_tokens:
+        return Retention(withdrawn)
+    # The prompt ends in a block that leaves. In a prompt that goes on from here it does leave.
+    start, stop = withdrawn.pop()
+    stop -= align_to
+    if start < stop:
+        withdrawn.append((start, stop))
+    return Retention(withdrawn, shareable=stop)
 
 
 def request_retentions(
@@ -90,5 +107,5 @@ def request_retentions(
         num_prompt_tokens: Length of the prompt as it came, also when a preempted request is resumed.
         align_to: 1 to withdraw by tokens, the KV block size to withdraw by whole blocks.
     """
-    retention = Retention(withdrawable(visual_spans(mm_features), num_prompt_tokens, align_to))
+    retention = prompt_retention(visual_spans(mm_features), num_prompt_tokens, align_to)
     return (retention,) * len(policy.stages)

@@ -107,6 +107,9 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
             "KV connectors move blocks as if they held every token: remove --kv-transfer-config and "
             "--kv-offloading-size"
         )
+    events = vllm_config.kv_events_config
+    if events is not None and events.enable_kv_cache_events:
+        yield "KV events would say that deep blocks hold withdrawn tokens: remove --kv-events-config"
     if vllm_config.ec_transfer_config is not None:
         yield "encoder-cache connectors are untested: remove --ec-transfer-config"
     if vllm_config.is_mm_encoder_only:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
-from vllm_vtw.retention import Retention, Span, withdrawable
+from vllm_vtw.retention import Retention, Span, prompt_retention
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Prompt:
     spans: tuple[Span, ...]
 
     def retention(self, align_to: int) -> Retention:
-        return Retention(withdrawable(self.spans, self.length, align_to))
+        return prompt_retention(self.spans, self.length, align_to)
 
     def held(self, num_tokens: int, align_to: int) -> list[int]:
         """Token by token, block by block: the positions among the first `num_tokens` that a stage holds."""

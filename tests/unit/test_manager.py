@@ -1,22 +1,28 @@
 """vLLM's KV cache manager over stages, against the obvious model, through any course of requests."""
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
-from tests.unit.strategies import Prompt, prompts
-from vllm_vtw.kv.manager import StageManager
+from tests.unit.strategies import Prompt
+from vllm_vtw.kv.manager import RequestHashes, StageManager
 from vllm_vtw.kv.spec import StageSpec
 from vllm_vtw.retention import Retention
+
+init_none_hash(sha256)
 
 BLOCK_SIZE = 8
 NUM_BLOCKS = 60
@@ -26,9 +32,59 @@ ALL = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dty
 SPECS = (ALL, StageSpec.like(ALL, 1), StageSpec.like(ALL, 1), StageSpec.like(ALL, 2))
 
 
-def manager(enable_caching: bool) -> KVCacheManager:
-    groups = [KVCacheGroupSpec([f"layer.{index}"], spec) for index, spec in enumerate(SPECS)]
-    config = KVCacheConfig(num_blocks=NUM_BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups)
+TEXT = 4
+"""The token of texts, which answers are made of too: a prompt may go on as another was answered."""
+TOKENS = {"text": TEXT, "question": 5, "cat": 9, "dog": 9}
+PIECES = [(kind, size) for kind in TOKENS for size in (3, 8, 20)]
+"""Few, so that many prompts begin alike."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A prompt of texts and pictures."""
+
+    pieces: tuple[tuple[str, int], ...]
+
+    @property
+    def starts(self) -> list[int]:
+        return list(accumulate((size for _, size in self.pieces), initial=0))
+
+    @property
+    def pictures(self) -> list[tuple[str, int, int]]:
+        """What each shows, its start and its length."""
+        placed = zip(self.pieces, self.starts[:-1], strict=True)
+        return [(kind, start, size) for (kind, size), start in placed if kind in ("cat", "dog")]
+
+    @property
+    def prompt(self) -> Prompt:
+        return Prompt(self.starts[-1], tuple((start, start + size) for _, start, size in self.pictures))
+
+    def request(self, request_id: str, retentions: tuple[Retention, ...] | None) -> Request:
+        request = Request(
+            request_id,
+            prompt_token_ids=[TOKENS[kind] for kind, size in self.pieces for _ in range(size)],
+            sampling_params=SamplingParams(max_tokens=50),
+            pooling_params=None,
+            mm_features=[
+                MultiModalFeatureSpec(None, "image", f"{kind}{size}", PlaceholderRange(start, size))
+                for kind, start, size in self.pictures
+            ],
+            block_hasher=get_request_block_hasher(BLOCK_SIZE, sha256),
+        )
+        if retentions is not None:
+            request.block_hashes = RequestHashes(request.block_hashes, retentions)
+        return request
+
+
+def asks(most: int = 6) -> st.SearchStrategy[Ask]:
+    return st.builds(Ask, st.lists(st.sampled_from(PIECES), min_size=1, max_size=most).map(tuple))
+
+
+def manager(
+    enable_caching: bool, specs: Sequence[AttentionSpec] = SPECS, num_blocks: int = NUM_BLOCKS
+) -> KVCacheManager:
+    groups = [KVCacheGroupSpec([f"layer.{index}"], spec) for index, spec in enumerate(specs)]
+    config = KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
     return KVCacheManager(
         config,
         max_model_len=MAX_MODEL_LEN,
@@ -43,7 +99,6 @@ class Course(RuleBasedStateMachine):
 
     @initialize(enable_caching=st.booleans(), align_to=st.sampled_from([1, BLOCK_SIZE]))
     def start(self, enable_caching: bool, align_to: int):
-        init_none_hash(sha256)
         self.manager = manager(enable_caching)
         self.align_to = align_to
         self.retentions: dict[str, tuple[Retention, ...]] = {}
@@ -51,6 +106,8 @@ class Course(RuleBasedStateMachine):
             assert isinstance(stage, StageManager)
             stage.retentions = self.retentions
         self.requests: dict[str, tuple[Request, Prompt]] = {}
+        self.cells: dict[tuple[int, int, int], object] = {}
+        """What the KV cache holds, by group, block and place in the block."""
         self.slots: dict[str, int] = {}
         """By request: the most tokens that it was given slots for since it last had none."""
         self.arrived = 0
@@ -61,24 +118,34 @@ class Course(RuleBasedStateMachine):
     def pick(self, data: st.DataObject) -> Request:
         return self.requests[data.draw(st.sampled_from(sorted(self.requests)))][0]
 
-    @rule(prompt=prompts())
-    def arrives(self, prompt: Prompt):
+    @rule(ask=asks())
+    def arrives(self, ask: Ask):
         self.arrived += 1
-        request = Request(
-            str(self.arrived),
-            # Prompts share prefixes, so that a cache that took blocks it must not would show.
-            prompt_token_ids=[0] * prompt.length,
-            sampling_params=SamplingParams(max_tokens=50),
-            pooling_params=None,
-            block_hasher=get_request_block_hasher(BLOCK_SIZE, sha256),
-        )
-        self.retentions[request.request_id] = (prompt.retention(self.align_to),) * 2
-        self.requests[request.request_id] = (request, prompt)
+        retentions = (ask.prompt.retention(self.align_to),) * 2
+        request = ask.request(str(self.arrived), retentions)
+        self.retentions[request.request_id] = retentions
+        self.requests[request.request_id] = (request, ask.prompt)
+
+    def rows(self, request: Request, prompt: Prompt):
+        """Group by group, what a request's blocks have to hold: all that the computed tokens come from."""
+        tokens = tuple(request.all_token_ids[: request.num_computed_tokens])
+        pictures = tuple((f.identifier, f.mm_position.offset) for f in request.mm_features)
+        for group, m in enumerate(self.managers()):
+            held = prompt.held(len(tokens), self.align_to) if group else range(len(tokens))
+            for rank, position in enumerate(held):
+                seen = [picture for picture in pictures if picture[1] <= position]
+                block = m.req_to_blocks[request.request_id][rank // BLOCK_SIZE]
+                cell = (group, block.block_id, rank % BLOCK_SIZE)
+                yield position, cell, (tokens[: position + 1], seen, list(held[: rank + 1]))
 
     @precondition(lambda self: self.requests)
-    @rule(data=st.data(), chunk=st.integers(1, 60), drafts=st.integers(0, 3))
-    def runs(self, data: st.DataObject, chunk: int, drafts: int):
+    @rule(data=st.data(), chunk=st.integers(1, 60), drafts=st.integers(0, 3), steps=st.integers(1, 12))
+    def runs(self, data: st.DataObject, chunk: int, drafts: int, steps: int):
         request = self.pick(data)
+        for _ in range(steps):
+            self.step(request, chunk, drafts)
+
+    def step(self, request: Request, chunk: int, drafts: int):
         computed, num_computed = self.manager.empty_kv_cache_blocks, 0
         if request.num_computed_tokens == 0:
             computed, num_computed, _ = self.manager.get_computed_blocks(request)
@@ -87,12 +154,16 @@ class Course(RuleBasedStateMachine):
         if self.manager.allocate_slots(request, chunk, num_computed, computed, drafts) is None:
             assert self.manager.block_pool.get_num_free_blocks() == before
             return
-        request.num_computed_tokens += num_computed + chunk
+        start = request.num_computed_tokens + num_computed
+        request.num_computed_tokens = start + chunk
+        for position, cell, content in self.rows(request, self.requests[request.request_id][1]):
+            if position >= start:
+                self.cells[cell] = content
         # Drafts get slots beyond what is computed, and are rejected here: the slots stay.
         slots = min(request.num_computed_tokens + drafts, MAX_MODEL_LEN)
         self.slots[request.request_id] = max(slots, self.slots.get(request.request_id, 0))
         if request.num_computed_tokens == request.num_tokens:
-            request.append_output_token_ids(1)
+            request.append_output_token_ids(TEXT)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
@@ -119,13 +190,20 @@ class Course(RuleBasedStateMachine):
             assert blocks == [-(-count // BLOCK_SIZE) for count in held]
 
     @invariant()
-    def no_block_has_two_owners_and_none_is_lost(self):
+    def every_block_holds_what_its_owners_would_have_written(self):
+        for request, prompt in getattr(self, "requests", {}).values():
+            for _, cell, content in self.rows(request, prompt):
+                assert self.cells[cell] == content
+
+    @invariant()
+    def a_block_has_as_many_owners_as_it_counts_and_none_is_lost(self):
         if not hasattr(self, "requests"):
             return
         owners = Counter(
             block.block_id for m in self.managers() for blocks in m.req_to_blocks.values() for block in blocks
         )
-        assert all(count == 1 for count in owners.values())
+        pool = self.manager.block_pool
+        assert all(count == pool.blocks[block_id].ref_cnt for block_id, count in owners.items())
         # vLLM keeps one block, the null block, for itself.
         assert self.manager.block_pool.get_num_free_blocks() + len(owners) == NUM_BLOCKS - 1
 
@@ -133,6 +211,83 @@ class Course(RuleBasedStateMachine):
         for request, _ in getattr(self, "requests", {}).values():
             self.manager.free(request)
         assert self.manager.block_pool.get_num_free_blocks() == NUM_BLOCKS - 1
+
+
+COURSES = st.lists(asks(most=8), min_size=2, max_size=8)
+
+
+def hits(manager: KVCacheManager, requests: Iterable[Request]) -> list[int]:
+    """Tokens of each request that were served from the cache, each computed and decoded to its end."""
+    served = []
+    for request in requests:
+        computed, num_computed, _ = manager.get_computed_blocks(request)
+        served.append(num_computed)
+        tokens = request.num_tokens - num_computed
+        assert manager.allocate_slots(request, tokens, num_computed, computed) is not None
+        request.num_computed_tokens = request.num_tokens
+        for _ in range(2 * BLOCK_SIZE):
+            request.append_output_token_ids(1)
+            manager.allocate_slots(request, 1)
+            request.num_computed_tokens += 1
+        manager.free(request)
+    return served
+
+
+def retained(ask: Ask, align_to: int) -> tuple[Retention, ...]:
+    return (ask.prompt.retention(align_to),) * 2
+
+
+def test_what_follows_a_kept_picture_is_neither_offered_nor_taken():
+    """A prompt that ends in a picture keeps its last block; one that goes on from there does not."""
+    start = (("text", 8), ("dog", 8))
+    ends_in_picture, goes_on = Ask(start), Ask((*start, ("text", 20)))
+    for order in ((ends_in_picture, goes_on), (goes_on, ends_in_picture)):
+        course = Course()
+        course.start(enable_caching=True, align_to=BLOCK_SIZE)
+        for ask in order:
+            course.arrives(ask)
+        for request, _ in course.requests.values():
+            for again in (False, True):
+                for _ in range(20):
+                    course.step(request, 60, 0)
+                course.every_block_holds_what_its_owners_would_have_written()
+                if not again:
+                    course.manager.free(request)
+                    request.num_computed_tokens = 0
+        course.teardown()
+
+
+def in_stock(course: list[Ask]) -> list[int]:
+    return hits(manager(True, [ALL], 4000), [ask.request(str(i), None) for i, ask in enumerate(course)])
+
+
+def withdrawing(course: list[Ask], align_to: int) -> list[int]:
+    requests = [ask.request(str(i), retained(ask, align_to)) for i, ask in enumerate(course)]
+    vtw = manager(True, num_blocks=4000)
+    for stage in vtw.coordinator.single_type_managers[1:]:
+        stage.retentions = {request.request_id: request.block_hashes.retentions for request in requests}
+    return hits(vtw, requests)
+
+
+@given(COURSES)
+def test_withdrawing_by_blocks_serves_as_much_from_the_cache_as_stock(course: list[Ask]):
+    assert withdrawing(course, BLOCK_SIZE) == in_stock(course)
+
+
+@given(COURSES)
+def test_withdrawing_by_tokens_serves_what_lies_on_borders_of_blocks(course: list[Ask]):
+    """Up to the last border of stock's blocks where every row's blocks ended on such borders too."""
+
+    def is_border(ask: Ask, num_tokens: int) -> bool:
+        held = ask.prompt.held(num_tokens, align_to=1)
+        ends = [position + 1 for position in held[BLOCK_SIZE - 1 :: BLOCK_SIZE]]
+        return len(held) % BLOCK_SIZE == 0 and all(end % BLOCK_SIZE == 0 for end in ends)
+
+    allowed = [
+        max(border for border in range(0, hit + 1, BLOCK_SIZE) if is_border(ask, border))
+        for ask, hit in zip(course, in_stock(course), strict=True)
+    ]
+    assert withdrawing(course, 1) == allowed
 
 
 Course.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -19,6 +19,7 @@ def test_counts_and_ranks(prompt: Prompt, align_to: int, output_tokens: int):
         assert retention.count(num_tokens) == len(prompt.held(num_tokens, align_to))
     held = prompt.held(prompt.length + output_tokens, align_to)
     assert [retention.count(position) for position in held] == list(range(len(held)))
+    assert [retention.position(rank) for rank in range(len(held))] == held
 
 
 @given(prompts(), ALIGNMENTS, st.data())
@@ -37,6 +38,28 @@ def test_where_it_settles(prompt: Prompt, align_to: int):
     assert retention.settled_at < prompt.length
     assert retention.num_withdrawn == beyond - len(prompt.held(beyond, align_to))
     assert retention.keep(retention.settled_at, beyond).all()
+
+
+@given(prompts(), ALIGNMENTS, st.lists(st.booleans(), max_size=4))
+def test_what_goes_on_from_a_prompt_shares_its_start(prompt: Prompt, align_to: int, pieces: list[bool]):
+    """Up to `shareable` tokens, whatever comes after: more text, more pictures."""
+    spans, length = list(prompt.spans), prompt.length
+    for is_picture in pieces:
+        if is_picture:
+            spans.append((length, length + 9))
+        length += 9
+    longer = Prompt(length, tuple(spans))
+    # A block that is visual in part leaves where the rest of it is visual too.
+    shared = min(prompt.retention(align_to).shareable, prompt.length // align_to * align_to)
+    for num_tokens in range(int(shared) + 1):
+        assert longer.held(num_tokens, align_to) == prompt.held(num_tokens, align_to)
+
+
+@given(prompts(), ALIGNMENTS)
+def test_all_is_shareable_where_keeping_the_last_token_changes_nothing(prompt: Prompt, align_to: int):
+    goes_on = Prompt(prompt.length + 1, prompt.spans)
+    same = goes_on.held(prompt.length, align_to) == prompt.held(prompt.length, align_to)
+    assert (prompt.retention(align_to).shareable >= prompt.length) == same
 
 
 def test_the_last_prompt_token_stays():

@@ -1,13 +1,37 @@
-"""Allocates the KV blocks of a stage past the first: one for every `block_size` retained tokens."""
+"""Allocates and shares the KV blocks of a stage past the first: one per `block_size` retained tokens."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.request import Request
 
 from vllm_vtw.retention import Retention
+
+
+class RequestHashes(list[BlockHash]):
+    """The hashes of a request's blocks, of all its tokens, and what its stages past the first retain.
+
+    The hashes are all that vLLM shows to a lookup in the prefix cache.
+    """
+
+    def __init__(self, hashes: Sequence[BlockHash], retentions: tuple[Retention, ...]) -> None:
+        super().__init__(hashes)
+        self.retentions = retentions
+
+    def row(self, stage: int, block_size: int, start: int, stop: int) -> Iterator[BlockHash | None]:
+        """For blocks `start` to `stop - 1` of a stage's row the hash under which they are shared.
+
+        A row's block is what all tokens up to its last one made it. Its hash is therefore theirs, where they
+        fill blocks; elsewhere they have none, and the block cannot be shared.
+        """
+        retention = self.retentions[stage - 1]
+        for block in range(start, stop):
+            blocks, rest = divmod(retention.position((block + 1) * block_size - 1) + 1, block_size)
+            yield self[blocks - 1] if rest == 0 else None
 
 
 class StageManager(SingleTypeKVCacheManager):
@@ -67,14 +91,49 @@ class StageManager(SingleTypeKVCacheManager):
         )
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **options: Any) -> None:
-        """Leaves the blocks out of the prefix cache: `find_longest_cache_hit` would not take them."""
+        """Shares what the request's first `num_tokens` tokens filled of its row."""
+        hashes = request.block_hashes
+        assert isinstance(hashes, RequestHashes)
+        stage = self.kv_cache_spec.stage
+        retention = hashes.retentions[stage - 1]
+        start = self.num_cached_block.get(request.request_id, 0)
+        stop = retention.count(min(num_tokens, retention.shareable)) // self.block_size
+        if start >= stop:
+            return
+        row = [*[None] * start, *hashes.row(stage, self.block_size, start, stop)]
+        self.block_pool.cache_full_blocks(
+            SimpleNamespace(block_hashes=row),  # all that it reads while there are no KV events
+            self.req_to_blocks[request.request_id],
+            start,
+            stop,
+            self.block_size,
+            self.kv_cache_group_id,
+            block_mask=[block_hash is not None for block_hash in row[start:]],
+        )
+        self.num_cached_block[request.request_id] = stop
 
     @classmethod
     def find_longest_cache_hit(
-        cls, block_hashes: Any, max_length: int, kv_cache_group_ids: list[int], *_: Any, **__: Any
+        cls,
+        block_hashes: RequestHashes,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: Any,
+        *args: Any,
+        **options: Any,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """No hit: what these blocks hold depends on more than the hash of the tokens before them.
-
-        The coordinator takes the shortest hit of all groups, so stage 0 offers none either.
-        """
-        return tuple([] for _ in kv_cache_group_ids), 0
+        """The shared blocks that a request's rows begin with, and how many of its tokens they stand for."""
+        stage, block_size = kv_cache_spec.stage, kv_cache_spec.block_size
+        retention = block_hashes.retentions[stage - 1]
+        most = min(max_length, retention.shareable)
+        rows: tuple[list[KVCacheBlock], ...] = tuple([] for _ in kv_cache_group_ids)
+        for block_hash in block_hashes.row(stage, block_size, 0, retention.count(most) // block_size):
+            blocks = block_hash and block_pool.get_cached_block(block_hash, kv_cache_group_ids)
+            if not blocks:
+                break
+            for row, block in zip(rows, blocks, strict=True):
+                row.append(block)
+        # Withdrawn tokens behind the last block are part of the hit.
+        next_retained = retention.position(len(rows[0]) * block_size)
+        return rows, int(min(most, next_retained)) // block_size * block_size

@@ -9,7 +9,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
-from vllm_vtw.kv.manager import StageManager
+from vllm_vtw.kv.manager import RequestHashes, StageManager
 from vllm_vtw.kv.report import log_startup
 from vllm_vtw.retention import Retention, request_retentions
 from vllm_vtw.startup import refuse_unsupported, vtw_config
@@ -39,9 +39,11 @@ class VTWScheduler(Scheduler):
     def add_request(self, request: Request) -> None:
         # A session with streaming input adds its id again for every piece of the prompt.
         if request.request_id not in self.requests:
-            self.retentions[request.request_id] = request_retentions(
+            retentions = request_retentions(
                 self.policy, request.mm_features, request.num_prompt_tokens, self.align_to
             )
+            self.retentions[request.request_id] = retentions
+            request.block_hashes = RequestHashes(request.block_hashes, retentions)
         super().add_request(request)
         if request.resumable:
             logger.error(

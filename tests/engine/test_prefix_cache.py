@@ -1,0 +1,232 @@
+"""Prefix caching: what is served from the cache, beside stock vLLM, and that answers stay what they were."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from vllm import LLM, SamplingParams
+
+from tests.engine.engines import (
+    FILLER,
+    GREEDY,
+    MODEL,
+    A,
+    B,
+    C,
+    free_blocks,
+    running,
+    scheduler_of,
+    step_until,
+)
+from tests.engine.reference import Reference
+
+SIZES = (7, 31, 64, 99)
+LAYER = MODEL.layers // 2
+ENGINE = {"enable_prefix_caching": True, "max_num_batched_tokens": 96, "disable_log_stats": False}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A request by its token ids, with one `<image>` for every picture."""
+
+    ids: tuple[int, ...]
+    embeds: tuple[torch.Tensor, ...] = ()
+    salt: str | None = None
+
+    def to_vllm(self) -> dict[str, Any]:
+        prompt: dict[str, Any] = {"prompt_token_ids": list(self.ids)}
+        if self.embeds:
+            prompt["multi_modal_data"] = {"image": list(self.embeds)}
+        if self.salt:
+            prompt["cache_salt"] = self.salt
+        return prompt
+
+
+@dataclass
+class Served:
+    """What came of a turn."""
+
+    turn: Turn
+    prompt_ids: Sequence[int]
+    answer: tuple[int, ...]
+    cached: int
+
+    def assert_right(self, oracle: Reference, align_to: int) -> None:
+        ids = [*self.prompt_ids, *self.answer]
+        dropped = oracle.dropped(ids, len(self.prompt_ids), align_to)
+        logits = oracle.logits(ids, self.turn.embeds, LAYER, dropped)
+        assert list(self.answer) == logits[len(self.prompt_ids) - 1 : -1].argmax(-1).tolist()
+
+    def and_then(self, tokenizer: Callable[[str], Sequence[int]], question: str) -> Turn:
+        """The chat's next turn."""
+        return replace(self.turn, ids=(*self.turn.ids, *self.answer, *tokenizer(question)))
+
+
+def serve(llm: LLM, turn: Turn, params: SamplingParams = GREEDY) -> Served:
+    output = llm.generate(turn.to_vllm(), params, use_tqdm=False)[0]
+    return Served(turn, output.prompt_token_ids, tuple(output.outputs[0].token_ids), output.num_cached_tokens)
+
+
+@pytest.fixture(scope="module")
+def oracle(checkpoint, reference) -> Reference:
+    return reference(checkpoint(MODEL))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(oracle):
+    return lambda text: oracle.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def course(oracle, tokenizer) -> list[Turn]:
+    """Requests that begin alike in every way that pictures can, and in an order that lets them."""
+    a, b, c = (oracle.embeds(image) for image in (A, B, C))
+
+    def turn(text: str, *embeds: torch.Tensor) -> Turn:
+        return Turn(tuple(tokenizer(text)), embeds)
+
+    shape = "USER: <image>\n{} ASSISTANT:"
+    return [
+        turn(shape.format("What is this?"), a),
+        turn(shape.format("Which colour has it?"), a),
+        turn(shape.format("What is this?"), b),
+        turn(shape.format("What is this?"), a),
+        # Pictures of other sizes.
+        *(turn(shape.format(question), a[:size]) for size in SIZES for question in ("What?", "Why?")),
+        # Several, and touching ones, of which one is another.
+        turn(f"{FILLER}<image> and <image> Which?", a, b),
+        turn(f"{FILLER}<image> and <image> Why?", a, c),
+        turn(f"{FILLER}<image> and <image> Which?", a, b),
+        turn("<image><image> What differs?", a, b),
+        turn("<image><image> What differs?", a, c),
+        turn("<image><image><image> What differs?", a, c, b),
+        turn("<image> What is this?", a),
+        # Prompts that end in a picture, after which others go on: at a block's end, and inside one.
+        turn("<image>", a[:96]),
+        turn("<image> What is this?", a[:96]),
+        turn("<image>", a[:96]),
+        turn("USER: <image>", b),
+        turn("USER: <image> What is this?", b),
+        # Text alone, and a picture behind the same text.
+        turn(f"USER: {FILLER * 4} ASSISTANT:"),
+        turn(f"USER: {FILLER * 4} <image> ASSISTANT:", c),
+        turn(f"USER: {FILLER * 4} ASSISTANT:"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def in_stock(checkpoint, course):
+    """By block size: the tokens that stock vLLM serves each turn of the course from its cache."""
+    known: dict[int, list[int]] = {}
+
+    def cached(block_size: int) -> list[int]:
+        if block_size not in known:
+            with running(checkpoint(MODEL), block_size=block_size, **ENGINE) as llm:
+                known[block_size] = [serve(llm, turn).cached for turn in course]
+        return known[block_size]
+
+    return cached
+
+
+@pytest.mark.parametrize("block_size", [32, pytest.param(64, marks=pytest.mark.slow)])
+def test_by_blocks_as_much_is_served_from_the_cache_as_in_stock(
+    checkpoint, oracle, tokenizer, course, in_stock, block_size
+):
+    stock = in_stock(block_size)
+    options = {"block_size": block_size, **ENGINE}
+    with running(checkpoint(MODEL), {"layer": LAYER, "align": True}, **options) as llm:
+        served = [serve(llm, turn) for turn in course]
+        assert [one.cached for one in served] == stock
+        assert sum(stock) > 1000
+        for one in served:
+            one.assert_right(oracle, block_size)
+        assert_chats(llm, oracle, tokenizer, course, block_size)
+        assert_cache_can_be_parted_and_emptied(llm, oracle, course, block_size)
+        assert_hits_while_the_first_runs(llm, oracle, course, block_size)
+
+
+def assert_chats(llm, oracle, tokenizer, course, block_size):
+    """Each turn finds all that the one before computed: prompt, picture, and answer but its last token."""
+    before = serve(llm, course[0])
+    for question in (" USER: And this? ASSISTANT:", " USER: Why? ASSISTANT:"):
+        now = serve(llm, before.and_then(tokenizer, question))
+        computed = len(before.prompt_ids) + len(before.answer) - 1
+        assert now.cached == computed // block_size * block_size
+        now.assert_right(oracle, block_size)
+        before = now
+
+
+def assert_cache_can_be_parted_and_emptied(llm, oracle, course, block_size):
+    salted, others = replace(course[0], salt="one"), replace(course[0], salt="two")
+    cached = []
+    for turn in (salted, others, salted, others):
+        served = serve(llm, turn)
+        served.assert_right(oracle, block_size)
+        cached.append(served.cached)
+    assert cached[:2] == [0, 0]
+    assert cached[2] == cached[3] > 0
+    assert llm.reset_prefix_cache()
+    emptied = serve(llm, salted)
+    assert emptied.cached == 0
+    emptied.assert_right(oracle, block_size)
+
+
+def assert_hits_while_the_first_runs(llm, oracle, course, block_size):
+    assert llm.reset_prefix_cache()
+    engine, all_free = llm.llm_engine, free_blocks(llm)
+    engine.add_request("first", course[0].to_vllm(), GREEDY)
+    scheduler = scheduler_of(llm)
+    outputs = step_until(llm, lambda: any(r.num_output_tokens > 1 for r in scheduler.running))
+    for number in range(3):
+        engine.add_request(str(number), course[number % 2].to_vllm(), GREEDY)
+    outputs |= step_until(llm, lambda: not engine.has_unfinished_requests())
+    assert len(outputs) == 4
+    for name, output in outputs.items():
+        turn = course[0] if name == "first" else course[int(name) % 2]
+        ids = tuple(output.outputs[0].token_ids)
+        Served(turn, output.prompt_token_ids, ids, 0).assert_right(oracle, block_size)
+        if name != "first":
+            assert output.num_cached_tokens >= 100 // block_size * block_size
+    assert free_blocks(llm) == all_free
+
+
+def test_by_tokens_answers_stay_what_they_were(checkpoint, oracle, course, in_stock):
+    """How much is served follows from where pictures lie; the manager's tests say how much exactly."""
+    block_size = 32
+    options = {"block_size": block_size, **ENGINE}
+    with running(checkpoint(MODEL), {"layer": LAYER, "align": False}, **options) as llm:
+        served = [serve(llm, turn) for turn in course]
+    for one in served:
+        one.assert_right(oracle, 1)
+    cached = [one.cached for one in served]
+    assert all(ours <= theirs for ours, theirs in zip(cached, in_stock(block_size), strict=True))
+    # Text is served as in stock; of pictures only what lies between borders.
+    assert cached[-1] == in_stock(block_size)[-1]
+    assert 0 < sum(cached) < sum(in_stock(block_size))
+
+
+@pytest.mark.parametrize("align", [True, False])
+def test_a_small_cache_evicts_and_preempts(checkpoint, oracle, course, align):
+    options = ENGINE | {"num_gpu_blocks_override": 24, "max_model_len": 320}
+    long = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
+    # vLLM encodes what one step schedules together, and only pictures of one size.
+    turns = [turn for turn in course if len(turn.embeds) < 3 and all(len(e) == 100 for e in turn.embeds)] * 2
+    preempted: set[str] = set()
+    with running(checkpoint(MODEL), {"layer": LAYER, "align": align}, **options) as llm:
+        all_free, scheduler = free_blocks(llm), scheduler_of(llm)
+        for number, turn in enumerate(turns):
+            llm.llm_engine.add_request(str(number), turn.to_vllm(), long)
+
+        def note():
+            preempted.update(r.request_id for r in scheduler.running if r.num_preemptions)
+
+        outputs = step_until(llm, lambda: not llm.llm_engine.has_unfinished_requests(), note)
+        assert free_blocks(llm) == all_free
+    assert len(preempted) > 2, "the pool was not small enough"
+    assert sum(output.num_cached_tokens for output in outputs.values()) > 0
+    for number, turn in enumerate(turns):
+        output = outputs[str(number)]
+        ids = tuple(output.outputs[0].token_ids)
+        Served(turn, output.prompt_token_ids, ids, 0).assert_right(oracle, 32 if align else 1)
