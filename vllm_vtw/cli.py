@@ -3,16 +3,17 @@
 import argparse
 from importlib.metadata import PackageNotFoundError, version
 
-from vllm_vtw import __version__
+from vllm_vtw import __version__, plan
 from vllm_vtw.plugin import SUPPORTED_VLLM
 
 
 def main() -> None:
-    """Prints the versions of the plugin and of the vLLM beside it."""
+    """Runs one of the commands."""
     parser = argparse.ArgumentParser(prog="vtw", description="Visual-token withdrawal inside vLLM.")
     parser.add_argument("--version", action="version", version=_versions())
-    parser.parse_args()
-    parser.print_help()
+    plan.add_command(parser.add_subparsers(metavar="COMMAND", required=True))
+    arguments = parser.parse_args()
+    arguments.run(arguments)
 
 
 def _versions() -> str:

@@ -17,27 +17,33 @@ from vllm.model_executor.models import ModelRegistry
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_vtw import plugin
 from vllm_vtw.worker import v1
+from vllm_vtw.kv import groups, spec
+from vllm.v1.core import kv_cache_utils
 for _ in range(2):
     plugin.register()
     v1.install()
+    groups.install()
 def hooked(function):
     return hasattr(function, "__wrapped__")
 def depth(function):
     return 1 + depth(function.__wrapped__) if hooked(function) else 0
 print("registry", depth(ModelRegistry.inspect_model_cls), depth(ModelRegistry.resolve_model_cls))
 print("runner", depth(GPUModelRunner._build_attention_metadata))
+print("groups", depth(kv_cache_utils._get_kv_cache_groups_uniform_page_size))
 """
 ENGINE = """
 import sys
 from vllm import LLM, SamplingParams
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 import PIL.Image
-llm = LLM(sys.argv[1], model_impl="vtw", additional_config={"vtw": {"layer": 2}}, dtype="float32",
+llm = LLM(sys.argv[1], model_impl="vtw", additional_config={"vtw": {"layer": 1}}, dtype="float32",
           kv_cache_memory_bytes=1 << 25, max_model_len=512, enforce_eager=True, enable_prefix_caching=False)
 image = PIL.Image.new("RGB", (140, 140), "orange")
 prompt = {"prompt": "USER: <image> What? ASSISTANT:", "multi_modal_data": {"image": image}}
 answer = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True), use_tqdm=False)
 print("HOOKED", hasattr(GPUModelRunner._build_attention_metadata, "__wrapped__"))
+config = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+print("GROUPS", [len(group.layer_names) for group in config.kv_cache_groups])
 print("TOKENS", answer[0].outputs[0].token_ids)
 """
 
@@ -85,29 +91,30 @@ def run(code: str, *arguments: str, site: Path | None = None) -> list[str]:
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    kept = ("registry", "runner", "HOOKED", "TOKENS")
+    kept = ("registry", "runner", "groups", "HOOKED", "GROUPS", "TOKENS")
     return [line for line in result.stdout.splitlines() if line.startswith(kept)]
 
 
 def test_there_is_one_diff_a_hook_and_a_row_for_each():
-    assert [diff.name for diff in DIFFS] == ["model-impl.diff", "prepare-batch.diff"]
+    assert [diff.name for diff in DIFFS] == ["kv-cache-groups.diff", "model-impl.diff", "prepare-batch.diff"]
     table = (PATCHES / "README.md").read_text()
     assert all(f"`{diff.name}`" in table for diff in DIFFS)
 
 
 def test_the_hooks_are_there_once_without_the_patches():
-    assert run(HOOKS) == ["registry 1 1", "runner 1"]
+    assert run(HOOKS) == ["registry 1 1", "runner 1", "groups 1"]
 
 
 def test_no_hook_is_there_with_the_patches(patched):
-    assert run(HOOKS, site=patched) == ["registry 0 0", "runner 0"]
+    assert run(HOOKS, site=patched) == ["registry 0 0", "runner 0", "groups 0"]
 
 
 def test_a_patched_engine_gives_the_same_answer(patched, tmp_path):
     from benchmarks.small_llava import SmallLlava
 
-    model = str(SmallLlava(layers=4).save(tmp_path / "model"))
+    model = str(SmallLlava(layers=8).save(tmp_path / "model"))
     hooked, unhooked = run(ENGINE, model), run(ENGINE, model, site=patched)
     assert hooked[0] == "HOOKED True"
     assert unhooked[0] == "HOOKED False"
-    assert hooked[1] == unhooked[1]
+    assert hooked[1:] == unhooked[1:]
+    assert hooked[1] == "GROUPS [1, 3, 2, 2]"

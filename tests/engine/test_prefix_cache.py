@@ -24,7 +24,11 @@ from tests.engine.reference import Reference
 
 SIZES = (7, 31, 64, 99)
 LAYER = MODEL.layers // 2
-ENGINE = {"enable_prefix_caching": True, "max_num_batched_tokens": 96, "disable_log_stats": False}
+ENGINE: dict[str, Any] = {
+    "enable_prefix_caching": True,
+    "max_num_batched_tokens": 96,
+    "disable_log_stats": False,
+}
 
 
 @dataclass(frozen=True)

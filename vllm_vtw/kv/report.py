@@ -7,6 +7,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.encoder_budget import MultiModalBudget
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
+from vllm_vtw.capacity import withdrawn_of_image
 from vllm_vtw.config import VTWConfig
 from vllm_vtw.kv.spec import StageSpec
 
@@ -24,8 +25,7 @@ def log_startup(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config:
     budget = MultiModalBudget(vllm_config, MULTIMODAL_REGISTRY)
     tokens = budget.mm_max_toks_per_item.get("image", 0)
     block_size = vllm_config.cache_config.block_size
-    # An image shares its first and last block with other tokens: with `align`, those stay.
-    withdrawn = max(0, (tokens - block_size + 1) // block_size) * block_size if config.align else tokens
+    withdrawn = withdrawn_of_image(tokens, config.align_to(block_size))
     # Every group takes the memory of the largest.
     group_layers = max(layers for layers, _ in groups)
     held = sum(group_layers * (tokens - withdrawn if is_stage else tokens) for _, is_stage in groups)
@@ -43,6 +43,11 @@ def log_startup(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config:
         held * bytes_per_token / 2**20,
         in_stock * bytes_per_token / 2**20,
     )
+    if held > in_stock:
+        logger.warning(
+            "vtw: at this layer, padding of KV cache groups takes more memory than withdrawal saves: "
+            "`vtw plan MODEL --layer K` shows what others take"
+        )
     if stages and config.align and withdrawn < tokens / 2:
         logger.warning(
             "vtw: blocks of %d tokens leave little of an image of %d tokens to withdraw by whole blocks: "

@@ -4,12 +4,15 @@ Whatever process handles such a spec has imported this module, by unpickling it 
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from vllm_vtw.capacity import layers_per_group
+from vllm_vtw.kv import groups
 from vllm_vtw.kv.manager import StageManager
 
 
@@ -22,6 +25,8 @@ class StageSpec(AttentionSpec):
     """
 
     stage: int
+    layers_per_group: ClassVar = staticmethod(layers_per_group)
+    """How vLLM is to split the layers of all stages into groups."""
 
     @classmethod
     def like(cls, spec: FullAttentionSpec, stage: int) -> "StageSpec":
@@ -43,3 +48,4 @@ class StageSpec(AttentionSpec):
 # The registry fills itself only while it is empty.
 KVCacheSpecRegistry._ensure_registered()
 KVCacheSpecRegistry.register(StageSpec, StageManager)
+groups.install()

@@ -1,0 +1,69 @@
+"""Groups of layers and what requests take of them."""
+
+from itertools import product
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.unit.strategies import Prompt
+from vllm_vtw.capacity import MAX_GROUPS, Groups, layers_per_group, withdrawn_of_image
+from vllm_vtw.policy import Policy, Stage
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> tuple[Policy, int]:
+    num_layers = draw(st.integers(1, 40))
+    layers = draw(st.sets(st.integers(1, num_layers - 1), max_size=4)) if num_layers > 1 else set()
+    return Policy(tuple(Stage(layer, 0.0) for layer in sorted(layers))), num_layers
+
+
+@given(policies())
+def test_every_layer_is_in_one_group_of_its_stage(given_policy):
+    policy, num_layers = given_policy
+    groups = Groups.of(policy, num_layers)
+    for stage, segment in enumerate(policy.segments(num_layers)):
+        sizes = [layers for of, layers in zip(groups.stages, groups.layers, strict=True) if of == stage]
+        assert sum(sizes) == len(segment)
+        assert max(sizes) - min(sizes) <= 1
+    assert len(groups.stages) <= max(MAX_GROUPS, len(policy.stages) + 1)
+    assert groups.width == layers_per_group([len(segment) for segment in policy.segments(num_layers)])
+
+
+@given(st.integers(2, 40), st.data())
+def test_no_other_split_takes_less(num_layers: int, data: st.DataObject):
+    """For as many visual as other tokens, among all numbers of groups."""
+    layer = data.draw(st.integers(1, num_layers - 1))
+    groups = Groups.of(Policy.withdraw_at(layer, num_layers), num_layers)
+
+    def taken(first: int, second: int) -> int:
+        width = max(-(-layer // first), -(-(num_layers - layer) // second))
+        return width * (2 * first + second)
+
+    chosen = groups.width * (2 * groups.stages.count(0) + groups.stages.count(1))
+    counts = [n for n in product(range(1, MAX_GROUPS), repeat=2) if sum(n) <= MAX_GROUPS]
+    assert chosen == min(taken(*count) for count in counts)
+
+
+def test_known_splits():
+    def split(layer: int, num_layers: int = 32) -> tuple[int, ...]:
+        return Groups.of(Policy.withdraw_at(layer, num_layers), num_layers).layers
+
+    assert split(16) == (16, 16)
+    assert split(17) == (17, 15)
+    assert split(20) == (10, 10, 12)
+    assert split(24) == (8, 8, 8, 8)
+    assert split(2) == (2, 10, 10, 10)
+    assert split(32) == (32,)
+
+
+@given(st.integers(1, 100), st.sampled_from([1, 2, 8, 16]), st.integers(0, 40))
+def test_an_image_withdraws_at_least_what_is_said(tokens: int, align_to: int, start: int):
+    retention = Prompt(start + tokens + 1, ((start, start + tokens),)).retention(align_to)
+    said = withdrawn_of_image(tokens, align_to)
+    assert said <= retention.num_withdrawn < said + 2 * align_to
+
+
+def test_blocks_of_a_request():
+    groups = Groups.of(Policy.withdraw_at(24, 32), 32)
+    assert groups.blocks([100, 30], block_size=16) == 3 * 7 + 2
+    assert groups.padding_fraction == 0

@@ -1,0 +1,46 @@
+"""The seam into vLLM's split of layers into KV-cache groups: the split that pads least."""
+
+import functools
+import inspect
+from collections import defaultdict
+from typing import Any
+
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec
+
+TARGET = "_get_kv_cache_groups_uniform_page_size"
+EXTENSION_POINT = "layers_per_group"
+
+
+def install() -> None:
+    """Wraps vLLM's split, unless this vLLM asks a spec for `layers_per_group` itself.
+
+    Raises:
+        RuntimeError: The function is not what the wrapper was written for.
+    """
+    if hasattr(KVCacheSpec, EXTENSION_POINT):
+        return
+    original = getattr(kv_cache_utils, TARGET, None)
+    if getattr(original, "asks_specs", False):
+        return
+    if original is None or list(inspect.signature(original).parameters) != ["kv_cache_spec"]:
+        raise RuntimeError(f"vllm-vtw does not know this vLLM's kv_cache_utils.{TARGET}")
+
+    @functools.wraps(original)
+    def split(kv_cache_spec: dict[str, KVCacheSpec]) -> list[KVCacheGroupSpec]:
+        chosen: Any = [getattr(spec, EXTENSION_POINT, None) for spec in kv_cache_spec.values()]
+        choose = next(filter(None, chosen), None)
+        if choose is None:
+            return original(kv_cache_spec)
+        layers: dict[KVCacheSpec, list[str]] = defaultdict(list)
+        for name, spec in kv_cache_spec.items():
+            layers[spec].append(name)
+        size = choose([len(names) for names in layers.values()])
+        groups = []
+        for names in layers.values():
+            count = -(-len(names) // size)
+            groups += [names[group::count] for group in range(count)]
+        return kv_cache_utils.create_kv_cache_group_specs(kv_cache_spec, groups)
+
+    split.asks_specs = True  # type: ignore[attr-defined]
+    setattr(kv_cache_utils, TARGET, split)

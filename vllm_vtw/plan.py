@@ -1,0 +1,196 @@
+"""`vtw plan`: what a withdrawal layer or policy makes of KV memory, from a model's configuration alone."""
+
+import argparse
+import json
+import re
+from typing import Any
+
+from vllm_vtw.capacity import Groups, withdrawn_of_image
+from vllm_vtw.config import Model, VTWConfig
+
+UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def add_command(commands: Any) -> None:
+    """Adds `plan` to the `vtw` command."""
+    parser = commands.add_parser(
+        "plan",
+        help="KV memory of a model with and without withdrawal",
+        description="KV memory of a model with and without withdrawal. Starts no engine.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("model", help="a checkpoint's name or folder, or its config.json")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--layer", type=int, help="the withdrawal layer K; by default as in --model-impl vtw")
+    what.add_argument("--policy", help="a policy file")
+    parser.add_argument("--kv-memory", type=_memory, default="8GiB", help="memory of the KV cache")
+    parser.add_argument("--prompt-tokens", type=_count, default=64, help="text tokens of a prompt")
+    parser.add_argument("--images", type=_count, default=1, help="images of a prompt")
+    parser.add_argument("--output-tokens", type=_count, default=128, help="tokens of an answer")
+    parser.add_argument("--block-size", type=_count, default=16, help="as vLLM's: tokens of a KV block")
+    parser.add_argument(
+        "--no-enable-prefix-caching",
+        action="store_true",
+        help="as vLLM's: every visual token leaves, not whole blocks of them",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=lambda arguments: _run(parser, arguments))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens or images")
+    return int(text)
+
+
+def _memory(text: str) -> int:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMG]i?B)?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an amount of memory, such as 8GiB")
+    return int(float(match[1]) * UNITS[match[2] or ""])
+
+
+def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    from transformers import AutoConfig
+
+    try:
+        hf_config = AutoConfig.from_pretrained(arguments.model)
+    except (OSError, ValueError) as error:
+        parser.error(f"cannot read a model configuration from {arguments.model!r}: {error}")
+    options = {"layer": arguments.layer, "policy": arguments.policy}
+    try:
+        result = plan(
+            hf_config,
+            {key: value for key, value in options.items() if value is not None},
+            prefix_caching=not arguments.no_enable_prefix_caching,
+            block_size=arguments.block_size,
+            kv_memory=arguments.kv_memory,
+            text_tokens=arguments.prompt_tokens,
+            images=arguments.images,
+            output_tokens=arguments.output_tokens,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    print(json.dumps(result, indent=2) if arguments.json else describe(result))
+
+
+def plan(
+    hf_config: Any,
+    vtw: dict[str, Any],
+    *,
+    prefix_caching: bool,
+    block_size: int,
+    kv_memory: int,
+    text_tokens: int,
+    images: int,
+    output_tokens: int,
+) -> dict[str, Any]:
+    """What a request takes of the KV cache, and how many fit, in stock vLLM and with withdrawal.
+
+    Args:
+        hf_config: The checkpoint's configuration, of transformers.
+        vtw: The options under "vtw" of --additional-config.
+        prefix_caching: Whether vLLM's prefix caching is on, which settles `align`.
+        block_size: Tokens of a KV block.
+        kv_memory: Bytes.
+        text_tokens: Text tokens of the prompt.
+        images: Images of the prompt.
+        output_tokens: Tokens of the answer.
+
+    Raises:
+        ValueError: The model has no images, or an option is wrong.
+    """
+    text = hf_config.get_text_config()
+    tokens_per_image = getattr(hf_config, "image_seq_length", None)
+    if tokens_per_image is None:
+        raise ValueError(f"a model of type {hf_config.model_type!r} is not one of the LLaVA family")
+    num_layers = text.num_hidden_layers
+    model = Model(hf_config.model_type, text.model_type, num_layers, text.hidden_size)
+    config = VTWConfig.parse(vtw, model, prefix_caching)
+    groups = Groups.of(config.policy, num_layers)
+    withdrawn = withdrawn_of_image(tokens_per_image, config.align_to(block_size))
+    num_tokens = text_tokens + images * tokens_per_image + output_tokens
+    held = [num_tokens, *[num_tokens - images * withdrawn] * len(config.policy.stages)]
+    kept_of_image = [tokens_per_image, *[tokens_per_image - withdrawn] * len(config.policy.stages)]
+
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    dtype = hf_config.dtype or text.dtype
+    layer_token = 2 * text.num_key_value_heads * head_size * dtype.itemsize
+    layer_block = layer_token * block_size
+    blocks = {
+        "stock": -(-num_tokens // block_size),
+        "vtw": groups.blocks(held, block_size),
+    }
+    block_bytes = {"stock": num_layers * layer_block, "vtw": groups.width * layer_block}
+    needed = {side: blocks[side] * block_bytes[side] for side in blocks}
+    # vLLM keeps one block, the null block, for itself.
+    fit = {side: max(0, kv_memory // block_bytes[side] - 1) // max(1, blocks[side]) for side in blocks}
+    return {
+        "model": model.as_dict(),
+        "num_hidden_layers": num_layers,
+        "stages": [
+            {"first_layer": layers.start, "last_layer": layers.stop - 1, "tokens_held": tokens}
+            for layers, tokens in zip(config.policy.segments(num_layers), held, strict=True)
+        ],
+        "groups": [
+            {"stage": stage, "layers": layers}
+            for stage, layers in zip(groups.stages, groups.layers, strict=True)
+        ],
+        "layers_per_group": groups.width,
+        "padding_fraction": groups.padding_fraction,
+        "align": config.align,
+        "block_size": block_size,
+        "request": {
+            "text_tokens": text_tokens,
+            "images": images,
+            "tokens_per_image": tokens_per_image,
+            "output_tokens": output_tokens,
+        },
+        "kv_memory_bytes": kv_memory,
+        "kv_bytes_per_text_token": {
+            "stock": num_layers * layer_token,
+            "vtw": groups.width * len(groups.stages) * layer_token,
+        },
+        "kv_bytes_per_image": {
+            "stock": num_layers * layer_token * tokens_per_image,
+            "vtw": groups.width * layer_token * sum(kept_of_image[stage] for stage in groups.stages),
+        },
+        "kv_bytes_per_request": needed,
+        "kv_ratio": needed["vtw"] / needed["stock"] if needed["stock"] else 1.0,
+        "max_sequences": fit,
+    }
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The same for people."""
+    request, needed, fit = result["request"], result["kv_bytes_per_request"], result["max_sequences"]
+    how = f"whole blocks of {result['block_size']}" if result["align"] else "every visual token"
+    stages = [
+        f"  layers {stage['first_layer']} to {stage['last_layer']} hold {stage['tokens_held']} tokens"
+        for stage in result["stages"]
+    ]
+    notes = []
+    if needed["vtw"] > needed["stock"]:
+        notes = ["", "Here padding takes more than withdrawal saves: take another layer."]
+    groups = " + ".join(str(group["layers"]) for group in result["groups"])
+    return "\n".join(
+        [
+            f"A request of {request['text_tokens']} text, {request['images']} x "
+            f"{request['tokens_per_image']} visual and {request['output_tokens']} output tokens, "
+            f"withdrawing {how}:",
+            *stages,
+            f"KV cache groups of {groups} layers, each in the room of {result['layers_per_group']}: "
+            f"{result['padding_fraction']:.1%} of the memory is padding",
+            "",
+            f"{'':28}{'stock vLLM':>12}{'vtw':>12}",
+            _row("KV cache of a request, MiB", {side: needed[side] / 2**20 for side in needed}, ".1f"),
+            _row(f"requests in {result['kv_memory_bytes'] / 2**30:.4g} GiB", fit, "d"),
+            *notes,
+        ]
+    )
+
+
+def _row(name: str, values: dict[str, Any], form: str) -> str:
+    stock, vtw = values["stock"], values["vtw"]
+    ratio = f"   x {vtw / stock:.2f}" if stock else ""
+    return f"{name:28}{format(stock, form):>12}{format(vtw, form):>12}{ratio}"
