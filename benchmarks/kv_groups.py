@@ -23,7 +23,7 @@ def table(depth: int) -> str:
     text = LlamaConfig(
         hidden_size=4096, num_hidden_layers=depth, num_attention_heads=32, num_key_value_heads=32
     )
-    model = LlavaConfig(text_config=text, vision_config=CLIPVisionConfig(), dtype="float16")
+    model = LlavaConfig(text_config=text, vision_config=CLIPVisionConfig())
     rows = []
     for layer in range(1, depth + 1):
         result = plan(
@@ -31,6 +31,7 @@ def table(depth: int) -> str:
             {"layer": layer},
             prefix_caching=True,
             block_size=16,
+            bytes_per_value=2,
             kv_memory=8 << 30,
             text_tokens=64,
             images=1,

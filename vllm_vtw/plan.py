@@ -8,6 +8,7 @@ from typing import Any
 from vllm_vtw.capacity import Groups, withdrawn_of_image
 from vllm_vtw.config import Model, VTWConfig
 
+BYTES_PER_VALUE = {"auto": 2, "float16": 2, "bfloat16": 2, "float32": 4}
 UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -32,6 +33,9 @@ def add_command(commands: Any) -> None:
         "--no-enable-prefix-caching",
         action="store_true",
         help="as vLLM's: every visual token leaves, not whole blocks of them",
+    )
+    parser.add_argument(
+        "--dtype", choices=BYTES_PER_VALUE, default="auto", help="as vLLM's, whose auto is one of 16 bits"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=lambda arguments: _run(parser, arguments))
@@ -64,6 +68,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
             {key: value for key, value in options.items() if value is not None},
             prefix_caching=not arguments.no_enable_prefix_caching,
             block_size=arguments.block_size,
+            bytes_per_value=BYTES_PER_VALUE[arguments.dtype],
             kv_memory=arguments.kv_memory,
             text_tokens=arguments.prompt_tokens,
             images=arguments.images,
@@ -80,6 +85,7 @@ def plan(
     *,
     prefix_caching: bool,
     block_size: int,
+    bytes_per_value: int,
     kv_memory: int,
     text_tokens: int,
     images: int,
@@ -92,6 +98,7 @@ def plan(
         vtw: The options under "vtw" of --additional-config.
         prefix_caching: Whether vLLM's prefix caching is on, which settles `align`.
         block_size: Tokens of a KV block.
+        bytes_per_value: Of keys and values.
         kv_memory: Bytes.
         text_tokens: Text tokens of the prompt.
         images: Images of the prompt.
@@ -114,8 +121,7 @@ def plan(
     kept_of_image = [tokens_per_image, *[tokens_per_image - withdrawn] * len(config.policy.stages)]
 
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    dtype = hf_config.dtype or text.dtype
-    layer_token = 2 * text.num_key_value_heads * head_size * dtype.itemsize
+    layer_token = 2 * text.num_key_value_heads * head_size * bytes_per_value
     layer_block = layer_token * block_size
     blocks = {
         "stock": -(-num_tokens // block_size),

@@ -30,14 +30,16 @@ def test_an_engine_holds_what_was_planned(checkpoint, reference, layer, caching)
     folder = checkpoint(MODEL)
     oracle = reference(folder)
     sizes = ["--prompt-tokens", str(TEXT), "--output-tokens", str(OUTPUT), "--block-size", str(BLOCK_SIZE)]
-    options = ["--layer", str(layer), "--kv-memory", str(MEMORY), *sizes]
+    options = ["--dtype", "float32", "--layer", str(layer), "--kv-memory", str(MEMORY), *sizes]
     plan = planned(folder, *options, *([] if caching else ["--no-enable-prefix-caching"]))
     fit = plan["max_sequences"]["vtw"]
     assert fit > 10
     # The picture begins inside a block, which is what a plan reckons with.
     ask = Ask("", "x" * 7 + "<image>" + "x" * (TEXT - 7), (A,))
     answer = SamplingParams(temperature=0, max_tokens=OUTPUT, ignore_eos=True)
-    most, held, preempted = 0, set(), set()
+    most = 0
+    held: set[int] = set()
+    preempted: set[str] = set()
     # One step takes every prompt, so that the answers grow side by side and reach full length together.
     engine = {"kv_cache_memory_bytes": MEMORY, "max_num_seqs": 64, "max_num_batched_tokens": 1 << 14}
     with running(folder, {"layer": layer}, enable_prefix_caching=caching, **engine) as llm:

@@ -33,7 +33,7 @@ def log_startup(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config:
     bytes_per_token = kv_cache_config.kv_cache_groups[0].kv_cache_spec.page_size_bytes / block_size
     logger.info(
         "vtw: withdrawing %s at layer K = %d of L = %d; KV cache groups%s: %s; "
-        "an image of %d tokens takes about %.2f MiB of KV cache, %.2f MiB in stock vLLM",
+        "an image of %d tokens takes about %.2f MiB of KV cache, %.2f MiB in stock vLLM%s",
         "whole blocks of visual tokens" if config.align else "every visual token",
         stages[0].layer if stages else num_layers,
         num_layers,
@@ -42,6 +42,7 @@ def log_startup(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config:
         tokens,
         held * bytes_per_token / 2**20,
         in_stock * bytes_per_token / 2**20,
+        ", on each rank" if vllm_config.parallel_config.tensor_parallel_size > 1 else "",
     )
     if held > in_stock:
         logger.warning(
