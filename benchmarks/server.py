@@ -40,7 +40,7 @@ class Server:
     def metrics(self) -> dict[str, float]:
         """Prometheus samples, summed over their labels, by name."""
         totals: dict[str, float] = {}
-        for line in self._metrics_page().splitlines():
+        for line in self.metrics_page().splitlines():
             if sample := re.fullmatch(r"([a-z_:]+)(?:\{.*\})? (\S+)", line):
                 totals[sample[1]] = totals.get(sample[1], 0.0) + float(sample[2])
         return totals
@@ -48,18 +48,18 @@ class Server:
     def by_engine(self, metric: str) -> dict[str, float]:
         """A metric's samples, summed over their other labels, by data-parallel engine."""
         totals: dict[str, float] = {}
-        for line in self._metrics_page().splitlines():
+        for line in self.metrics_page().splitlines():
             if sample := re.fullmatch(re.escape(metric) + r'\{.*engine="(\d+)".*\} (\S+)', line):
                 totals[sample[1]] = totals.get(sample[1], 0.0) + float(sample[2])
         return totals
 
     def num_kv_blocks(self) -> int:
         """Blocks in the KV cache's pool, vLLM's null block included."""
-        found = re.search(r'vllm:cache_config_info\{.*num_gpu_blocks="(\d+)"', self._metrics_page())
+        found = re.search(r'vllm:cache_config_info\{.*num_gpu_blocks="(\d+)"', self.metrics_page())
         assert found is not None
         return int(found[1])
 
-    def _metrics_page(self) -> str:
+    def metrics_page(self) -> str:
         with urllib.request.urlopen(f"{self.url}/metrics") as response:
             return response.read().decode()
 

@@ -3,18 +3,22 @@
 import base64
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from openai import BadRequestError, OpenAI
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.server import Server, ServerError, alive, serving
 from tests.engine.engines import BLOCK_SIZE, MODEL, A, Ask, B, assert_follows
 
+DASHBOARD = Path(__file__).parents[2] / "benchmarks" / "grafana.json"
 LAYER = MODEL.layers // 2
 OPTIONS = (
     "--dtype=float32",
@@ -108,6 +112,50 @@ def test_a_client_that_hangs_up_leaves_nothing_behind(client, server):
     assert metrics["vllm:num_requests_running"] == 0
     assert metrics["vllm:kv_cache_usage_perc"] == 0
     assert chat(client, A).choices[0].token_ids
+
+
+def samples(server: Server) -> list:
+    families = text_string_to_metric_families(server.metrics_page())
+    everything = [sample for family in families for sample in family.samples]
+    return [sample for sample in everything if not sample.name.endswith("_created")]
+
+
+def withdrawal(server: Server) -> dict[tuple[str, str], float]:
+    """The plugin's metrics, by name and by what tells their numbers apart."""
+    return {
+        (sample.name, sample.labels.get("layer") or sample.labels.get("stage", "")): sample.value
+        for sample in samples(server)
+        if sample.name.startswith("vllm:vtw_")
+    }
+
+
+def test_metrics(client, server):
+    before = withdrawal(server)
+    chat(client)
+    chat(client, A, B)
+    stream = chat(client, A, stream=True, max_completion_tokens=380)
+    next(iter(stream))
+    now = withdrawal(server)
+    grown = {key: value - before.get(key, 0) for key, value in now.items()}
+    assert grown["vllm:vtw_requests_total", str(MODEL.layers)] == 1
+    assert grown["vllm:vtw_requests_total", str(LAYER)] == 2
+    assert grown["vllm:vtw_withdrawn_tokens_total", "1"] == 300
+    all_tokens, text_only = now["vllm:vtw_kv_blocks", "0"], now["vllm:vtw_kv_blocks", "1"]
+    assert all_tokens - text_only == 100 // BLOCK_SIZE
+    # A block of stock's holds twice the layers.
+    assert now["vllm:vtw_kv_blocks_saved", ""] == all_tokens - text_only
+    list(stream)
+    assert withdrawal(server)["vllm:vtw_kv_blocks", "1"] == 0
+
+
+def test_the_dashboard_shows_metrics_that_there_are(client, server):
+    chat(client, A)
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    expressions = [target["expr"] for panel in panels for target in panel["targets"]]
+    shown = set(re.findall(r"vllm:\w+", " ".join(expressions)))
+    there = {sample.name for sample in samples(server)}
+    assert shown <= there
+    assert {name for name in there if name.startswith("vllm:vtw_")} <= shown
 
 
 HOLD = """

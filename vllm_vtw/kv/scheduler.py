@@ -7,10 +7,12 @@ from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
 from vllm_vtw.kv.manager import RequestHashes, StageManager
 from vllm_vtw.kv.report import log_startup
+from vllm_vtw.kv.statistics import Statistics
 from vllm_vtw.retention import Retention, request_retentions
 from vllm_vtw.startup import refuse_unsupported, vtw_config
 
@@ -31,9 +33,13 @@ class VTWScheduler(Scheduler):
         self.policy = config.policy
         self.align_to = config.align_to(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
         self.retentions: dict[str, tuple[Retention, ...]] = {}
-        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        for manager in managers:
             if isinstance(manager, StageManager):
                 manager.retentions = self.retentions
+        num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
+        layers = [*(stage.layer for stage in self.policy.stages), num_layers]
+        self.statistics = Statistics(layers, kv_cache_config, managers)
         log_startup(vllm_config, kv_cache_config, config)
 
     def add_request(self, request: Request) -> None:
@@ -43,6 +49,7 @@ class VTWScheduler(Scheduler):
                 self.policy, request.mm_features, request.num_prompt_tokens, self.align_to
             )
             self.retentions[request.request_id] = retentions
+            self.statistics.count_request(retentions)
             request.block_hashes = RequestHashes(request.block_hashes, retentions)
         super().add_request(request)
         if request.resumable:
@@ -53,6 +60,13 @@ class VTWScheduler(Scheduler):
             )
             # vLLM's set of requests that end with an error after the step at hand.
             self.encoder_cache_mismatch_reqs.add(request.request_id)
+
+    def make_stats(self, *args: Any, **options: Any) -> SchedulerStats | None:
+        """vLLM's statistics, and the plugin's in a field that nobody reads: LoRA is refused at start-up."""
+        stats: SchedulerStats | None = super().make_stats(*args, **options)
+        if stats is not None:
+            stats.waiting_lora_adapters = self.statistics.take()
+        return stats
 
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
