@@ -2,9 +2,10 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -59,7 +60,13 @@ class Ask:
     def prompt(self) -> Prompt:
         return Prompt(self.starts[-1], tuple((start, start + size) for _, start, size in self.pictures))
 
-    def request(self, request_id: str, retentions: tuple[Retention, ...] | None) -> Request:
+    def in_blocks_of(self, block_size: int) -> "Ask":
+        """The same with every piece as long beside a block as it is beside one of `BLOCK_SIZE`."""
+        return Ask(tuple((kind, size * block_size // BLOCK_SIZE) for kind, size in self.pieces))
+
+    def request(
+        self, request_id: str, retentions: tuple[Retention, ...] | None, block_size: int = BLOCK_SIZE
+    ) -> Request:
         request = Request(
             request_id,
             prompt_token_ids=[TOKENS[kind] for kind, size in self.pieces for _ in range(size)],
@@ -69,7 +76,7 @@ class Ask:
                 MultiModalFeatureSpec(None, "image", f"{kind}{size}", PlaceholderRange(start, size))
                 for kind, start, size in self.pictures
             ],
-            block_hasher=get_request_block_hasher(BLOCK_SIZE, sha256),
+            block_hasher=get_request_block_hasher(block_size, sha256),
         )
         if retentions is not None:
             request.block_hashes = RequestHashes(request.block_hashes, retentions)
@@ -83,13 +90,14 @@ def asks(most: int = 6) -> st.SearchStrategy[Ask]:
 def manager(
     enable_caching: bool, specs: Sequence[AttentionSpec] = SPECS, num_blocks: int = NUM_BLOCKS
 ) -> KVCacheManager:
+    block_size = specs[0].block_size
     groups = [KVCacheGroupSpec([f"layer.{index}"], spec) for index, spec in enumerate(specs)]
     config = KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
     return KVCacheManager(
         config,
-        max_model_len=MAX_MODEL_LEN,
-        scheduler_block_size=BLOCK_SIZE,
-        hash_block_size=BLOCK_SIZE,
+        max_model_len=MAX_MODEL_LEN * block_size // BLOCK_SIZE,
+        scheduler_block_size=block_size,
+        hash_block_size=block_size,
         enable_caching=enable_caching,
     )
 
@@ -233,10 +241,6 @@ def hits(manager: KVCacheManager, requests: Iterable[Request]) -> list[int]:
     return served
 
 
-def retained(ask: Ask, align_to: int) -> tuple[Retention, ...]:
-    return (ask.prompt.retention(align_to),) * 2
-
-
 def test_what_follows_a_kept_picture_is_neither_offered_nor_taken():
     """A prompt that ends in a picture keeps its last block; one that goes on from there does not."""
     start = (("text", 8), ("dog", 8))
@@ -257,21 +261,30 @@ def test_what_follows_a_kept_picture_is_neither_offered_nor_taken():
         course.teardown()
 
 
-def in_stock(course: list[Ask]) -> list[int]:
-    return hits(manager(True, [ALL], 4000), [ask.request(str(i), None) for i, ask in enumerate(course)])
+def specs(block_size: int) -> list[AttentionSpec]:
+    return [replace(spec, block_size=block_size) for spec in SPECS]
 
 
-def withdrawing(course: list[Ask], align_to: int) -> list[int]:
-    requests = [ask.request(str(i), retained(ask, align_to)) for i, ask in enumerate(course)]
-    vtw = manager(True, num_blocks=4000)
+def in_stock(course: list[Ask], block_size: int = BLOCK_SIZE) -> list[int]:
+    requests = [ask.request(str(i), None, block_size) for i, ask in enumerate(course)]
+    return hits(manager(True, specs(block_size)[:1], 4000), requests)
+
+
+def withdrawing(course: list[Ask], align_to: int, block_size: int = BLOCK_SIZE) -> list[int]:
+    requests = [
+        ask.request(str(i), (ask.prompt.retention(align_to),) * 2, block_size) for i, ask in enumerate(course)
+    ]
+    vtw = manager(True, specs(block_size), 4000)
     for stage in vtw.coordinator.single_type_managers[1:]:
         stage.retentions = {request.request_id: request.block_hashes.retentions for request in requests}
     return hits(vtw, requests)
 
 
+@pytest.mark.parametrize("block_size", [8, 16, 32])
 @given(COURSES)
-def test_withdrawing_by_blocks_serves_as_much_from_the_cache_as_stock(course: list[Ask]):
-    assert withdrawing(course, BLOCK_SIZE) == in_stock(course)
+def test_withdrawing_by_blocks_serves_as_much_from_the_cache_as_stock(block_size: int, course: list[Ask]):
+    course = [ask.in_blocks_of(block_size) for ask in course]
+    assert withdrawing(course, block_size, block_size) == in_stock(course, block_size)
 
 
 @given(COURSES)
