@@ -64,6 +64,11 @@ class Groups:
         """The part of the memory that no layer uses."""
         return 1 - sum(self.layers) / (self.width * len(self.layers))
 
+    @property
+    def takes_more_than_stock(self) -> bool:
+        """Whether padding takes more than withdrawal saves, where half of the tokens are visual."""
+        return self.width * (self.stages.count(0) + len(self.stages)) > 2 * sum(self.layers)
+
     def blocks(self, held: Sequence[int], block_size: int) -> int:
         """Blocks, each of `width` layers, of a request of which stage s holds `held[s]` tokens."""
         return sum(-(-held[stage] // block_size) for stage in self.stages)

@@ -15,7 +15,10 @@ PUBLISHED_LAYERS = {
     ("llava", "llama", 32, 4096): 16,
     ("llava", "llama", 40, 5120): 20,
 }
+# The decoders whose layers are called as `layer(positions, hidden_states, residual)`.
+TEXT_MODELS = ("llama", "mistral", "qwen2")
 KEYS = ("layer", "policy", "align")
+SCHEDULER = "vllm_vtw.kv.scheduler.make_scheduler"
 
 
 @dataclass(frozen=True)

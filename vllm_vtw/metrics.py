@@ -1,4 +1,7 @@
-"""Prometheus metrics of withdrawal, on vLLM's own `/metrics`."""
+"""Prometheus metrics of withdrawal, on vLLM's own `/metrics`.
+
+A server of any model imports this module, so it imports nothing that hooks into vLLM.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,9 +11,9 @@ from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import SchedulerStats
 
-from vllm_vtw.kv.statistics import KV_BLOCKS, KV_BLOCKS_SAVED, REQUESTS, WITHDRAWN_TOKENS
-from vllm_vtw.startup import SCHEDULER
+from vllm_vtw.config import SCHEDULER
 
+REQUESTS, WITHDRAWN_TOKENS, KV_BLOCKS, KV_BLOCKS_SAVED = "requests", "withdrawn_tokens", "kv_blocks", "saved"
 LABELS = ["model_name", "engine"]
 
 
@@ -48,7 +51,7 @@ class WithdrawalMetrics(AggregateStatLoggerBase):
         self.gauges = {
             KV_BLOCKS: Gauge(
                 "vllm:vtw_kv_blocks",
-                "KV blocks that requests hold in a stage. All groups of layers take from the same pool.",
+                "KV blocks that running requests hold in a stage, of the one pool for all groups of layers.",
                 [*LABELS, "stage"],
                 multiprocess_mode="mostrecent",
             ),

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from vllm_vtw.capacity import Groups, withdrawn_of_image
-from vllm_vtw.config import Model, VTWConfig
+from vllm_vtw.config import TEXT_MODELS, Model, VTWConfig
 
 BYTES_PER_VALUE = {"auto": 2, "float16": 2, "bfloat16": 2, "float32": 4}
 UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -28,7 +28,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--prompt-tokens", type=_count, default=64, help="text tokens of a prompt")
     parser.add_argument("--images", type=_count, default=1, help="images of a prompt")
     parser.add_argument("--output-tokens", type=_count, default=128, help="tokens of an answer")
-    parser.add_argument("--block-size", type=_count, default=16, help="as vLLM's: tokens of a KV block")
+    parser.add_argument("--block-size", type=_size, default=16, help="as vLLM's: tokens of a KV block")
     parser.add_argument(
         "--no-enable-prefix-caching",
         action="store_true",
@@ -44,6 +44,12 @@ def add_command(commands: Any) -> None:
 def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens or images")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens from 1 on")
     return int(text)
 
 
@@ -105,12 +111,17 @@ def plan(
         output_tokens: Tokens of the answer.
 
     Raises:
-        ValueError: The model has no images, or an option is wrong.
+        ValueError: The model is not supported, or an option is wrong.
     """
     text = hf_config.get_text_config()
-    tokens_per_image = getattr(hf_config, "image_seq_length", None)
-    if tokens_per_image is None:
-        raise ValueError(f"a model of type {hf_config.model_type!r} is not one of the LLaVA family")
+    if hf_config.model_type != "llava" or text.model_type not in TEXT_MODELS:
+        raise ValueError(
+            f"the model is {hf_config.model_type!r} over {text.model_type!r}; supported is 'llava' over "
+            + ", ".join(TEXT_MODELS)
+        )
+    if hf_config.vision_config.model_type == "pixtral":
+        raise ValueError("a Pixtral vision tower has no fixed number of tokens per image to reckon with")
+    tokens_per_image = hf_config.image_seq_length
     num_layers = text.num_hidden_layers
     model = Model(hf_config.model_type, text.model_type, num_layers, text.hidden_size)
     config = VTWConfig.parse(vtw, model, prefix_caching)

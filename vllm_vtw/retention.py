@@ -1,6 +1,6 @@
 """Which of a request's tokens a stage holds: the one piece of arithmetic that scheduler and worker share."""
 
-import math
+import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
@@ -26,7 +26,7 @@ class Retention:
         shareable: So many tokens, at the start, any request that begins with the same ones retains alike.
     """
 
-    def __init__(self, withdrawn: Sequence[Span] = (), shareable: float = math.inf) -> None:
+    def __init__(self, withdrawn: Sequence[Span] = (), shareable: int = sys.maxsize) -> None:
         self._starts = [start for start, _ in withdrawn]
         self._stops = [stop for _, stop in withdrawn]
         assert all(start < stop for start, stop in withdrawn)

@@ -6,11 +6,7 @@ from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
 from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from vllm_vtw.config import KEYS, Model, VTWConfig
-
-SCHEDULER = "vllm_vtw.kv.scheduler.make_scheduler"
-# The decoders whose layers are called as `layer(positions, hidden_states, residual)`.
-TEXT_MODELS = ("llama", "mistral", "qwen2")
+from vllm_vtw.config import KEYS, SCHEDULER, TEXT_MODELS, Model, VTWConfig
 
 
 def vtw_config(vllm_config: VllmConfig) -> VTWConfig:
@@ -107,6 +103,8 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
             "KV connectors move blocks as if they held every token: remove --kv-transfer-config and "
             "--kv-offloading-size"
         )
+    if vllm_config.cache_config.prefix_match_unit is not None:
+        yield "stages share whole KV blocks: remove --prefix-match-unit"
     events = vllm_config.kv_events_config
     if events is not None and events.enable_kv_cache_events:
         yield "KV events would say that deep blocks hold withdrawn tokens: remove --kv-events-config"

@@ -88,6 +88,7 @@ def test_an_engine_holds_what_was_planned(checkpoint, reference, layer, caching)
         (["--layer", "9"], "has to be an integer from 1 to 5"),
         (["--kv-memory", "lots"], "'lots' is not an amount of memory"),
         (["--images", "-1"], "'-1' is not a number"),
+        (["--block-size", "0"], "'0' is not a number of tokens from 1 on"),
         (["--layer", "2", "--policy", "file"], "not allowed with argument"),
     ],
 )

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from vllm.config import CompilationMode, ECTransferConfig, KVTransferConfig
+from vllm.config import CompilationMode, ECTransferConfig, KVEventsConfig, KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.engine.engines import MODEL
@@ -35,6 +35,11 @@ OPTIONS = [
     (
         {"ec_transfer_config": ECTransferConfig(ec_connector="ECExampleConnector", ec_role="ec_both")},
         "encoder-cache connectors .* remove --ec-transfer-config",
+    ),
+    ({"prefix_match_unit": 16, "block_size": 32}, "whole KV blocks: remove --prefix-match-unit"),
+    (
+        {"kv_events_config": KVEventsConfig(enable_kv_cache_events=True)},
+        "KV events .* remove --kv-events-config",
     ),
     ({"mm_encoder_only": True}, "--mm-encoder-only runs no decoder"),
     ({"ubatch_size": 2}, "micro-batching: remove --enable-dbo and --ubatch-size"),

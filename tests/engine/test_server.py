@@ -135,7 +135,9 @@ def test_metrics(client, server):
     chat(client, A, B)
     stream = chat(client, A, stream=True, max_completion_tokens=380)
     next(iter(stream))
-    now = withdrawal(server)
+    deadline = time.monotonic() + 20
+    while not (now := withdrawal(server))["vllm:vtw_kv_blocks", "1"] and time.monotonic() < deadline:
+        time.sleep(0.1)
     grown = {key: value - before.get(key, 0) for key, value in now.items()}
     assert grown["vllm:vtw_requests_total", str(MODEL.layers)] == 1
     assert grown["vllm:vtw_requests_total", str(LAYER)] == 2

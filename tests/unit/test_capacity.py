@@ -63,6 +63,11 @@ def test_an_image_withdraws_at_least_what_is_said(tokens: int, align_to: int, st
     assert said <= retention.num_withdrawn < said + 2 * align_to
 
 
+def test_where_padding_takes_more_than_withdrawal_saves():
+    worse = [k for k in range(1, 33) if Groups.of(Policy.withdraw_at(k, 32), 32).takes_more_than_stock]
+    assert worse == [28, 29, 30, 31]
+
+
 def test_blocks_of_a_request():
     groups = Groups.of(Policy.withdraw_at(24, 32), 32)
     assert groups.blocks([100, 30], block_size=16) == 3 * 7 + 2

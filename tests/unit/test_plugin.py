@@ -1,6 +1,8 @@
 """The entry point: loaded again and again, switched off, beside an untested vLLM, beside a changed one."""
 
 import re
+import subprocess
+import sys
 from importlib.metadata import entry_points
 from types import SimpleNamespace
 
@@ -30,6 +32,18 @@ def hooked() -> list[bool]:
 def test_vllm_finds_it():
     (entry,) = entry_points(group="vllm.general_plugins", name="vtw")
     assert entry.load() is plugin.register
+
+
+def test_metrics_hook_nothing():
+    """A server of any model imports them."""
+    code = """
+import sys
+import vllm_vtw.metrics
+from vllm.v1.core import kv_cache_utils
+assert not hasattr(kv_cache_utils._get_kv_cache_groups_uniform_page_size, "__wrapped__")
+assert not [name for name in sys.modules if name.startswith(("vllm_vtw.kv", "vllm_vtw.worker"))]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_registering_again_changes_nothing(bare):

@@ -51,7 +51,7 @@ def test_what_goes_on_from_a_prompt_shares_its_start(prompt: Prompt, align_to: i
     longer = Prompt(length, tuple(spans))
     # A block that is visual in part leaves where the rest of it is visual too.
     shared = min(prompt.retention(align_to).shareable, prompt.length // align_to * align_to)
-    for num_tokens in range(int(shared) + 1):
+    for num_tokens in range(shared + 1):
         assert longer.held(num_tokens, align_to) == prompt.held(num_tokens, align_to)
 
 

@@ -1,5 +1,6 @@
 """What the scheduler counts, on managers that hold made-up rows."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -13,10 +14,28 @@ from vllm_vtw.retention import Retention
 ALL = FullAttentionSpec(block_size=8, num_kv_heads=1, head_size=32, dtype=torch.float32)
 
 
+@dataclass
+class Block:
+    block_id: int
+
+
 def manager(spec, **blocks: int) -> SimpleNamespace:
     """Of a group that holds so many blocks of each request."""
-    rows = {request: [None] * count for request, count in blocks.items()}
+    ids = iter(range(100))
+    rows = {request: [Block(next(ids)) for _ in range(count)] for request, count in blocks.items()}
     return SimpleNamespace(kv_cache_spec=spec, req_to_blocks=rows)
+
+
+def test_a_shared_block_is_held_once():
+    both = manager(ALL, a=3, b=2)
+    both.req_to_blocks["b"][:1] = both.req_to_blocks["a"][:1]
+    deep = manager(StageSpec.like(ALL, 1), a=2, b=1)
+    deep.req_to_blocks["b"] = deep.req_to_blocks["a"][:1]
+    assert Statistics([4, 8], config(4, 4), [both, deep]).take() == {
+        "kv_blocks/0": 4,
+        "kv_blocks/1": 2,
+        "saved/": 2,
+    }
 
 
 def config(*layers: int) -> SimpleNamespace:

@@ -1,4 +1,4 @@
-"""The seam into vLLM's split of layers into KV-cache groups: the split that pads least."""
+"""The seam into vLLM's split of layers into KV-cache groups: a spec may choose its size."""
 
 import functools
 import inspect
@@ -24,7 +24,7 @@ def install() -> None:
     if getattr(original, "asks_specs", False):
         return
     if original is None or list(inspect.signature(original).parameters) != ["kv_cache_spec"]:
-        raise RuntimeError(f"vllm-vtw does not know this vLLM's kv_cache_utils.{TARGET}")
+        raise RuntimeError(f"vllm-vtw does not know this vLLM's kv_cache_utils.{TARGET}: install vLLM 0.32.0")
 
     @functools.wraps(original)
     def split(kv_cache_spec: dict[str, KVCacheSpec]) -> list[KVCacheGroupSpec]:

@@ -136,4 +136,4 @@ class StageManager(SingleTypeKVCacheManager):
                 row.append(block)
         # Withdrawn tokens behind the last block are part of the hit.
         next_retained = retention.position(len(rows[0]) * block_size)
-        return rows, int(min(most, next_retained)) // block_size * block_size
+        return rows, min(most, next_retained) // block_size * block_size

@@ -62,7 +62,8 @@ class VTWScheduler(Scheduler):
             self.encoder_cache_mismatch_reqs.add(request.request_id)
 
     def make_stats(self, *args: Any, **options: Any) -> SchedulerStats | None:
-        """vLLM's statistics, and the plugin's in a field that nobody reads: LoRA is refused at start-up."""
+        """vLLM's statistics, and the plugin's in a field that vLLM's loggers read with LoRA only, which is
+        refused at start-up: there is none for others."""
         stats: SchedulerStats | None = super().make_stats(*args, **options)
         if stats is not None:
             stats.waiting_lora_adapters = self.statistics.take()

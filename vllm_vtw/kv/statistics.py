@@ -1,18 +1,17 @@
 """What the scheduler counts for `/metrics`."""
 
-from collections import Counter, defaultdict
+import time
+from collections import Counter
 from collections.abc import Sequence
 
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_vtw.kv.spec import StageSpec
+from vllm_vtw.metrics import KV_BLOCKS, KV_BLOCKS_SAVED, REQUESTS, WITHDRAWN_TOKENS
 from vllm_vtw.retention import Retention
 
-# What is counted, and what tells its numbers apart: the layer of a request, the stage of tokens and blocks.
-REQUESTS, WITHDRAWN_TOKENS, KV_BLOCKS, KV_BLOCKS_SAVED = "requests", "withdrawn_tokens", "kv_blocks", "saved"
-Counts = dict[str, int]
-"""By `name/label`. vLLM carries statistics of this type from a scheduler to the process that serves them."""
+LOOK_EVERY_SECONDS = 1.0
 
 
 class Statistics:
@@ -35,30 +34,38 @@ class Statistics:
         sizes = [len(group.layer_names) for group in kv_cache_config.kv_cache_groups]
         self.num_layers, self.width = sum(sizes), max(sizes)
         self.since: Counter[str] = Counter()
+        self.look_again = 0.0
 
     def count_request(self, retentions: Sequence[Retention]) -> None:
         """Counts a request that has arrived."""
         withdrawn = [retention.num_withdrawn for retention in retentions]
-        leaves_at = next(
-            (layer for layer, n in zip(self.layers, withdrawn, strict=False) if n), self.layers[-1]
-        )
-        self.since[f"{REQUESTS}/{leaves_at}"] += 1
+        left = zip(self.layers, [*withdrawn, 1], strict=True)
+        self.since[f"{REQUESTS}/{next(layer for layer, tokens in left if tokens)}"] += 1
         for stage, tokens in enumerate(withdrawn, 1):
             self.since[f"{WITHDRAWN_TOKENS}/{stage}"] += tokens
 
-    def take(self) -> Counts:
-        """What came since the last call, and the blocks that are held now."""
+    def take(self) -> dict[str, int]:
+        """What came since the last call, and the blocks that are held now, by `name/label`.
+
+        The label is the layer of requests, the stage of tokens and blocks.
+        """
         counts, self.since = dict(self.since), Counter()
-        held: defaultdict[int, int] = defaultdict(int)
+        now = time.monotonic()
+        # Going through the blocks of all requests in every step would cost more than the step's plan.
+        if now >= self.look_again or not any(manager.req_to_blocks for manager in self.managers):
+            self.look_again = now + LOOK_EVERY_SECONDS
+            counts |= self._held()
+        return counts
+
+    def _held(self) -> dict[str, int]:
+        held: Counter[int] = Counter()
         num_groups: Counter[int] = Counter()
         for manager in self.managers:
             spec = manager.kv_cache_spec
             stage = spec.stage if isinstance(spec, StageSpec) else 0
-            held[stage] += sum(map(len, manager.req_to_blocks.values()))
+            held[stage] += len({block.block_id for row in manager.req_to_blocks.values() for block in row})
             num_groups[stage] += 1
-        for stage, blocks in held.items():
-            counts[f"{KV_BLOCKS}/{stage}"] = blocks
         # Stage 0 has a block where stock vLLM has one, which holds all layers.
         in_stock = held[0] // num_groups[0] * self.num_layers // self.width
-        counts[f"{KV_BLOCKS_SAVED}/"] = in_stock - sum(held.values())
-        return counts
+        counts = {f"{KV_BLOCKS}/{stage}": blocks for stage, blocks in held.items()}
+        return counts | {f"{KV_BLOCKS_SAVED}/": in_stock - held.total()}
