@@ -23,7 +23,7 @@ def table(depth: int) -> str:
     text = LlamaConfig(
         hidden_size=4096, num_hidden_layers=depth, num_attention_heads=32, num_key_value_heads=32
     )
-    model = LlavaConfig(text_config=text, vision_config=CLIPVisionConfig())
+    model = LlavaConfig(text_config=text, vision_config=CLIPVisionConfig(image_size=336, patch_size=14))
     rows = []
     for layer in range(1, depth + 1):
         result = plan(

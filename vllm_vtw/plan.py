@@ -2,14 +2,18 @@
 
 import argparse
 import json
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 from vllm_vtw.capacity import Groups, withdrawn_of_image
 from vllm_vtw.config import TEXT_MODELS, Model, VTWConfig
 
 BYTES_PER_VALUE = {"auto": 2, "float16": 2, "bfloat16": 2, "float32": 4}
-UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+# Tokens that a vision tower makes of an image beside those of its patches.
+CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
 
 def add_command(commands: Any) -> None:
@@ -18,17 +22,20 @@ def add_command(commands: Any) -> None:
         "plan",
         help="KV memory of a model with and without withdrawal",
         description="KV memory of a model with and without withdrawal. Starts no engine.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("model", help="a checkpoint's name or folder, or its config.json")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--layer", type=int, help="the withdrawal layer K; by default as in --model-impl vtw")
     what.add_argument("--policy", help="a policy file")
-    parser.add_argument("--kv-memory", type=_memory, default="8GiB", help="memory of the KV cache")
-    parser.add_argument("--prompt-tokens", type=_count, default=64, help="text tokens of a prompt")
-    parser.add_argument("--images", type=_count, default=1, help="images of a prompt")
-    parser.add_argument("--output-tokens", type=_count, default=128, help="tokens of an answer")
-    parser.add_argument("--block-size", type=_size, default=16, help="as vLLM's: tokens of a KV block")
+    numbers = (
+        ("--kv-memory", _memory, "8GiB", "memory of the KV cache, of all GPUs of a model together"),
+        ("--prompt-tokens", _count, 64, "text tokens of a prompt"),
+        ("--images", _count, 1, "images of a prompt"),
+        ("--output-tokens", _count, 128, "tokens of an answer"),
+        ("--block-size", _size, 16, "as vLLM's: tokens of a KV block"),
+    )
+    for name, kind, default, meaning in numbers:
+        parser.add_argument(name, type=kind, default=default, help=f"{meaning} (default: {default})")
     parser.add_argument(
         "--no-enable-prefix-caching",
         action="store_true",
@@ -54,19 +61,26 @@ def _size(text: str) -> int:
 
 
 def _memory(text: str) -> int:
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMG]i?B)?", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an amount of memory, such as 8GiB")
-    return int(float(match[1]) * UNITS[match[2] or ""])
+    match = re.fullmatch(r"([0-9.]+) ?([KMGT]i?B)", text)
+    if match is None or match[2] not in UNITS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not an amount of memory, a number and one of " + ", ".join(UNITS)
+        )
+    return int(float(match[1]) * UNITS[match[2]])
 
 
 def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     from transformers import AutoConfig
 
+    is_path = arguments.model.startswith((".", "~", os.sep))
+    if is_path and not Path(arguments.model).expanduser().exists():
+        parser.error(
+            f"cannot read a model configuration from {arguments.model!r}: there is no such file or folder"
+        )
     try:
         hf_config = AutoConfig.from_pretrained(arguments.model)
-    except (OSError, ValueError) as error:
-        parser.error(f"cannot read a model configuration from {arguments.model!r}: {error}")
+    except Exception as error:  # transformers raises what comes, KeyError and TypeError among it
+        parser.error(f"cannot read a model configuration from {arguments.model!r}: {error!r}")
     options = {"layer": arguments.layer, "policy": arguments.policy}
     try:
         result = plan(
@@ -81,7 +95,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
             output_tokens=arguments.output_tokens,
         )
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(str(error).removeprefix('--additional-config ["vtw"]'))
     print(json.dumps(result, indent=2) if arguments.json else describe(result))
 
 
@@ -119,15 +133,17 @@ def plan(
             f"the model is {hf_config.model_type!r} over {text.model_type!r}; supported is 'llava' over "
             + ", ".join(TEXT_MODELS)
         )
-    if hf_config.vision_config.model_type == "pixtral":
-        raise ValueError("a Pixtral vision tower has no fixed number of tokens per image to reckon with")
-    tokens_per_image = hf_config.image_seq_length
+    if getattr(text, "sliding_window", None) is not None:
+        raise ValueError("the text model attends over a sliding window, which --model-impl vtw refuses")
+    tokens_per_image = _tokens_per_image(hf_config)
     num_layers = text.num_hidden_layers
     model = Model(hf_config.model_type, text.model_type, num_layers, text.hidden_size)
     config = VTWConfig.parse(vtw, model, prefix_caching)
     groups = Groups.of(config.policy, num_layers)
     withdrawn = withdrawn_of_image(tokens_per_image, config.align_to(block_size))
     num_tokens = text_tokens + images * tokens_per_image + output_tokens
+    if num_tokens == 0:
+        raise ValueError("a request of no tokens takes nothing: give it text, an image or an answer")
     held = [num_tokens, *[num_tokens - images * withdrawn] * len(config.policy.stages)]
     kept_of_image = [tokens_per_image, *[tokens_per_image - withdrawn] * len(config.policy.stages)]
 
@@ -141,7 +157,7 @@ def plan(
     block_bytes = {"stock": num_layers * layer_block, "vtw": groups.width * layer_block}
     needed = {side: blocks[side] * block_bytes[side] for side in blocks}
     # vLLM keeps one block, the null block, for itself.
-    fit = {side: max(0, kv_memory // block_bytes[side] - 1) // max(1, blocks[side]) for side in blocks}
+    fit = {side: max(0, kv_memory // block_bytes[side] - 1) // blocks[side] for side in blocks}
     return {
         "model": model.as_dict(),
         "num_hidden_layers": num_layers,
@@ -173,9 +189,21 @@ def plan(
             "vtw": groups.width * layer_token * sum(kept_of_image[stage] for stage in groups.stages),
         },
         "kv_bytes_per_request": needed,
-        "kv_ratio": needed["vtw"] / needed["stock"] if needed["stock"] else 1.0,
+        "kv_ratio": needed["vtw"] / needed["stock"],
         "max_sequences": fit,
     }
+
+
+def _tokens_per_image(hf_config: Any) -> int:
+    """What LLaVA makes of an image, as vLLM counts it."""
+    vision = hf_config.vision_config
+    if vision.model_type not in CLASS_TOKENS:
+        raise ValueError(
+            f"the vision tower is {vision.model_type!r}; images have a known size with "
+            + ", ".join(CLASS_TOKENS)
+        )
+    tokens: int = (vision.image_size // vision.patch_size) ** 2 + CLASS_TOKENS[vision.model_type]
+    return tokens - 1 if hf_config.vision_feature_select_strategy == "default" else tokens
 
 
 def describe(result: dict[str, Any]) -> str:

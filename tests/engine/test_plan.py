@@ -1,15 +1,20 @@
 """`vtw plan` beside what an engine really holds, at twice its capacity."""
 
+import io
 import json
-import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+from transformers import AutoConfig
 from vllm import SamplingParams
+from vllm.model_executor.models.vision import get_num_selected_vision_tokens, get_vision_encoder_info
 
 from benchmarks.small_llava import SmallLlava
 from tests.engine.engines import A, Ask, assert_follows, held_blocks, running, scheduler_of, step_until
+from vllm_vtw.cli import main
 from vllm_vtw.kv.spec import StageSpec
 
 TEXT, OUTPUT, BLOCK_SIZE = 60, 68, 32
@@ -17,12 +22,28 @@ MEMORY = 6 << 20
 MODEL = SmallLlava(layers=5, kv_heads=1)
 
 
+def vtw_plan(*arguments: str) -> tuple[int, str, str]:
+    """The command's status, output and errors."""
+    out, err = io.StringIO(), io.StringIO()
+    command = ["vtw", "plan", *arguments]
+    with redirect_stdout(out), redirect_stderr(err), patch.object(sys, "argv", command):
+        try:
+            main()
+        except SystemExit as end:
+            return int(end.code or 0), out.getvalue(), err.getvalue()
+    return 0, out.getvalue(), err.getvalue()
+
+
 def planned(folder: Path, *options: str) -> dict:
-    command = Path(sys.executable).parent / "vtw"
-    result = subprocess.run(
-        [command, "plan", folder, "--json", *options], capture_output=True, text=True, check=True
-    )
-    return json.loads(result.stdout)
+    status, out, err = vtw_plan(str(folder), "--json", *options)
+    assert status == 0, err
+    return json.loads(out)
+
+
+def refused(folder: Path, *options: str) -> str:
+    status, out, err = vtw_plan(str(folder), *options)
+    assert (status, out) == (2, "")
+    return err
 
 
 @pytest.mark.parametrize(("layer", "caching"), [(2, False), (4, True)])
@@ -30,7 +51,7 @@ def test_an_engine_holds_what_was_planned(checkpoint, reference, layer, caching)
     folder = checkpoint(MODEL)
     oracle = reference(folder)
     sizes = ["--prompt-tokens", str(TEXT), "--output-tokens", str(OUTPUT), "--block-size", str(BLOCK_SIZE)]
-    options = ["--dtype", "float32", "--layer", str(layer), "--kv-memory", str(MEMORY), *sizes]
+    options = ["--dtype", "float32", "--layer", str(layer), "--kv-memory", f"{MEMORY >> 20}MiB", *sizes]
     plan = planned(folder, *options, *([] if caching else ["--no-enable-prefix-caching"]))
     fit = plan["max_sequences"]["vtw"]
     assert fit > 10
@@ -87,20 +108,77 @@ def test_an_engine_holds_what_was_planned(checkpoint, reference, layer, caching)
     [
         (["--layer", "9"], "has to be an integer from 1 to 5"),
         (["--kv-memory", "lots"], "'lots' is not an amount of memory"),
+        (["--kv-memory", "8"], "'8' is not an amount of memory"),
+        (["--prompt-tokens", "0", "--images", "0", "--output-tokens", "0"], "a request of no tokens"),
         (["--images", "-1"], "'-1' is not a number"),
         (["--block-size", "0"], "'0' is not a number of tokens from 1 on"),
         (["--layer", "2", "--policy", "file"], "not allowed with argument"),
     ],
 )
 def test_what_cannot_be_planned_is_said(checkpoint, options, said):
-    with pytest.raises(subprocess.CalledProcessError) as error:
-        planned(checkpoint(MODEL), *options)
-    assert error.value.returncode == 2
-    assert said in error.value.stderr
+    assert said in refused(checkpoint(MODEL), *options)
 
 
 def test_a_model_that_is_not_there_is_said(tmp_path):
-    with pytest.raises(subprocess.CalledProcessError) as error:
-        planned(tmp_path / "nowhere")
-    assert error.value.returncode == 2
-    assert "cannot read a model configuration" in error.value.stderr
+    assert "there is no such file or folder" in refused(tmp_path / "nowhere")
+
+
+def test_people_read_the_same_numbers(checkpoint):
+    folder = checkpoint(MODEL)
+    fit = planned(folder)["max_sequences"]
+    status, out, _ = vtw_plan(str(folder))
+    assert status == 0
+    assert out.splitlines()[-1].split() == [
+        *("requests", "in", "8", "GiB"),
+        str(fit["stock"]),
+        str(fit["vtw"]),
+        "x",
+        f"{fit['vtw'] / fit['stock']:.2f}",
+    ]
+
+
+def configured(folder: Path, **changes) -> Path:
+    """A LLaVA's configuration, changed."""
+    parts = {
+        "text_config": {"model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096},
+        "vision_config": {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14},
+        "vision_feature_select_strategy": "default",
+    }
+    content = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]} | parts | changes
+    (folder / "config.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("vision", "strategy", "tokens"),
+    [
+        ({"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14}, "default", 576),
+        ({"model_type": "clip_vision_model", "image_size": 224, "patch_size": 14}, "default", 256),
+        ({"model_type": "clip_vision_model", "image_size": 224, "patch_size": 14}, "full", 257),
+        ({"model_type": "siglip_vision_model", "image_size": 384, "patch_size": 14}, "full", 729),
+    ],
+)
+def test_tokens_of_an_image_are_those_of_vllm(tmp_path, vision, strategy, tokens):
+    folder = configured(tmp_path, vision_config=vision, vision_feature_select_strategy=strategy)
+    hf_config = AutoConfig.from_pretrained(folder)
+    encoder = get_vision_encoder_info(hf_config)
+    size = {"image_width": vision["image_size"], "image_height": vision["image_size"]}
+    in_vllm = get_num_selected_vision_tokens(encoder.get_num_image_tokens(**size), strategy)
+    assert planned(folder)["request"]["tokens_per_image"] == in_vllm == tokens
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"vision_config": {"model_type": "pixtral"}}, "the vision tower is 'pixtral'"),
+        ({"text_config": {"model_type": "gemma"}}, "the model is 'llava' over 'gemma'"),
+        (
+            {"text_config": {"model_type": "mistral", "sliding_window": 4096}},
+            "attends over a sliding window, which --model-impl vtw refuses",
+        ),
+        ({"text_config": {"model_type": "nosuch"}}, "cannot read a model configuration"),
+        ({"model_type": "llava_next"}, "the model is 'llava_next' over 'llama'"),
+    ],
+)
+def test_what_is_not_served_is_not_planned(tmp_path, changes, said):
+    assert said in refused(configured(tmp_path, **changes))
