@@ -52,8 +52,10 @@ class Statistics:
         counts, self.since = dict(self.since), Counter()
         now = time.monotonic()
         # Going through the blocks of all requests in every step would cost more than the step's plan.
-        if now >= self.look_again or not any(manager.req_to_blocks for manager in self.managers):
-            self.look_again = now + LOOK_EVERY_SECONDS
+        idle = not any(manager.req_to_blocks for manager in self.managers)
+        if idle or now >= self.look_again:
+            # What follows idleness is looked at at once.
+            self.look_again = now if idle else now + LOOK_EVERY_SECONDS
             counts |= self._held()
         return counts
 
