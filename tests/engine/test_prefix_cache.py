@@ -13,6 +13,7 @@ from tests.engine.engines import (
     GREEDY,
     MODEL,
     A,
+    Ask,
     B,
     C,
     free_blocks,
@@ -234,3 +235,29 @@ def test_a_small_cache_evicts_and_preempts(checkpoint, oracle, course, align):
         output = outputs[str(number)]
         ids = tuple(output.outputs[0].token_ids)
         Served(turn, output.prompt_token_ids, ids, 0).assert_right(oracle, 32 if align else 1)
+
+
+def test_a_request_whose_cached_picture_was_evicted_resumes(checkpoint, oracle):
+    """Stock vLLM 0.32.0 ends here: its worker never got the pixels that the cache covered."""
+    options = ENGINE | {"num_gpu_blocks_override": 32, "max_model_len": 480}
+    long = SamplingParams(temperature=0, max_tokens=250, ignore_eos=True)
+    picture = Ask("picture", "<image>" + FILLER, (A,))
+    text = Ask("text", "USER: " + FILLER * 2 + "ASSISTANT:")
+    with running(checkpoint(MODEL), {"layer": LAYER}, **options) as llm:
+        engine, scheduler = llm.llm_engine, scheduler_of(llm)
+        (first,) = llm.generate(picture.to_vllm(oracle), long, use_tqdm=False)
+        # Another picture takes the only place in the encoder's cache.
+        llm.generate(replace(picture, images=(B,)).to_vllm(oracle), GREEDY, use_tqdm=False)
+        # The text comes first, so the picture is what is preempted when the text has grown over the pool.
+        engine.add_request("text", text.to_vllm(oracle), SamplingParams(max_tokens=400, ignore_eos=True))
+        engine.step()
+        engine.add_request("picture", picture.to_vllm(oracle), long)
+        preemptions = []
+
+        def note():
+            preemptions.extend(r.num_preemptions for r in scheduler.running if r.mm_features)
+
+        outputs = step_until(llm, lambda: not engine.has_unfinished_requests(), note)
+    assert outputs["picture"].num_cached_tokens == 128
+    assert max(preemptions) > 0
+    assert outputs["picture"].outputs[0].token_ids == first.outputs[0].token_ids

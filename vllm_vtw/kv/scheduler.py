@@ -5,6 +5,7 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.metrics.stats import SchedulerStats
@@ -60,6 +61,16 @@ class VTWScheduler(Scheduler):
             )
             # vLLM's set of requests that end with an error after the step at hand.
             self.encoder_cache_mismatch_reqs.add(request.request_id)
+
+    def schedule(self, *args: Any, **options: Any) -> SchedulerOutput:
+        """vLLM's step, with the pictures that it leaves out because the cache covers them: model runner V1 is
+        told of a request once, so one that is preempted, and finds the cached blocks evicted when it resumes,
+        would end the engine with "Encoder cache miss"."""
+        output: SchedulerOutput = super().schedule(*args, **options)
+        if not self.use_v2_model_runner:
+            for new in output.scheduled_new_reqs:
+                new.mm_features = self.requests[new.req_id].mm_features
+        return output
 
     def make_stats(self, *args: Any, **options: Any) -> SchedulerStats | None:
         """vLLM's statistics, and the plugin's in a field that vLLM's loggers read with LoRA only, which is
