@@ -252,7 +252,7 @@ def test_a_request_whose_cached_picture_was_evicted_resumes(checkpoint, oracle):
         engine.add_request("text", text.to_vllm(oracle), SamplingParams(max_tokens=400, ignore_eos=True))
         engine.step()
         engine.add_request("picture", picture.to_vllm(oracle), long)
-        preemptions = []
+        preemptions: list[int] = []
 
         def note():
             preemptions.extend(r.num_preemptions for r in scheduler.running if r.mm_features)
