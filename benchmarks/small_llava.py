@@ -5,6 +5,7 @@ compute the same.
 """
 
 import string
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,26 +70,14 @@ class SmallLlava:
     def save(self, folder: Path) -> Path:
         """Writes model, tokenizer and processor to `folder` and returns it."""
         folder.mkdir(parents=True, exist_ok=True)
-        tokenizer = _tokenizer(self.vocab)
-        tokenizer.save_pretrained(folder)
-        size = self.image_side * PATCH_SIZE
-        image_processor = CLIPImageProcessorPil(
-            size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-        )
-        LlavaProcessor(
-            image_processor=image_processor,
-            tokenizer=tokenizer,
-            patch_size=PATCH_SIZE,
-            vision_feature_select_strategy="default",
-            chat_template=CHAT_TEMPLATE,
-            num_additional_image_tokens=1,
-        ).save_pretrained(folder)
+        tokenizer = make_tokenizer([CORPUS], self.vocab)
+        make_processor(tokenizer, self.image_side * PATCH_SIZE, PATCH_SIZE).save_pretrained(folder)
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             model = LlavaForConditionalGeneration(self._config(tokenizer)).eval()
             _randomize(model)
         model.save_pretrained(folder)
-        _rename_vision_tower(folder / "model.safetensors")
+        rename_vision_tower(folder / "model.safetensors")
         return folder
 
     def _config(self, tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
@@ -127,7 +116,8 @@ class SmallLlava:
         )
 
 
-def _tokenizer(vocab: int) -> PreTrainedTokenizerFast:
+def make_tokenizer(corpus: Iterable[str], vocab: int, words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `vocab` tokens; `words` are one token each, whatever stands around them."""
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -138,7 +128,8 @@ def _tokenizer(vocab: int) -> PreTrainedTokenizerFast:
         min_frequency=1,
         show_progress=False,
     )
-    bpe.train_from_iterator([CORPUS], trainer)
+    bpe.train_from_iterator(corpus, trainer)
+    bpe.add_tokens(list(words))
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         unk_token="<unk>",
@@ -147,6 +138,20 @@ def _tokenizer(vocab: int) -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         extra_special_tokens={"image_token": "<image>"},
         chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_processor(tokenizer: PreTrainedTokenizerFast, image_size: int, patch_size: int) -> LlavaProcessor:
+    """CLIP's image processor and the tokenizer, with a chat template."""
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(
+            size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
+        ),
+        tokenizer=tokenizer,
+        patch_size=patch_size,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+        num_additional_image_tokens=1,
     )
 
 
@@ -160,7 +165,7 @@ def _randomize(model: nn.Module) -> None:
                 module.weight.normal_(0, 1.0)
 
 
-def _rename_vision_tower(weights: Path) -> None:
+def rename_vision_tower(weights: Path) -> None:
     """transformers 5 writes `vision_tower.*` where vLLM 0.32 reads `vision_tower.vision_model.*`."""
     plain, nested = "vision_tower.", "vision_tower.vision_model."
     tensors = load_file(weights)

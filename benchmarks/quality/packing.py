@@ -1,0 +1,110 @@
+"""Training rows: one picture and as many questions about it as fit, each blind to the others.
+
+A question sees the picture and itself, at the positions that it has when it is asked alone. So a row's
+answers are those of as many single requests, and the picture is computed once for all.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from random import Random
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from benchmarks.quality.model import IMAGE, VISUAL_TOKENS
+from benchmarks.quality.scenes import Scene
+from benchmarks.quality.tasks import TASKS, Question, ask
+
+ROW = 320  # tokens
+IGNORE = -100
+
+
+@dataclass
+class Batch:
+    """Rows of `ROW` tokens.
+
+    Attributes:
+        pixels: `(rows, SIZE, SIZE, 3)`, 0 to 255.
+        ids: `(rows, ROW)`; the image token stands once for every visual token.
+        targets: the next token where it belongs to an answer, else `IGNORE`.
+        positions: as in a request of its own.
+        group: 0 for the picture and what surrounds it, then 1, 2, ... by question, -1 for padding.
+        tasks: by row, the tasks of groups 1, 2, ...
+    """
+
+    pixels: torch.Tensor
+    ids: torch.Tensor
+    targets: torch.Tensor
+    positions: torch.Tensor
+    group: torch.Tensor
+    tasks: list[list[str]]
+
+    def to(self, device: str) -> "Batch":
+        tensors = {name: value.to(device) for name, value in vars(self).items() if name != "tasks"}
+        return replace(self, **tensors)
+
+    def mask(self) -> torch.Tensor:
+        """Who sees whom, `(rows, 1, ROW, ROW)`."""
+        of, to = self.group[:, :, None], self.group[:, None, :]
+        return ((of == to) | (to == 0)).tril()[:, None]
+
+
+class Packer:
+    """Makes batches from a split's endless scenes.
+
+    Args:
+        split: "train", "validation" or "test".
+        tokenizer: The model's.
+    """
+
+    def __init__(self, split: str, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.split, self.tokenizer = split, tokenizer
+        image_token = tokenizer.convert_tokens_to_ids("<image>")
+        self.prefix: list[int] = []
+        for token in tokenizer.encode(IMAGE):
+            self.prefix += [token] * (VISUAL_TOKENS if token == image_token else 1)
+
+    def batches(self, rows: int, start: int = 0) -> Iterator[Batch]:
+        """From batch number `start` on; a number always gives the same batch."""
+        number = start
+        while True:
+            yield self._batch([Random(f"{self.split} {number * rows + row}") for row in range(rows)])
+            number += 1
+
+    def _batch(self, rngs: list[Random]) -> Batch:
+        shape = (len(rngs), ROW)
+        ids = np.zeros(shape, np.int64)
+        targets = np.full(shape, IGNORE, np.int64)
+        positions = np.zeros(shape, np.int64)
+        group = np.full(shape, -1, np.int64)
+        pixels, tasks = [], []
+        for row, rng in enumerate(rngs):
+            scene = Scene.random(rng)
+            pixels.append(np.asarray(scene.draw(rng)))
+            end = len(self.prefix)
+            ids[row, :end], positions[row, :end], group[row, :end] = self.prefix, range(end), 0
+            tasks.append([])
+            for question in questions(scene, rng):
+                asked = self.tokenizer.encode(f"{question.text} ASSISTANT:")
+                answer = self.tokenizer.encode(f" {question.answer}</s>")
+                tokens = asked + answer
+                if end + len(tokens) > ROW:
+                    break
+                here = slice(end, end + len(tokens))
+                tasks[-1].append(question.task)
+                ids[row, here] = tokens
+                positions[row, here] = range(len(self.prefix), len(self.prefix) + len(tokens))
+                group[row, here] = len(tasks[-1])
+                targets[row, end + len(asked) - 1 : here.stop - 1] = answer
+                end = here.stop
+        arrays = (np.stack(pixels), ids, targets, positions, group)
+        return Batch(*map(torch.from_numpy, arrays), tasks)
+
+
+def questions(scene: Scene, rng: Random) -> Iterator[Question]:
+    """Endless questions: every task in turn, in an order of chance."""
+    while True:
+        for task in rng.sample(list(TASKS), len(TASKS)):
+            if question := ask(task, scene, rng):
+                yield question

@@ -1,0 +1,50 @@
+"""Plots: how the training went, and what each K costs each task."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from benchmarks.quality.tasks import TASKS
+
+mpl.use("Agg")
+STYLES = dict(zip(TASKS, ("o-", "s-", "^-", "v-", "D--", "P--"), strict=True))
+
+
+def _finish(axes: Axes, path: Path) -> None:
+    axes.set_ylabel("right answers (%)")
+    axes.set_ylim(-3, 103)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    axes.figure.savefig(path, dpi=110, bbox_inches="tight")  # type: ignore[union-attr]
+    plt.close()
+
+
+def plot_training(log: Path, path: Path) -> None:
+    """Loss and accuracies of the validation split over the steps that `log` (JSON lines) has."""
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    steps = [record["step"] for record in records]
+    _, (above, below) = plt.subplots(2, 1, figsize=(8, 8), sharex=True, height_ratios=(1, 2))
+    for name in ("train_loss", "loss"):
+        above.plot(steps, [record[name] for record in records], label=name)
+    above.set_ylabel("cross-entropy per answer token")
+    above.set_yscale("log")
+    above.grid(alpha=0.3)
+    above.legend()
+    for task in TASKS:
+        below.plot(steps, [100 * record[task] for record in records], label=task)
+    below.set_xlabel("step")
+    _finish(below, path)
+
+
+def plot_layers(layers: Sequence[int], right: Sequence[dict[str, float]], path: Path) -> None:
+    """By task, accuracy over K; the last layer count is stock."""
+    _, axes = plt.subplots(figsize=(8, 5))
+    for task, style in STYLES.items():
+        axes.plot(layers, [100 * shares[task] for shares in right], style, label=task)
+    axes.set_xticks(list(layers), [*map(str, layers[:-1]), f"{layers[-1]}\n(stock)"])
+    axes.set_xlabel("K: visual tokens withdrawn after this many of the decoder's layers")
+    _finish(axes, path)

@@ -1,0 +1,103 @@
+"""Questions about a scene, with answers that can be checked exactly."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from random import Random
+
+from PIL import Image
+
+from benchmarks.quality.scenes import COLOURS, SHAPES, Scene
+
+CHOICES = {"left of": "A", "right of": "B", "above": "C", "below": "D"}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about a scene, and its only right answer."""
+
+    task: str
+    text: str
+    answer: str
+
+
+def presence(scene: Scene, rng: Random) -> tuple[str, str]:
+    present = {item.name for item in scene.items}
+    if rng.random() < 0.5:
+        name, answer = rng.choice(sorted(present)), "yes"
+    else:
+        # Mostly a colour and a shape that the scene has, but not together.
+        seen = [f"{a.colour} {b.shape}" for a in scene.items for b in scene.items]
+        every = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+        absent = [name for name in (seen if rng.random() < 0.7 else every) if name not in present]
+        name, answer = rng.choice(absent or [name for name in every if name not in present]), "no"
+    return f"Is there a {name}?", answer
+
+
+def attribute(scene: Scene, rng: Random) -> tuple[str, str]:
+    item = rng.choice(scene.items)
+    kind = rng.choice(("colour", "shape"))
+    place = f"row {item.row + 1}, column {item.column + 1}"
+    return f"What {kind} is the object in {place}?", getattr(item, kind)
+
+
+def counting(scene: Scene, rng: Random) -> tuple[str, str]:
+    kind, every = rng.choice((("colour", tuple(COLOURS)), ("shape", SHAPES)))
+    present = [getattr(item, kind) for item in scene.items]
+    # What the scene lacks is asked for seldom, or most answers would be 0.
+    wanted = rng.choice(sorted(set(present)) if rng.random() < 0.85 else every)
+    return f"How many {wanted} objects are there?", str(present.count(wanted))
+
+
+def relation(scene: Scene, rng: Random) -> tuple[str, str] | None:
+    names = [item.name for item in scene.items]
+    single = [item for item in scene.items if names.count(item.name) == 1]
+    pairs = [
+        (a, b) for a in single for b in single if a is not b and (a.row == b.row or a.column == b.column)
+    ]
+    if not pairs:
+        return None
+    a, b = rng.choice(pairs)
+    if a.row == b.row:
+        found = "left of" if a.column < b.column else "right of"
+    else:
+        found = "above" if a.row < b.row else "below"
+    choices = " ".join(f"{letter}) {words}" for words, letter in CHOICES.items())
+    return f"The {a.name} is where from the {b.name}? {choices}", CHOICES[found]
+
+
+def ocr(scene: Scene, rng: Random) -> tuple[str, str]:
+    return "What does the text say?", scene.text
+
+
+def caption(scene: Scene, rng: Random) -> tuple[str, str]:
+    return "List every object.", ", ".join(item.name for item in scene.items)
+
+
+TASKS: dict[str, Callable[[Scene, Random], tuple[str, str] | None]] = {
+    function.__name__: function for function in (presence, attribute, counting, relation, ocr, caption)
+}
+
+
+def ask(task: str, scene: Scene, rng: Random) -> Question | None:
+    """A question of `task`; None where the scene has none."""
+    asked = TASKS[task](scene, rng)
+    return Question(task, *asked) if asked else None
+
+
+def samples(split: str, task: str) -> Iterator[tuple[Image.Image, Question]]:
+    """Endless pictures with one question each. The same split and task give the same again."""
+    number = 0
+    while True:
+        rng = Random(f"{split} {task} {number}")
+        scene = Scene.random(rng)
+        question = ask(task, scene, rng)
+        if question:
+            yield scene.draw(rng), question
+        number += 1
+
+
+def objects_found(answer: str, said: str) -> float:
+    """The share of a caption's objects that were said. Each counts once, and what was made up counts too."""
+    wanted, found = answer.split(", "), said.split(", ")
+    hits = sum(min(wanted.count(name), found.count(name)) for name in set(wanted))
+    return hits / max(len(wanted), len(found))

@@ -1,0 +1,164 @@
+"""The trained model's tasks: answers that are right, splits that stay apart, rows equal to single requests."""
+
+import re
+from collections.abc import Callable
+from itertools import islice
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlavaForConditionalGeneration
+
+from benchmarks.quality.model import IMAGE, VISUAL_TOKENS, config, normalised, tokenizer
+from benchmarks.quality.packing import IGNORE, Packer
+from benchmarks.quality.scenes import CELL, CHARACTERS, COLOURS, SIZE, Scene
+from benchmarks.quality.tasks import TASKS, ask, objects_found, samples
+from benchmarks.quality.train import logits
+from benchmarks.quality.vision import SIDE, labels
+from benchmarks.small_llava import make_processor
+
+seeds = st.integers(0, 10**9)
+
+
+def found_by_question(scene: Scene, question: str) -> str:
+    """The answer, read from the question's words."""
+
+    def groups(pattern: str) -> tuple[str, ...]:
+        match = re.fullmatch(pattern, question)
+        return match.groups() if match else ()
+
+    at = {(item.row, item.column): item for item in scene.items}
+    readers: dict[str, Callable[..., str]] = {
+        r"Is there a (\w+) (\w+)\?": lambda colour, shape: (
+            "yes" if any((i.colour, i.shape) == (colour, shape) for i in scene.items) else "no"
+        ),
+        r"What (\w+) is the object in row (\d), column (\d)\?": lambda kind, row, column: getattr(
+            at[int(row) - 1, int(column) - 1], kind
+        ),
+        r"How many (\w+) objects are there\?": lambda word: str(
+            sum(word in (i.colour, i.shape) for i in scene.items)
+        ),
+        r"The (\w+ \w+) is where from the (\w+ \w+)\? .*": lambda a, b: side(scene, a, b, question),
+        r"(What does the text say\?)": lambda _: scene.text,
+        r"(List every object.)": lambda _: ", ".join(f"{i.colour} {i.shape}" for i in scene.items),
+    }
+    (answer,) = [read(*words) for pattern, read in readers.items() if (words := groups(pattern))]
+    return answer
+
+
+def side(scene: Scene, a: str, b: str, question: str) -> str:
+    (first,), (second,) = ([i for i in scene.items if i.name == name] for name in (a, b))
+    words = {
+        (0, -1): "left of",
+        (0, 1): "right of",
+        (-1, 0): "above",
+        (1, 0): "below",
+    }[int(np.sign(first.row - second.row)), int(np.sign(first.column - second.column))]
+    (letter,) = re.findall(rf"(\w)\) {words}", question)
+    return letter
+
+
+@given(seeds, st.sampled_from(list(TASKS)))
+def test_answers_are_right(seed, task):
+    rng = Random(seed)
+    scene = Scene.random(rng)
+    question = ask(task, scene, rng)
+    if question:
+        assert found_by_question(scene, question.text) == question.answer
+
+
+@given(seeds)
+def test_a_scene_keeps_its_places_apart(seed):
+    scene = Scene.random(Random(seed))
+    places = [(item.row, item.column) for item in scene.items]
+    assert places == sorted(set(places))
+    assert all(row != scene.text_row for row, _ in places)
+    assert 3 <= len(scene.text) <= 6
+    assert set(scene.text) <= set(CHARACTERS)
+
+
+@given(seeds)
+def test_a_picture_shows_its_scene(seed):
+    rng = Random(seed)
+    scene = Scene.random(rng)
+    pixels = np.asarray(scene.draw(rng))
+    for item in scene.items:
+        y, x = (place * CELL + CELL // 2 for place in (item.row, item.column))
+        assert tuple(pixels[y, x]) == COLOURS[item.colour]
+    text = pixels[scene.text_row * CELL : (scene.text_row + 1) * CELL]
+    dark = np.flatnonzero((text < 120).all(axis=2).any(axis=0))
+    assert scene.text_left <= dark.min()
+    assert dark.max() < scene.text_left + len(scene.text) * SIZE // 6
+
+
+def test_splits_share_no_picture_and_come_again():
+    splits = [
+        [image.tobytes() for image, _ in islice(samples(split, "ocr"), 200)] for split in ("train", "test")
+    ]
+    assert not set(splits[0]) & set(splits[1])
+    again = [image.tobytes() for image, _ in islice(samples("test", "ocr"), 200)]
+    assert again == splits[1]
+
+
+@given(seeds)
+def test_patches_are_labelled_as_their_cells(seed):
+    scene = Scene.random(Random(seed))
+    found = labels(scene)
+    per_cell = SIDE * CELL // SIZE
+    assert (found["colour"] > 0).sum() == len(scene.items) * per_cell**2
+    assert found["number"].max() == max(len(scene.items), len(scene.text))
+    read = found["character"][scene.text_row * per_cell]
+    letters = [CHARACTERS[i - 1] for i, before in zip(read, [0, *read[:-1]], strict=True) if i]
+    assert set(letters) == set(scene.text)
+
+
+@given(st.lists(st.sampled_from(["red circle", "blue cross", "black square"]), min_size=1, max_size=8))
+def test_caption_objects(names):
+    answer = ", ".join(names)
+    assert objects_found(answer, answer) == 1
+    assert objects_found(answer, ", ".join(names[:-1])) == pytest.approx((len(names) - 1) / len(names))
+    assert objects_found(answer, f"{answer}, green circle") == pytest.approx(len(names) / (len(names) + 1))
+
+
+@pytest.fixture(scope="module")
+def words():
+    return tokenizer()
+
+
+@given(text=st.text(CHARACTERS, min_size=3, max_size=6))
+def test_a_string_is_read_by_the_character(words, text):
+    assert len(words.encode(text)) == len(text)
+
+
+def test_pixels_are_what_the_processor_makes(words):
+    pictures = [image for image, _ in islice(samples("test", "caption"), 3)]
+    processor = make_processor(words, SIZE, SIZE // SIDE)
+    made = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+    stacked = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+    torch.testing.assert_close(normalised(stacked), made)
+
+
+def test_a_packed_question_is_answered_as_alone(words):
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration._from_config(config(words)).eval()
+    batch = next(Packer("validation", words).batches(2))
+    with torch.no_grad():
+        packed = logits(model, batch)
+        at = 0
+        for row in range(2):
+            for group in range(1, len(batch.tasks[row]) + 1):
+                alone = batch.ids[row, (batch.group[row] == 0) | (batch.group[row] == group)]
+                wanted = (batch.targets[row, batch.group[row] == group] != IGNORE).sum()
+                out = model(
+                    input_ids=alone[None], pixel_values=normalised(batch.pixels[row : row + 1])
+                ).logits[0]
+                torch.testing.assert_close(
+                    packed[at : at + wanted], out[-wanted - 1 : -1], rtol=1e-3, atol=1e-4
+                )
+                at += wanted
+    assert at == len(packed)
+    assert IMAGE.count("<image>") == 1
+    assert (batch.ids == model.config.image_token_id).sum() == 2 * VISUAL_TOKENS
