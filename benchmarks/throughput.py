@@ -13,12 +13,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import processor
+from benchmarks.machine import measured_on
 from benchmarks.small_llava import PATCH_SIZE, SmallLlava
 
 MODEL = SmallLlava(layers=16, hidden=1024, heads=16, kv_heads=16, image_side=24)
@@ -81,9 +79,7 @@ def run_all(dtype: str) -> dict[str, Any]:
         statistics.mean(speed for side, speed in runs if side == which) for which in ("stock", "vtw")
     )
     return {
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"processor": processor(), "cores": os.cpu_count()},
-        "versions": {name: version(name) for name in ("vllm-vtw", "vllm", "torch", "transformers")},
+        **measured_on(),
         "model": vars(MODEL),
         "requests": REQUESTS,
         "output_tokens": OUTPUT_TOKENS,

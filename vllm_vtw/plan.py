@@ -80,7 +80,8 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
     try:
         hf_config = AutoConfig.from_pretrained(arguments.model)
     except Exception as error:  # transformers raises what comes, KeyError and TypeError among it
-        parser.error(f"cannot read a model configuration from {arguments.model!r}: {error!r}")
+        where = "" if Path(arguments.model).exists() else ", which is not here, so it was looked up by name"
+        parser.error(f"cannot read a model configuration from {arguments.model!r}{where}: {error!r}")
     options = {"layer": arguments.layer, "policy": arguments.policy}
     try:
         result = plan(
@@ -216,7 +217,8 @@ def describe(result: dict[str, Any]) -> str:
     ]
     notes = []
     if needed["vtw"] > needed["stock"]:
-        notes = ["", "Here padding takes more than withdrawal saves: take another layer."]
+        remedy = "take another layer" if request["images"] else "a request without images saves nothing"
+        notes = ["", f"Here padding takes more than withdrawal saves: {remedy}."]
     groups = " + ".join(str(group["layers"]) for group in result["groups"])
     return "\n".join(
         [
@@ -229,10 +231,15 @@ def describe(result: dict[str, Any]) -> str:
             "",
             f"{'':28}{'stock vLLM':>12}{'vtw':>12}",
             _row("KV cache of a request, MiB", {side: needed[side] / 2**20 for side in needed}, ".1f"),
-            _row(f"requests in {result['kv_memory_bytes'] / 2**30:.4g} GiB", fit, "d"),
+            _row(f"requests in {_amount(result['kv_memory_bytes'])}", fit, "d"),
             *notes,
         ]
     )
+
+
+def _amount(memory: int) -> str:
+    unit = "GiB" if memory >= UNITS["GiB"] else "MiB"
+    return f"{memory / UNITS[unit]:.4g} {unit}"
 
 
 def _row(name: str, values: dict[str, Any], form: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.machine import describe
+from benchmarks.machine import measured_on
 from benchmarks.quality.model import CHECKPOINT, IMAGE, LAYERS
 from benchmarks.quality.tasks import TASKS, Question, objects_found, samples
 
@@ -151,7 +151,7 @@ def main() -> None:
         scores.append(result)
         print(f"\n{table(scores)}\n", flush=True)
     if options.out:
-        report = {"machine": describe(), "samples": options.samples, "scores": [asdict(s) for s in scores]}
+        report = measured_on() | {"samples_per_task": options.samples, "scores": [asdict(s) for s in scores]}
         options.out.write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -57,7 +57,7 @@ def config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
             num_attention_heads=HEADS,
             num_key_value_heads=HEADS,
             max_position_embeddings=2048,
-            initializer_range=0.04,
+            initializer_range=HIDDEN**-0.5,
             tie_word_embeddings=False,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,

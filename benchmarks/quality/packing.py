@@ -28,6 +28,7 @@ class Batch:
         pixels: `(rows, SIZE, SIZE, 3)`, 0 to 255.
         ids: `(rows, ROW)`; the image token stands once for every visual token.
         targets: the next token where it belongs to an answer, else `IGNORE`.
+        weights: of each target in the loss: an answer's together are the square root of its length.
         positions: as in a request of its own.
         group: 0 for the picture and what surrounds it, then 1, 2, ... by question, -1 for padding.
         tasks: by row, the tasks of groups 1, 2, ...
@@ -36,6 +37,7 @@ class Batch:
     pixels: torch.Tensor
     ids: torch.Tensor
     targets: torch.Tensor
+    weights: torch.Tensor
     positions: torch.Tensor
     group: torch.Tensor
     tasks: list[list[str]]
@@ -74,11 +76,11 @@ class Packer:
 
     def _batch(self, rngs: list[Random]) -> Batch:
         shape = (len(rngs), ROW)
-        ids = np.zeros(shape, np.int64)
-        targets = np.full(shape, IGNORE, np.int64)
-        positions = np.zeros(shape, np.int64)
-        group = np.full(shape, -1, np.int64)
-        pixels, tasks = [], []
+        ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        targets, group = np.full(shape, IGNORE, np.int64), np.full(shape, -1, np.int64)
+        weights = np.zeros(shape, np.float32)
+        pixels: list[np.ndarray] = []
+        tasks: list[list[str]] = []
         for row, rng in enumerate(rngs):
             scene = Scene.random(rng)
             pixels.append(np.asarray(scene.draw(rng)))
@@ -96,15 +98,26 @@ class Packer:
                 ids[row, here] = tokens
                 positions[row, here] = range(len(self.prefix), len(self.prefix) + len(tokens))
                 group[row, here] = len(tasks[-1])
-                targets[row, end + len(asked) - 1 : here.stop - 1] = answer
+                predicting = slice(end + len(asked) - 1, here.stop - 1)
+                targets[row, predicting], weights[row, predicting] = answer, len(answer) ** -0.5
                 end = here.stop
-        arrays = (np.stack(pixels), ids, targets, positions, group)
-        return Batch(*map(torch.from_numpy, arrays), tasks)
+        return Batch(
+            pixels=torch.from_numpy(np.stack(pixels)),
+            ids=torch.from_numpy(ids),
+            targets=torch.from_numpy(targets),
+            weights=torch.from_numpy(weights),
+            positions=torch.from_numpy(positions),
+            group=torch.from_numpy(group),
+            tasks=tasks,
+        )
 
 
 def questions(scene: Scene, rng: Random) -> Iterator[Question]:
-    """Endless questions: every task in turn, in an order of chance."""
+    """Endless questions: every task in turn, in an order of chance, and none a second time."""
+    asked = set()
     while True:
         for task in rng.sample(list(TASKS), len(TASKS)):
-            if question := ask(task, scene, rng):
+            question = ask(task, scene, rng)
+            if question and question not in asked:
+                asked.add(question)
                 yield question

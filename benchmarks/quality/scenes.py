@@ -31,6 +31,11 @@ class Item:
     column: int
 
     @property
+    def cell(self) -> int:
+        """In reading order, from 1 on."""
+        return self.row * GRID + self.column + 1
+
+    @property
     def name(self) -> str:
         return f"{self.colour} {self.shape}"
 

@@ -36,8 +36,7 @@ def presence(scene: Scene, rng: Random) -> tuple[str, str]:
 def attribute(scene: Scene, rng: Random) -> tuple[str, str]:
     item = rng.choice(scene.items)
     kind = rng.choice(("colour", "shape"))
-    place = f"row {item.row + 1}, column {item.column + 1}"
-    return f"What {kind} is the object in {place}?", getattr(item, kind)
+    return f"What {kind} is the object in cell {item.cell}?", getattr(item, kind)
 
 
 def counting(scene: Scene, rng: Random) -> tuple[str, str]:

@@ -10,9 +10,10 @@ import argparse
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,18 +22,20 @@ from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
 from benchmarks.quality.model import HIDDEN, config, normalised, save, tokenizer
+from benchmarks.quality.muon import Muon
 from benchmarks.quality.packing import IGNORE, Batch, Packer
+from benchmarks.quality.plots import plot_training
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.vision import PatchReader, pictures
 
 SEED = 0
-VISION_ROWS, VISION_STEPS, VISION_LEARNING_RATE = 16, 3_000, 2e-3
-ROWS, STEPS, LEARNING_RATE = 4, 16_000, 1e-3
-WEIGHT_DECAY = 0.05
+VISION_ROWS, VISION_STEPS = 16, 1_200
+ROWS, STEPS = 4, 12_000
+MUON_RATE, ADAMW_RATE, WEIGHT_DECAY = 2e-3, 1e-3, 0.05
 WARM_UP = 100  # steps
 # The last part of the steps, in which the learning rate falls to 0.
 COOL_DOWN = 0.3
-VALIDATE_EVERY, VALIDATION_ROWS = 200, 32
+VALIDATE_EVERY, VALIDATION_ROWS = 250, 64
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -55,6 +58,12 @@ def logits(model: LlavaForConditionalGeneration, batch: Batch) -> torch.Tensor:
     return model.lm_head(out.last_hidden_state[batch.targets != IGNORE])
 
 
+def weighted_loss(model: LlavaForConditionalGeneration, batch: Batch) -> torch.Tensor:
+    belongs = batch.targets != IGNORE
+    losses = cross_entropy(logits(model, batch), batch.targets[belongs], reduction="none")
+    return losses @ batch.weights[belongs] / batch.weights.sum()
+
+
 @torch.no_grad()
 def validate(model: LlavaForConditionalGeneration, batch: Batch) -> dict[str, float]:
     """The loss, and by task the share of answers that greedy decoding gets right to the last token."""
@@ -72,46 +81,83 @@ def validate(model: LlavaForConditionalGeneration, batch: Batch) -> dict[str, fl
 
 
 class Trainer:
-    """AdamW over some parameters.
+    """Muon for the matrices of layers, AdamW for the rest.
 
     Args:
-        parameters: What is trained.
-        highest: The learning rate between warm-up and cool-down.
+        model: All of its parameters are trained.
         steps: How many there will be.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], highest: float, steps: int) -> None:
-        self.parameters, self.highest, self.steps = list(parameters), highest, steps
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=highest, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY, fused=True
-        )
+    def __init__(self, model: nn.Module, steps: int) -> None:
+        self.model, self.steps = model, steps
+        matrices: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
+        for name, parameter in model.named_parameters():
+            (matrices if parameter.ndim == 2 and ".layers." in name else rest).append(parameter)
+        self.optimizers = [
+            Muon(matrices, MUON_RATE),
+            torch.optim.AdamW(rest, lr=ADAMW_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY, fused=True),
+        ]
+        self.schedules = [
+            torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate, steps=steps))
+            for optimizer in self.optimizers
+        ]
 
-    def step(self, number: int, loss: torch.Tensor) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.highest * learning_rate(number, self.steps)
-        self.optimizer.zero_grad(set_to_none=True)
+    def step(self, loss: torch.Tensor) -> None:
+        self.model.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+
+    def save(self, path: Path, step: int) -> None:
+        """At once or not at all."""
+        new = path.with_suffix(".new")
+        torch.save({"step": step, "parts": [part.state_dict() for part in self._parts()]}, new)
+        new.replace(path)
+
+    def load(self, path: Path) -> int:
+        """Returns the step to go on from."""
+        saved = torch.load(path, map_location="cpu")
+        for part, state in zip(self._parts(), saved["parts"], strict=True):
+            part.load_state_dict(state)
+        step: int = saved["step"]
+        return step
+
+    def _parts(self) -> list[Any]:
+        return [self.model, *self.optimizers, *self.schedules]
 
 
 def train_vision(tower: nn.Module, out: Path, device: str) -> None:
-    """Teaches the vision tower what each patch shows; its readers are thrown away."""
+    """Teaches the vision tower what each patch shows; its reader is thrown away."""
     saved = out / "vision.pt"
     if saved.exists():
         tower.load_state_dict(torch.load(saved, map_location=device))
         return
     reader = PatchReader(HIDDEN).to(device)
-    trainer = Trainer([*tower.parameters(), *reader.parameters()], VISION_LEARNING_RATE, VISION_STEPS)
-    bar = tqdm(range(VISION_STEPS), desc="vision tower", mininterval=5)
+    trainer = Trainer(nn.ModuleList([tower, reader]), VISION_STEPS)
+    bar = tqdm(range(VISION_STEPS), desc="vision tower", unit="step", mininterval=5)
     for number in bar:
         pixels, wanted = pictures("train", VISION_ROWS, number)
         features = tower(normalised(pixels.to(device))).last_hidden_state[:, 1:]
         loss, read = reader(features, {name: label.to(device) for name, label in wanted.items()})
-        trainer.step(number, loss)
+        trainer.step(loss)
         if number % 100 == 0:
             bar.set_postfix({name: f"{share:.2f}" for name, share in read.items()})
     torch.save(tower.state_dict(), saved)
+
+
+def initialise(model: LlavaForConditionalGeneration) -> None:
+    """Weights that bring what is read to the depths: transformers' own fit far wider models."""
+    places, text = model.model.vision_tower.embeddings.position_embedding, model.model.language_model
+    nn.init.normal_(places.weight, std=0.3)  # about what pixels bring
+    nn.init.normal_(text.embed_tokens.weight, std=0.5)
+    for linear in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
+        nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+    for layer in text.layers:
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            linear.weight.data *= (2 * len(text.layers)) ** -0.5
 
 
 def train(out: Path, device: str) -> None:
@@ -119,45 +165,35 @@ def train(out: Path, device: str) -> None:
     torch.manual_seed(SEED)
     words = tokenizer()
     model = LlavaForConditionalGeneration._from_config(config(words)).to(device)
-    tower = model.model.vision_tower
-    # As large as what the pixels bring; transformers' 0.02 would leave the patches' places unread for long.
-    nn.init.normal_(tower.embeddings.position_embedding.weight, std=0.3)
-    trainer = Trainer(model.parameters(), LEARNING_RATE, STEPS)
-    state, done = out / "state.pt", 0
+    initialise(model)
+    for layer in model.model.language_model.layers:
+        layer.compile(dynamic=False)
+    trainer, state, done = Trainer(model, STEPS), out / "state.pt", 0
     if state.exists():
-        saved = torch.load(state, map_location=device)
-        model.load_state_dict(saved["model"])
-        trainer.optimizer.load_state_dict(saved["optimizer"])
-        done = saved["step"]
+        done = trainer.load(state)
     else:
-        train_vision(tower, out, device)
+        train_vision(model.model.vision_tower, out, device)
     validation = next(Packer("validation", words).batches(VALIDATION_ROWS)).to(device)
     batches = islice(Packer("train", words).batches(ROWS, start=done), STEPS - done)
     started, losses = time.monotonic(), []
     bar = tqdm(batches, desc="whole model", initial=done, total=STEPS, unit="step", mininterval=5)
-    for number, packed in enumerate(bar, start=done):
-        batch = packed.to(device)
-        loss = cross_entropy(logits(model, batch), batch.targets[batch.targets != IGNORE])
-        trainer.step(number, loss)
-        losses.append(loss.detach())
-        if (number + 1) % VALIDATE_EVERY == 0 or number + 1 == STEPS:
+    for step, packed in enumerate(bar, start=done + 1):
+        loss = weighted_loss(model, packed.to(device))
+        trainer.step(loss)
+        losses.append(loss.item())
+        if step % VALIDATE_EVERY == 0 or step == STEPS:
             record = {
-                "step": number + 1,
+                "step": step,
                 "seconds": round(time.monotonic() - started, 1),
-                "train_loss": torch.stack(losses).mean().item(),
+                "train_loss": sum(losses) / len(losses),
             } | validate(model, validation)
             losses.clear()
             with (out / "log.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
             bar.set_postfix({name: f"{value:.2f}" for name, value in record.items() if name in TASKS})
-            checkpoint = {
-                "model": model.state_dict(),
-                "optimizer": trainer.optimizer.state_dict(),
-                "step": number + 1,
-            }
-            torch.save(checkpoint, state.with_suffix(".new"))
-            state.with_suffix(".new").replace(state)
+            trainer.save(state, step)
     save(model, words, out / "checkpoint")
+    plot_training(out / "log.jsonl", out / "training.png")
 
 
 def main() -> None:

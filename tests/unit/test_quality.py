@@ -1,4 +1,4 @@
-"""The trained model's tasks: answers that are right, splits that stay apart, rows equal to single requests."""
+"""The trained model's tasks: right answers, splits that stay apart, rows equal to single requests."""
 
 import re
 from collections.abc import Callable
@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from transformers import LlavaForConditionalGeneration
 
 from benchmarks.quality.model import IMAGE, VISUAL_TOKENS, config, normalised, tokenizer
+from benchmarks.quality.muon import orthogonal
 from benchmarks.quality.packing import IGNORE, Packer
-from benchmarks.quality.scenes import CELL, CHARACTERS, COLOURS, SIZE, Scene
+from benchmarks.quality.scenes import CELL, CHARACTERS, COLOURS, GRID, SIZE, Scene
 from benchmarks.quality.tasks import TASKS, ask, objects_found, samples
 from benchmarks.quality.train import logits
 from benchmarks.quality.vision import SIDE, labels
@@ -35,8 +36,8 @@ def found_by_question(scene: Scene, question: str) -> str:
         r"Is there a (\w+) (\w+)\?": lambda colour, shape: (
             "yes" if any((i.colour, i.shape) == (colour, shape) for i in scene.items) else "no"
         ),
-        r"What (\w+) is the object in row (\d), column (\d)\?": lambda kind, row, column: getattr(
-            at[int(row) - 1, int(column) - 1], kind
+        r"What (\w+) is the object in cell (\d+)\?": lambda kind, cell: getattr(
+            at[divmod(int(cell) - 1, GRID)], kind
         ),
         r"How many (\w+) objects are there\?": lambda word: str(
             sum(word in (i.colour, i.shape) for i in scene.items)
@@ -133,6 +134,17 @@ def test_a_string_is_read_by_the_character(words, text):
     assert len(words.encode(text)) == len(text)
 
 
+@given(st.tuples(st.integers(1, 3), st.integers(2, 24), st.integers(2, 24)), seeds)
+def test_muon_brings_singular_values_near_1(shape, seed):
+    generator = torch.Generator().manual_seed(seed)
+    matrices = torch.randn(shape, generator=generator)
+    values, made = torch.linalg.svdvals(matrices), torch.linalg.svdvals(orthogonal(matrices))
+    # Five iterations reach those that are not a hundred times smaller than the largest together.
+    reached = values > 0.02 * matrices.norm(dim=(1, 2))[:, None]
+    assert made[reached].min() > 0.3
+    assert made.max() < 1.3
+
+
 def test_pixels_are_what_the_processor_makes(words):
     pictures = [image for image, _ in islice(samples("test", "caption"), 3)]
     processor = make_processor(words, SIZE, SIZE // SIDE)
@@ -151,7 +163,7 @@ def test_a_packed_question_is_answered_as_alone(words):
         for row in range(2):
             for group in range(1, len(batch.tasks[row]) + 1):
                 alone = batch.ids[row, (batch.group[row] == 0) | (batch.group[row] == group)]
-                wanted = (batch.targets[row, batch.group[row] == group] != IGNORE).sum()
+                wanted = int((batch.targets[row, batch.group[row] == group] != IGNORE).sum())
                 out = model(
                     input_ids=alone[None], pixel_values=normalised(batch.pixels[row : row + 1])
                 ).logits[0]
