@@ -48,14 +48,10 @@ def ends(model: Path, options: Sequence[str], victim: str, env: dict[str, str]) 
     ("victim", "more", "env"),
     [
         ("EngineCore", (), {}),
-        pytest.param(
-            "Worker",
-            ("--tensor-parallel-size=2",),
-            {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-            marks=pytest.mark.slow,
-        ),
+        ("Worker", ("--tensor-parallel-size=2",), {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}),
     ],
 )
+@pytest.mark.slow
 def test_a_killed_process_ends_the_server_as_in_stock(checkpoint, victim, more, env):
     model = checkpoint(MODEL)
     ours, stock = (ends(model, (*options, *more), victim, env) for options in (VTW, STOCK))

@@ -42,8 +42,7 @@ def test_corner(corner):
     "corner",
     [
         f"{GRAPHS}[True-False]",
-        "graph_corners.py::test_ngram_speculation[ngram_gpu-True]",
-        pytest.param("graph_corners.py", marks=slow),
+        pytest.param("graph_corners.py", marks=slow),  # all of them
     ],
 )
 def test_corner_with_compilation_and_graphs(corner):

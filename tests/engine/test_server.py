@@ -202,6 +202,7 @@ def test_the_start_up_line(server):
     assert "an image of 100 tokens takes about 0.20 MiB of KV cache, 0.39 MiB in stock vLLM" in line
 
 
+@pytest.mark.slow
 def test_data_parallel_ranks_take_turns(checkpoint, reference):
     """One request at a time leaves a rank idle; several together keep both busy."""
     vtw = json.dumps({"vtw": {"layer": LAYER}})
