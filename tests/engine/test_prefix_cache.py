@@ -154,7 +154,7 @@ def test_by_blocks_as_much_is_served_from_the_cache_as_in_stock(
         created = [(one.created, other.created) for one, other in zip(served, stock, strict=True)]
         # vLLM takes the least of all rows, also where one has no whole block to share.
         assert all(ours in (theirs, 0) for ours, theirs in created)
-        assert sum(ours == theirs > 0 for ours, theirs in created) > len(course) / 3
+        assert sum(ours == theirs > 0 for ours, theirs in created) > len(course) / 4
         assert sum(one.cached for one in stock) > 1000
         for one in served:
             one.assert_right(oracle, block_size)
