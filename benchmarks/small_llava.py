@@ -117,7 +117,7 @@ class SmallLlava:
 
 
 def make_tokenizer(corpus: Iterable[str], vocab: int, words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocab` tokens; `words` are one token each, whatever stands around them."""
+    """A byte-level BPE of at most `vocab` tokens, and `words`, one token each whatever stands around them."""
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

@@ -1,6 +1,7 @@
 """What withdrawal costs in answers: accuracy by task, stock and withdrawn after layer K.
 
-    python -m benchmarks.quality.evaluate [--layers 3,6,9] [--samples 200] [--check] [--out FILE]
+    python -m benchmarks.quality.evaluate [--checkpoint FOLDER] [--layers 3,6,9,12] [--samples 200]
+        [--split test] [--check] [--out FILE]
 
 `align` is off, so that every visual token leaves, as in the paper (VTW, arXiv 2405.05803). `--check` compares
 every answer with the one that the transformers reference gives.
@@ -19,7 +20,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.machine import measured_on
-from benchmarks.quality.model import CHECKPOINT, IMAGE, LAYERS
+from benchmarks.quality.model import CHECKPOINT, LAYERS, PICTURE_PART, question_part
+from benchmarks.quality.plots import plot_layers
 from benchmarks.quality.tasks import TASKS, Question, objects_found, samples
 
 OPTIONS: dict[str, Any] = {
@@ -51,8 +53,9 @@ class Score:
     Attributes:
         layer: K; the number of layers stands for stock.
         right: by task, answers that are right to the letter.
-        objects: of the captions' objects, the share found.
+        objects: `objects_found`, mean over captions.
         differing: with `--check`, how many answers the reference gives differently.
+        seconds: of the engine, its start included.
     """
 
     layer: int
@@ -72,7 +75,10 @@ def answers(checkpoint: Path, layer: int, asked: Sequence[Sample]) -> list[Answe
     llm = LLM(model=str(checkpoint), **OPTIONS, **vtw)
     try:
         prompts = [
-            {"prompt": f"{IMAGE}{question.text} ASSISTANT:", "multi_modal_data": {"image": picture}}
+            {
+                "prompt": PICTURE_PART + question_part(question.text),
+                "multi_modal_data": {"image": picture},
+            }
             for picture, question in asked
         ]
         outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=LONGEST))
@@ -137,11 +143,14 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=200, help="of each task")
     parser.add_argument("--split", default="test", choices=["test", "validation"])
     parser.add_argument("--check", action="store_true", help="compare with the transformers reference")
-    parser.add_argument("--out", type=Path, help="results as JSON")
+    parser.add_argument("--out", type=Path, help="results as JSON, and a plot beside it")
     options = parser.parse_args()
+    layers = sorted(map(int, options.layers.split(",")), reverse=True)
+    if not all(1 <= layer <= LAYERS for layer in layers):
+        parser.error(f"--layers {options.layers}: the model has layers 1 to {LAYERS}")
     asked = [sample for task in TASKS for sample in islice(samples(options.split, task), options.samples)]
     scores = []
-    for layer in sorted(map(int, options.layers.split(",")), reverse=True):
+    for layer in layers:
         started = time.monotonic()
         given = answers(options.checkpoint, layer, asked)
         result = score(layer, asked, given)
@@ -151,8 +160,19 @@ def main() -> None:
         scores.append(result)
         print(f"\n{table(scores)}\n", flush=True)
     if options.out:
-        report = measured_on() | {"samples_per_task": options.samples, "scores": [asdict(s) for s in scores]}
+        report = measured_on() | {
+            "split": options.split,
+            "samples_per_task": options.samples,
+            "options": OPTIONS | {"align": False},
+            "scores": [asdict(result) for result in scores],
+        }
         options.out.write_text(json.dumps(report, indent=2) + "\n")
+        upwards = scores[::-1]
+        plot_layers(
+            [result.layer for result in upwards],
+            [result.right for result in upwards],
+            options.out.with_suffix(".png"),
+        )
 
 
 if __name__ == "__main__":

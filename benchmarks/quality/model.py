@@ -19,12 +19,20 @@ from benchmarks.small_llava import make_processor, make_tokenizer, rename_vision
 
 CHECKPOINT = Path(__file__).with_name("checkpoint")
 PATCH = 12
-VISUAL_TOKENS = (SIZE // PATCH) ** 2
+SIDE = SIZE // PATCH
+VISUAL_TOKENS = SIDE**2
 LAYERS, HIDDEN, HEADS = 12, 128, 4
-IMAGE = "USER: <image>\n"
 # A chat's fixed parts are one token each; so are words. The characters of a string stay apart: the text that
 # the tokenizer learns from has no two of them together.
 FIXED = ["USER:", "ASSISTANT:"]
+
+
+# A request is a picture and a question, a training row a picture and many: so in two parts.
+PICTURE_PART = "USER: <image>\n"
+
+
+def question_part(question: str) -> str:
+    return f"{question} ASSISTANT:"
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

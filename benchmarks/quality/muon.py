@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
-MOMENTUM, WEIGHT_DECAY, ITERATIONS = 0.95, 0.05, 5
+MOMENTUM, ITERATIONS = 0.95, 5
 # Of the polynomial that brings all singular values near 1.
 A, B, C = 3.4445, -4.775, 2.0315
 
@@ -13,16 +13,16 @@ A, B, C = 3.4445, -4.775, 2.0315
 class Muon(torch.optim.Optimizer):
     """Momentum whose updates are made orthogonal (K. Jordan et al., 2024, kellerjordan.github.io/posts/muon).
 
-    `torch.optim.Muon` does so in bfloat16 and matrix by matrix. On a CPU without bfloat16 that takes longer
-    than forward and backward; this one computes in the parameters' type, all matrices of a shape at once.
+    `torch.optim.Muon` does so in bfloat16 and matrix by matrix, which is slow on a CPU without bfloat16. This
+    one computes in the parameters' type, all matrices of a shape at once.
 
     Args:
         matrices: Parameters of two dimensions.
         lr: Scaled by 0.2 of the root of the longer side, so that rates fit as with AdamW (arXiv 2502.16982).
     """
 
-    def __init__(self, matrices: Iterable[torch.nn.Parameter], lr: float) -> None:
-        super().__init__(matrices, {"lr": lr})
+    def __init__(self, matrices: Iterable[torch.nn.Parameter], lr: float, weight_decay: float) -> None:
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
@@ -34,7 +34,7 @@ class Muon(torch.optim.Optimizer):
                 updates = orthogonal(torch.stack([self._momentum(matrix) for matrix in matrices]))
                 scale = 0.2 * max(shape) ** 0.5 * group["lr"]
                 for matrix, update in zip(matrices, updates, strict=True):
-                    matrix.mul_(1 - group["lr"] * WEIGHT_DECAY).sub_(update, alpha=scale)
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=scale)
 
     def _momentum(self, matrix: torch.nn.Parameter) -> torch.Tensor:
         """Nesterov's."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.quality.model import IMAGE, VISUAL_TOKENS
+from benchmarks.quality.model import PICTURE_PART, VISUAL_TOKENS, question_part
 from benchmarks.quality.scenes import Scene
 from benchmarks.quality.tasks import TASKS, Question, ask
 
@@ -64,7 +64,7 @@ class Packer:
         self.split, self.tokenizer = split, tokenizer
         image_token = tokenizer.convert_tokens_to_ids("<image>")
         self.prefix: list[int] = []
-        for token in tokenizer.encode(IMAGE):
+        for token in tokenizer.encode(PICTURE_PART):
             self.prefix += [token] * (VISUAL_TOKENS if token == image_token else 1)
 
     def batches(self, rows: int, start: int = 0) -> Iterator[Batch]:
@@ -88,7 +88,7 @@ class Packer:
             ids[row, :end], positions[row, :end], group[row, :end] = self.prefix, range(end), 0
             tasks.append([])
             for question in questions(scene, rng):
-                asked = self.tokenizer.encode(f"{question.text} ASSISTANT:")
+                asked = self.tokenizer.encode(question_part(question.text))
                 answer = self.tokenizer.encode(f" {question.answer}</s>")
                 tokens = asked + answer
                 if end + len(tokens) > ROW:
@@ -113,7 +113,10 @@ class Packer:
 
 
 def questions(scene: Scene, rng: Random) -> Iterator[Question]:
-    """Endless questions: every task in turn, in an order of chance, and none a second time."""
+    """Every task in turn, in an order of chance, and no question a second time.
+
+    A scene has more than fit in a row; when all were asked, this would go on looking.
+    """
     asked = set()
     while True:
         for task in rng.sample(list(TASKS), len(TASKS)):

@@ -2,8 +2,8 @@
 
     python -m benchmarks.quality.train --out FOLDER
 
-First the vision tower alone, then the whole model. Can be stopped at any time: called again, it goes on
-from the last checkpoint in FOLDER.
+First the vision tower alone, a few minutes; then the whole model. Stopped and called again, it goes on from
+the last checkpoint in FOLDER.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def validate(model: LlavaForConditionalGeneration, batch: Batch) -> dict[str, fl
     """The loss, and by task the share of answers that greedy decoding gets right to the last token."""
     belongs = batch.targets != IGNORE
     found, wanted = logits(model, batch), batch.targets[belongs]
-    rows = torch.arange(len(batch.ids))[:, None].expand_as(batch.ids)[belongs]
+    rows = torch.arange(len(batch.ids), device=batch.ids.device)[:, None].expand_as(batch.ids)[belongs]
     wrong = found.argmax(-1) != wanted
     failed = set(zip(rows[wrong].tolist(), batch.group[belongs][wrong].tolist(), strict=True))
     asked, right = Counter[str](), Counter[str]()
@@ -78,6 +78,13 @@ def validate(model: LlavaForConditionalGeneration, batch: Batch) -> dict[str, fl
             asked[task] += 1
             right[task] += (row, group) not in failed
     return {"loss": cross_entropy(found, wanted).item()} | {task: right[task] / asked[task] for task in asked}
+
+
+def write(state: dict[str, Any], path: Path) -> None:
+    """At once or not at all."""
+    new = path.with_suffix(".new")
+    torch.save(state, new)
+    new.replace(path)
 
 
 class Trainer:
@@ -95,7 +102,7 @@ class Trainer:
         for name, parameter in model.named_parameters():
             (matrices if parameter.ndim == 2 and ".layers." in name else rest).append(parameter)
         self.optimizers = [
-            Muon(matrices, MUON_RATE),
+            Muon(matrices, MUON_RATE, WEIGHT_DECAY),
             torch.optim.AdamW(rest, lr=ADAMW_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY, fused=True),
         ]
         self.schedules = [
@@ -112,10 +119,7 @@ class Trainer:
             schedule.step()
 
     def save(self, path: Path, step: int) -> None:
-        """At once or not at all."""
-        new = path.with_suffix(".new")
-        torch.save({"step": step, "parts": [part.state_dict() for part in self._parts()]}, new)
-        new.replace(path)
+        write({"step": step, "parts": [part.state_dict() for part in self._parts()]}, path)
 
     def load(self, path: Path) -> int:
         """Returns the step to go on from."""
@@ -139,13 +143,13 @@ def train_vision(tower: nn.Module, out: Path, device: str) -> None:
     trainer = Trainer(nn.ModuleList([tower, reader]), VISION_STEPS)
     bar = tqdm(range(VISION_STEPS), desc="vision tower", unit="step", mininterval=5)
     for number in bar:
-        pixels, wanted = pictures("train", VISION_ROWS, number)
+        pixels, wanted = pictures(VISION_ROWS, number)
         features = tower(normalised(pixels.to(device))).last_hidden_state[:, 1:]
         loss, read = reader(features, {name: label.to(device) for name, label in wanted.items()})
         trainer.step(loss)
         if number % 100 == 0:
             bar.set_postfix({name: f"{share:.2f}" for name, share in read.items()})
-    torch.save(tower.state_dict(), saved)
+    write(tower.state_dict(), saved)
 
 
 def initialise(model: LlavaForConditionalGeneration) -> None:
@@ -175,7 +179,9 @@ def train(out: Path, device: str) -> None:
         train_vision(model.model.vision_tower, out, device)
     validation = next(Packer("validation", words).batches(VALIDATION_ROWS)).to(device)
     batches = islice(Packer("train", words).batches(ROWS, start=done), STEPS - done)
-    started, losses = time.monotonic(), []
+    log, losses = out / "log.jsonl", []
+    spent = json.loads(log.read_text().splitlines()[-1])["seconds"] if done else 0.0
+    started = time.monotonic() - spent
     bar = tqdm(batches, desc="whole model", initial=done, total=STEPS, unit="step", mininterval=5)
     for step, packed in enumerate(bar, start=done + 1):
         loss = weighted_loss(model, packed.to(device))
@@ -188,12 +194,12 @@ def train(out: Path, device: str) -> None:
                 "train_loss": sum(losses) / len(losses),
             } | validate(model, validation)
             losses.clear()
-            with (out / "log.jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
             bar.set_postfix({name: f"{value:.2f}" for name, value in record.items() if name in TASKS})
             trainer.save(state, step)
+            with log.open("a") as file:
+                file.write(json.dumps(record) + "\n")
     save(model, words, out / "checkpoint")
-    plot_training(out / "log.jsonl", out / "training.png")
+    plot_training(log, out / "training.png")
 
 
 def main() -> None:

@@ -7,10 +7,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.quality.model import PATCH
-from benchmarks.quality.scenes import CELL, CHARACTERS, COLOURS, GRID, LETTER_WIDTH, SHAPES, SIZE, Scene
+from benchmarks.quality.model import PATCH, SIDE
+from benchmarks.quality.scenes import CELL, CHARACTERS, COLOURS, GRID, LETTER_WIDTH, SHAPES, Scene
 
-SIDE = SIZE // PATCH
 # By what is asked of a patch, how many answers there are; where there may be nothing, 0 says so.
 LABELS = {
     "colour": len(COLOURS) + 1,
@@ -44,11 +43,11 @@ def labels(scene: Scene) -> dict[str, np.ndarray]:
     return found
 
 
-def pictures(split: str, rows: int, number: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def pictures(rows: int, number: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Pixels `(rows, SIZE, SIZE, 3)` and labels `(rows, SIDE * SIDE)`. A number always gives the same."""
     pixels, found = [], []
     for row in range(rows):
-        rng = Random(f"vision {split} {number * rows + row}")
+        rng = Random(f"vision train {number * rows + row}")
         scene = Scene.random(rng)
         pixels.append(np.asarray(scene.draw(rng)))
         found.append(labels(scene))
@@ -66,7 +65,7 @@ class PatchReader(nn.Module):
     def forward(
         self, features: torch.Tensor, wanted: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """The loss, and by label the share of patches read right, of those that show something."""
+        """The loss, and by label the share of patches read right, those of label 0 aside."""
         losses, shares = [], {}
         for name, head in self.heads.items():
             logits, target = head(features).flatten(0, 1), wanted[name].flatten()

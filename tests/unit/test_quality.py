@@ -12,13 +12,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlavaForConditionalGeneration
 
-from benchmarks.quality.model import IMAGE, VISUAL_TOKENS, config, normalised, tokenizer
+from benchmarks.quality.model import (
+    PATCH,
+    PICTURE_PART,
+    SIDE,
+    VISUAL_TOKENS,
+    config,
+    normalised,
+    question_part,
+    tokenizer,
+)
 from benchmarks.quality.muon import orthogonal
-from benchmarks.quality.packing import IGNORE, Packer
-from benchmarks.quality.scenes import CELL, CHARACTERS, COLOURS, GRID, SIZE, Scene
+from benchmarks.quality.packing import IGNORE, Packer, questions
+from benchmarks.quality.scenes import CELL, CHARACTERS, COLOURS, GRID, LETTER_WIDTH, SIZE, Scene
 from benchmarks.quality.tasks import TASKS, ask, objects_found, samples
 from benchmarks.quality.train import logits
-from benchmarks.quality.vision import SIDE, labels
+from benchmarks.quality.vision import labels, pictures
 from benchmarks.small_llava import make_processor
 
 seeds = st.integers(0, 10**9)
@@ -92,16 +101,15 @@ def test_a_picture_shows_its_scene(seed):
     text = pixels[scene.text_row * CELL : (scene.text_row + 1) * CELL]
     dark = np.flatnonzero((text < 120).all(axis=2).any(axis=0))
     assert scene.text_left <= dark.min()
-    assert dark.max() < scene.text_left + len(scene.text) * SIZE // 6
+    assert dark.max() < scene.text_left + len(scene.text) * LETTER_WIDTH
 
 
-def test_splits_share_no_picture_and_come_again():
-    splits = [
-        [image.tobytes() for image, _ in islice(samples(split, "ocr"), 200)] for split in ("train", "test")
-    ]
-    assert not set(splits[0]) & set(splits[1])
-    again = [image.tobytes() for image, _ in islice(samples("test", "ocr"), 200)]
-    assert again == splits[1]
+@pytest.mark.parametrize("task", TASKS)
+def test_what_is_asked_was_never_trained_on(words, task):
+    asked, again = ([image.tobytes() for image, _ in islice(samples("test", task), 50)] for _ in range(2))
+    assert asked == again
+    seen = [next(Packer("train", words).batches(200)).pixels, pictures(200, 0)[0]]
+    assert not set(asked) & {picture.numpy().tobytes() for pixels in seen for picture in pixels}
 
 
 @given(seeds)
@@ -111,9 +119,9 @@ def test_patches_are_labelled_as_their_cells(seed):
     per_cell = SIDE * CELL // SIZE
     assert (found["colour"] > 0).sum() == len(scene.items) * per_cell**2
     assert found["number"].max() == max(len(scene.items), len(scene.text))
-    read = found["character"][scene.text_row * per_cell]
-    letters = [CHARACTERS[i - 1] for i, before in zip(read, [0, *read[:-1]], strict=True) if i]
-    assert set(letters) == set(scene.text)
+    row = scene.text_row * per_cell
+    read = dict.fromkeys(zip(found["number"][row], found["character"][row], strict=True))
+    assert "".join(CHARACTERS[character - 1] for number, character in read if number) == scene.text
 
 
 @given(st.lists(st.sampled_from(["red circle", "blue cross", "black square"]), min_size=1, max_size=8))
@@ -145,9 +153,23 @@ def test_muon_brings_singular_values_near_1(shape, seed):
     assert made.max() < 1.3
 
 
+def test_a_request_reads_as_a_row_of_training(words):
+    batch = next(Packer("validation", words).batches(1))
+    rng = Random("validation 0")
+    scene = Scene.random(rng)
+    scene.draw(rng)
+    question = next(questions(scene, rng))
+    alone = words.encode(PICTURE_PART + question_part(question.text))
+    trained = batch.ids[0, batch.group[0] <= 1].tolist()
+    image = words.convert_tokens_to_ids("<image>")
+    assert trained[: len(alone) + VISUAL_TOKENS - 1] == [
+        token for each in alone for token in [each] * (VISUAL_TOKENS if each == image else 1)
+    ]
+
+
 def test_pixels_are_what_the_processor_makes(words):
     pictures = [image for image, _ in islice(samples("test", "caption"), 3)]
-    processor = make_processor(words, SIZE, SIZE // SIDE)
+    processor = make_processor(words, SIZE, PATCH)
     made = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
     stacked = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
     torch.testing.assert_close(normalised(stacked), made)
@@ -172,5 +194,4 @@ def test_a_packed_question_is_answered_as_alone(words):
                 )
                 at += wanted
     assert at == len(packed)
-    assert IMAGE.count("<image>") == 1
     assert (batch.ids == model.config.image_token_id).sum() == 2 * VISUAL_TOKENS

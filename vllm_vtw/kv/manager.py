@@ -110,17 +110,7 @@ class StageManager(SingleTypeKVCacheManager):
             self.kv_cache_group_id,
             block_mask=[block_hash is not None for block_hash in row[start:]],
         )
-        for count, block in enumerate(self.req_to_blocks[request.request_id][start:stop], start=start + 1):
-            # vLLM tells users of the tokens that were cached, and takes a row's for the request's.
-            if block_hash := block.block_hash:
-                block.reset_hash()
-                block.set_block_hash(block_hash, self._stands_for(retention, count, self.block_size))
         self.num_cached_block[request.request_id] = stop
-
-    @staticmethod
-    def _stands_for(retention: Retention, blocks: int, block_size: int) -> int:
-        """Of the request's tokens, those of its row's first blocks and the withdrawn ones behind them."""
-        return retention.position(blocks * block_size) // block_size * block_size
 
     @classmethod
     def find_longest_cache_hit(
@@ -144,5 +134,6 @@ class StageManager(SingleTypeKVCacheManager):
                 break
             for row, block in zip(rows, blocks, strict=True):
                 row.append(block)
-        hit = cls._stands_for(retention, len(rows[0]), block_size)
-        return rows, min(most // block_size * block_size, hit)
+        # Withdrawn tokens behind the last block are part of the hit.
+        next_retained = retention.position(len(rows[0]) * block_size)
+        return rows, min(most, next_retained) // block_size * block_size
