@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all env lint bench quality train
+.PHONY: demo test test-all env lint bench train
 
 demo: env
 	$(BIN)/python -m benchmarks.demo
@@ -14,9 +14,6 @@ test-all: env lint
 
 bench: env
 	$(BIN)/python -m benchmarks.throughput
-
-quality: env
-	$(BIN)/python -m benchmarks.quality.evaluate
 
 train: env
 	$(BIN)/python -m benchmarks.quality.train --out .training

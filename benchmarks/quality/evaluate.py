@@ -146,6 +146,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="results as JSON, and a plot beside it")
     options = parser.parse_args()
     layers = sorted(map(int, options.layers.split(",")), reverse=True)
+    if not options.checkpoint.is_dir():
+        parser.error(
+            f"--checkpoint {options.checkpoint}: no such folder; `make train` makes .training/checkpoint"
+        )
     if not all(1 <= layer <= LAYERS for layer in layers):
         parser.error(f"--layers {options.layers}: the model has layers 1 to {LAYERS}")
     asked = [sample for task in TASKS for sample in islice(samples(options.split, task), options.samples)]
