@@ -96,7 +96,7 @@ class Trainer:
     """
 
     def __init__(self, model: nn.Module, steps: int) -> None:
-        self.model, self.steps = model, steps
+        self.model = model
         matrices: list[nn.Parameter] = []
         rest: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():

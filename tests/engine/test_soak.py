@@ -104,4 +104,4 @@ def test_every_answer_is_that_of_the_request_alone(checkpoint, reference, num_re
     assert soak.finished > num_requests * 0.7
     assert soak.aborted > num_requests * 0.02
     assert len(soak.preempted) > num_requests * 0.02
-    assert soak.cached_tokens > num_requests * 5
+    assert soak.cached_tokens > num_requests * (20 if align else 5)
