@@ -1,7 +1,6 @@
-"""Stock vLLM and `--model-impl vtw` side by side, on a small LLaVA made on the spot.
+"""Stock vLLM and `--model-impl vtw` side by side, on the small trained LLaVA of `benchmarks/quality`.
 
-Both servers get the same KV memory and the same requests, through the OpenAI client, with pictures as data
-URLs. The weights are random, so what the answers say means nothing.
+Both servers get the same KV memory and the same questions about drawn pictures, through the OpenAI client.
 """
 
 import base64
@@ -9,138 +8,129 @@ import io
 import re
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from contextlib import contextmanager
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
 from threading import Event, Thread
 
 from openai import OpenAI
-from PIL import Image, ImageDraw
-from transformers.utils.logging import disable_progress_bar
+from PIL import Image
 
+from benchmarks.quality.model import CHECKPOINT, LAYERS
+from benchmarks.quality.tasks import TASKS, Question, samples
 from benchmarks.server import Server, ServerError, serving
-from benchmarks.small_llava import SmallLlava
 
-MODEL = SmallLlava(layers=16, hidden=256, heads=4, kv_heads=4, image_side=24)
-KV_MIB = 160
+KV_MIB = 8
 OPTIONS = (
     f"--kv-cache-memory-bytes={KV_MIB << 20}",
     "--block-size=32",
-    "--max-model-len=1024",
+    "--max-model-len=256",
     "--dtype=float32",
     "--enforce-eager",
     "--no-enable-prefix-caching",
-    '--limit-mm-per-prompt={"image": 2}',
+    '--limit-mm-per-prompt={"image": 1}',
 )
-REQUESTS, ANSWER_TOKENS = 24, 48
-SHAPES = ("ellipse", "rectangle", "triangle")
-COLOURS = ("crimson", "seagreen", "royalblue", "orange")
+LAYER = 8
+SAMPLES = 16  # of each task
+CLIENTS = 48
 
 
-def picture(number: int) -> str:
-    """A drawing as a data URL."""
-    image = Image.new("RGB", (336, 336), "white")
-    draw = ImageDraw.Draw(image)
-    colour, left = COLOURS[number % len(COLOURS)], 20 + 11 * number % 150
-    match SHAPES[number % len(SHAPES)]:
-        case "ellipse":
-            draw.ellipse((left, 60, left + 150, 260), fill=colour)
-        case "rectangle":
-            draw.rectangle((left, 60, left + 150, 260), fill=colour)
-        case _:
-            draw.polygon(((left, 260), (left + 75, 60), (left + 150, 260)), fill=colour)
+@dataclass
+class Column:
+    """What one server did: `said` to each sample, and the table's lines."""
+
+    said: list[str]
+    took: float
+    lines: dict[str, str]
+
+
+def data_url(picture: Image.Image) -> str:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    picture.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def ask(client: OpenAI, model: str, number: int) -> str:
+def ask(client: OpenAI, model: str, picture: Image.Image, question: Question) -> str:
     content = [
-        {"type": "image_url", "image_url": {"url": picture(number)}},
-        {"type": "text", "text": "What is in this picture?"},
+        {"type": "image_url", "image_url": {"url": data_url(picture)}},
+        {"type": "text", "text": question.text},
     ]
     answer = client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": content}],  # type: ignore[list-item, misc]
-        max_completion_tokens=ANSWER_TOKENS,
+        max_completion_tokens=40,
         temperature=0,
-        extra_body={"ignore_eos": True},
     )
-    text = answer.choices[0].message.content or ""
-    return "".join(letter for letter in text if letter.isascii() and letter.isprintable())
+    return (answer.choices[0].message.content or "").strip()
 
 
-def measure(name: str, model: Path, *options: str) -> dict[str, str]:
+def measure(asked: list[tuple[Image.Image, Question]], *options: str) -> Column:
     """One server's column of the table."""
-    print(f"\n$ vllm serve MODEL {' '.join((*OPTIONS, *options))}", flush=True)
+    print(f"\n$ vllm serve {CHECKPOINT.name} {' '.join((*OPTIONS, *options))}", flush=True)
     started = time.monotonic()
-    with serving(model, *OPTIONS, *options) as server:
+    with serving(CHECKPOINT, *OPTIONS, *options) as server:
         print(f"  up after {time.monotonic() - started:.0f} s", flush=True)
         for line in server.log().splitlines():
             if "Maximum concurrency" in line or "vtw:" in line:
                 print("  " + re.sub(r"^.*?\] ", "", line), flush=True)
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         served = client.models.list().data[0].id
+        ask(client, served, *asked[0])  # the first request is slower than all others
         blocks = server.num_kv_blocks()
-        # One of the pool's blocks is vLLM's null block, which nobody holds.
-        held = round(peak_usage(server, lambda: ask(client, served, 0)) * (blocks - 1))
+        pool = ThreadPoolExecutor(CLIENTS)
         begin = time.monotonic()
-        pool = ThreadPoolExecutor(REQUESTS)
         try:
-            answers = list(pool.map(lambda number: ask(client, served, number), range(REQUESTS)))
+            with most_running(server) as most:
+                said = list(pool.map(lambda sample: ask(client, served, *sample), asked))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for answers
         took = time.monotonic() - begin
         preempted = server.metrics()["vllm:num_preemptions_total"]
-        return {
-            "": name,
-            "answer to picture 0": repr(answers[0][:24]),
-            "answer to picture 1": repr(answers[1][:24]),
-            "KV blocks in the pool": f"{blocks} of {KV_MIB * 1024 / blocks:.0f} KiB",
-            "KV blocks of one request": str(held),
-            "KV memory of one request": f"{held * KV_MIB / blocks:.1f} MiB",
-            "such requests that fit": str((blocks - 1) // held),
-            "preemptions while all ran": f"{preempted:.0f}",
-            "requests per second": f"{REQUESTS / took:.2f}",
-        }
+    lines = {}
+    for task in TASKS:
+        right = [a == q.answer for (_, q), a in zip(asked, said, strict=True) if q.task == task]
+        lines[f"right answers, {task}"] = f"{sum(right)} of {len(right)}"
+    lines["KV blocks in the pool"] = f"{blocks} of {KV_MIB * 1024 / blocks:.0f} KiB"
+    lines["most requests running at once"] = f"{max(most):.0f}"
+    lines["preemptions"] = f"{preempted:.0f}"
+    lines["requests per second"] = f"{len(asked) / took:.1f}"
+    return Column(said, took, lines)
 
 
-def peak_usage(server: Server, work: Callable[[], object]) -> float:
-    """The highest share of the KV cache that was in use while `work` ran."""
-    highest, done = 0.0, Event()
+@contextmanager
+def most_running(server: Server) -> Iterator[list[float]]:
+    """Looks again and again how many requests run, as long as the block does."""
+    seen, done = [0.0], Event()
 
     def watch() -> None:
-        nonlocal highest
         while not done.wait(0.02):
-            highest = max(highest, server.metrics()["vllm:kv_cache_usage_perc"])
+            seen.append(server.metrics()["vllm:num_requests_running"])
 
     watcher = Thread(target=watch)
     watcher.start()
     try:
-        work()
+        yield seen
     finally:
         done.set()
         watcher.join()
-    return highest
 
 
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder:
-        print(f"Making a small LLaVA: {MODEL.layers} layers, {MODEL.image_side**2} visual tokens an image")
-        model = MODEL.save(Path(folder))
-        columns = [measure("stock", model), measure("vtw", model, "--model-impl=vtw")]
-    print()
-    for row in columns[0]:
-        print(f"{row:<28}" + "".join(f"{column[row]:>32}" for column in columns))
-    speed = float(columns[1]["requests per second"]) / float(columns[0]["requests per second"])
-    print(f"\nOn this machine, in this one run: {speed:.2f} times the requests per second.")
-    print(
-        "The weights are random: answers mean nothing, and differ because vtw's deep layers see no picture."
-    )
+    asked = [sample for task in TASKS for sample in islice(samples("test", task), SAMPLES)]
+    stock = measure(asked)
+    vtw = measure(asked, "--model-impl=vtw", f'--additional-config={{"vtw": {{"layer": {LAYER}}}}}')
+    for number in range(0, len(asked), SAMPLES):
+        question = asked[number][1]
+        print(f"\n{question.text}  [{question.answer}]")
+        print(f"  stock: {stock.said[number]}\n  vtw:   {vtw.said[number]}")
+    print(f"\n{'':<32}{'stock':>20}{f'vtw, K = {LAYER} of {LAYERS}':>20}")
+    for name, value in stock.lines.items():
+        print(f"{name:<32}{value:>20}{vtw.lines[name]:>20}")
+    print(f"\nOn this machine, in this one run: {stock.took / vtw.took:.2f} times the requests per second.")
 
 
 if __name__ == "__main__":

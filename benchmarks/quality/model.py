@@ -14,7 +14,7 @@ from transformers import (
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from benchmarks.quality.scenes import SIZE, Scene
-from benchmarks.quality.tasks import TASKS, ask
+from benchmarks.quality.tasks import LESSONS, TASKS, ask
 from benchmarks.small_llava import make_processor, make_tokenizer, rename_vision_tower
 
 CHECKPOINT = Path(__file__).with_name("checkpoint")
@@ -40,9 +40,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     lines = []
     for _ in range(300):
         scene = Scene.random(rng)
-        asked = [ask(task, scene, rng) for task in TASKS if task != "ocr"]
-        lines += [f"{question.text} {question.answer}" for question in asked if question]
-    lines += ["What does the text say?", *(str(number) for number in range(9))]
+        asked = [ask(task, scene, rng) for task in [*TASKS, *LESSONS]]
+        lines += [f"{q.text} {q.answer if q.answer not in scene.text else ''}" for q in asked if q]
+    lines += [str(number) for number in range(9)]
     return make_tokenizer(lines, 400, FIXED)
 
 

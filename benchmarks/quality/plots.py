@@ -28,9 +28,9 @@ def plot_training(log: Path, path: Path) -> None:
     records = [json.loads(line) for line in log.read_text().splitlines()]
     steps = [record["step"] for record in records]
     _, (above, below) = plt.subplots(2, 1, figsize=(8, 8), sharex=True, height_ratios=(1, 2))
-    for name in ("train_loss", "loss"):
-        above.plot(steps, [record[name] for record in records], label=name)
-    above.set_ylabel("cross-entropy per answer token")
+    for name, label in (("train_loss", "training, weighted by answer"), ("loss", "validation, by token")):
+        above.plot(steps, [record[name] for record in records], label=label)
+    above.set_ylabel("cross-entropy")
     above.set_yscale("log")
     above.grid(alpha=0.3)
     above.legend()

@@ -16,8 +16,8 @@ COLOURS = {
     "black": (20, 20, 20),
 }
 SHAPES = ("circle", "square", "triangle", "cross", "diamond")
-# No letters that look alike, and none that names a choice (A to D).
-CHARACTERS = "EFHKLMNPRTUVXY2347"
+# No digit, which would be a number's token, and no letter that names a choice (A to D) or is too wide.
+CHARACTERS = "EFHKLMNPRTUVXY"
 LETTER_WIDTH = SIZE // 6
 
 
@@ -62,6 +62,11 @@ class Scene:
             for row, column in sorted(rng.sample(cells, rng.randint(4, 8)))
         )
         return cls(items, text, text_row, rng.randint(0, SIZE - LETTER_WIDTH * len(text)))
+
+    def unique(self) -> list[Item]:
+        """The items whose name no other has."""
+        names = [item.name for item in self.items]
+        return [item for item in self.items if names.count(item.name) == 1]
 
     def draw(self, rng: Random) -> Image.Image:
         """The picture, `SIZE` wide and high. Sizes, places within a cell and the background vary."""

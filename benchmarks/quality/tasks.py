@@ -48,8 +48,7 @@ def counting(scene: Scene, rng: Random) -> tuple[str, str]:
 
 
 def relation(scene: Scene, rng: Random) -> tuple[str, str] | None:
-    names = [item.name for item in scene.items]
-    single = [item for item in scene.items if names.count(item.name) == 1]
+    single = scene.unique()
     pairs = [
         (a, b) for a in single for b in single if a is not b and (a.row == b.row or a.column == b.column)
     ]
@@ -72,14 +71,30 @@ def caption(scene: Scene, rng: Random) -> tuple[str, str]:
     return "List every object.", ", ".join(item.name for item in scene.items)
 
 
-TASKS: dict[str, Callable[[Scene, Random], tuple[str, str] | None]] = {
+def place(scene: Scene, rng: Random) -> tuple[str, str] | None:
+    single = scene.unique()
+    if not single:
+        return None
+    item = rng.choice(single)
+    return f"Which cell has the {item.name}?", str(item.cell)
+
+
+def character(scene: Scene, rng: Random) -> tuple[str, str]:
+    number = rng.randrange(len(scene.text))
+    return f"What is character {number + 1} of the text?", scene.text[number]
+
+
+Task = Callable[[Scene, Random], tuple[str, str] | None]
+TASKS: dict[str, Task] = {
     function.__name__: function for function in (presence, attribute, counting, relation, ocr, caption)
 }
+# For training alone: one step each of what relations and strings need. Without them, both stay at chance.
+LESSONS: dict[str, Task] = {function.__name__: function for function in (place, character)}
 
 
 def ask(task: str, scene: Scene, rng: Random) -> Question | None:
     """A question of `task`; None where the scene has none."""
-    asked = TASKS[task](scene, rng)
+    asked = (TASKS | LESSONS)[task](scene, rng)
     return Question(task, *asked) if asked else None
 
 

@@ -303,5 +303,5 @@ def test_withdrawing_by_tokens_serves_what_lies_on_borders_of_blocks(course: lis
     assert withdrawing(course, 1) == allowed
 
 
-Course.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Course.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 test_course = Course.TestCase

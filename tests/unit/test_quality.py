@@ -10,8 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from transformers import LlavaForConditionalGeneration
 
+from benchmarks.quality import train
 from benchmarks.quality.model import (
     PATCH,
     PICTURE_PART,
@@ -25,8 +27,8 @@ from benchmarks.quality.model import (
 from benchmarks.quality.muon import orthogonal
 from benchmarks.quality.packing import IGNORE, Packer, questions
 from benchmarks.quality.scenes import CELL, CHARACTERS, COLOURS, GRID, LETTER_WIDTH, SIZE, Scene
-from benchmarks.quality.tasks import TASKS, ask, objects_found, samples
-from benchmarks.quality.train import logits
+from benchmarks.quality.tasks import LESSONS, TASKS, ask, objects_found, samples
+from benchmarks.quality.train import Trainer, logits
 from benchmarks.quality.vision import labels, pictures
 from benchmarks.small_llava import make_processor
 
@@ -53,10 +55,17 @@ def found_by_question(scene: Scene, question: str) -> str:
         ),
         r"The (\w+ \w+) is where from the (\w+ \w+)\? .*": lambda a, b: side(scene, a, b, question),
         r"(What does the text say\?)": lambda _: scene.text,
+        r"What is character (\d+) of the text\?": lambda number: scene.text[int(number) - 1],
+        r"Which cell has the (\w+ \w+)\?": lambda name: cell_of(scene, name),
         r"(List every object.)": lambda _: ", ".join(f"{i.colour} {i.shape}" for i in scene.items),
     }
     (answer,) = [read(*words) for pattern, read in readers.items() if (words := groups(pattern))]
     return answer
+
+
+def cell_of(scene: Scene, name: str) -> str:
+    (item,) = [item for item in scene.items if item.name == name]
+    return str(item.row * GRID + item.column + 1)
 
 
 def side(scene: Scene, a: str, b: str, question: str) -> str:
@@ -71,7 +80,7 @@ def side(scene: Scene, a: str, b: str, question: str) -> str:
     return letter
 
 
-@given(seeds, st.sampled_from(list(TASKS)))
+@given(seeds, st.sampled_from([*TASKS, *LESSONS]))
 def test_answers_are_right(seed, task):
     rng = Random(seed)
     scene = Scene.random(rng)
@@ -139,7 +148,7 @@ def words():
 
 @given(text=st.text(CHARACTERS, min_size=3, max_size=6))
 def test_a_string_is_read_by_the_character(words, text):
-    assert len(words.encode(text)) == len(text)
+    assert len(words.encode(f" {text}")) == 1 + len(text)
 
 
 @given(st.tuples(st.integers(1, 3), st.integers(2, 24), st.integers(2, 24)), seeds)
@@ -173,6 +182,50 @@ def test_pixels_are_what_the_processor_makes(words):
     made = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
     stacked = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
     torch.testing.assert_close(normalised(stacked), made)
+
+
+def test_training_goes_on_as_if_it_had_not_stopped(tmp_path):
+    def made() -> Trainer:
+        torch.manual_seed(0)
+        layer = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+        text = nn.ModuleDict({"layers": nn.ModuleList([layer])})
+        return Trainer(nn.ModuleDict({"text": text, "head": nn.Linear(2, 3)}), steps=8)
+
+    def step(trainer: Trainer, number: int) -> None:
+        generator = torch.Generator().manual_seed(number)
+        modules = trainer.model
+        out = modules["head"](modules["text"]["layers"][0](torch.randn(5, 4, generator=generator)))
+        trainer.step(out.square().mean())
+
+    through, stopped, resumed = made(), made(), made()
+    for number in range(8):
+        step(through, number)
+        if number < 5:
+            step(stopped, number)
+    stopped.save(tmp_path / "state.pt", 5)
+    for number in range(resumed.load(tmp_path / "state.pt"), 8):
+        step(resumed, number)
+    for ours, wanted in zip(resumed.model.parameters(), through.model.parameters(), strict=True):
+        assert torch.equal(ours, wanted)
+    assert not torch.equal(through.model["head"].weight, stopped.model["head"].weight)
+
+
+def test_one_wrong_token_makes_an_answer_wrong(words, monkeypatch):
+    batch = next(Packer("validation", words).batches(3))
+    belongs = batch.targets != IGNORE
+    perfect = 50.0 * nn.functional.one_hot(batch.targets[belongs], len(words)).float()
+    monkeypatch.setattr(train, "logits", lambda model, batch: perfect)
+    found = train.validate(None, batch)
+    assert found.pop("loss") < 1e-3
+    assert set(found) >= set(TASKS)
+    assert set(found.values()) == {1.0}
+    every = [task for tasks in batch.tasks for task in tasks]
+    groups = batch.group[belongs].tolist()
+    for at in (0, len(groups) - 1):
+        task = batch.tasks[0 if at == 0 else -1][groups[at] - 1]
+        perfect[at] = -perfect[at]
+        assert train.validate(None, batch)[task] == 1 - 1 / every.count(task)
+        perfect[at] = -perfect[at]
 
 
 def test_a_packed_question_is_answered_as_alone(words):
