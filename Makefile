@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all env lint bench train
+.PHONY: demo test test-all env lint bench quality train quality-from-scratch
 
 demo: env
 	$(BIN)/python -m benchmarks.demo
@@ -15,8 +15,17 @@ test-all: env lint
 bench: env
 	$(BIN)/python -m benchmarks.throughput
 
+quality: env
+	$(BIN)/python -m benchmarks.quality.evaluate
+
 train: env
 	$(BIN)/python -m benchmarks.quality.train --out .training
+
+# Hours on two cores. What training has done already is in .training: remove it to begin anew.
+quality-from-scratch: train
+	$(BIN)/python -m benchmarks.quality.evaluate --checkpoint .training/checkpoint --samples 500 --check \
+		--layers 1,2,3,4,5,6,7,8,9,10,11,12 --out benchmarks/results/quality.json
+	cp .training/checkpoint/* benchmarks/quality/checkpoint/
 
 lint: env
 	$(BIN)/ruff check .

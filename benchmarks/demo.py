@@ -9,17 +9,17 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from threading import Event, Thread
+from threading import Event
 
 from openai import OpenAI
 from PIL import Image
 
-from benchmarks.quality.model import CHECKPOINT, LAYERS
+from benchmarks.quality.model import CHECKPOINT, LAYERS, MAX_ANSWER_TOKENS
 from benchmarks.quality.tasks import TASKS, Question, samples
 from benchmarks.server import Server, ServerError, serving
 
@@ -61,7 +61,7 @@ def ask(client: OpenAI, model: str, picture: Image.Image, question: Question) ->
     answer = client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": content}],  # type: ignore[list-item, misc]
-        max_completion_tokens=40,
+        max_completion_tokens=MAX_ANSWER_TOKENS,
         temperature=0,
     )
     return (answer.choices[0].message.content or "").strip()
@@ -83,39 +83,40 @@ def measure(asked: list[tuple[Image.Image, Question]], *options: str) -> Column:
         pool = ThreadPoolExecutor(CLIENTS)
         begin = time.monotonic()
         try:
-            with most_running(server) as most:
-                said = list(pool.map(lambda sample: ask(client, served, *sample), asked))
+            answers = pool.map(lambda sample: ask(client, served, *sample), asked)
+            with watching(server) as running:
+                said = list(answers)
+                took = time.monotonic() - begin
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for answers
-        took = time.monotonic() - begin
         preempted = server.metrics()["vllm:num_preemptions_total"]
     lines = {}
     for task in TASKS:
         right = [a == q.answer for (_, q), a in zip(asked, said, strict=True) if q.task == task]
         lines[f"right answers, {task}"] = f"{sum(right)} of {len(right)}"
     lines["KV blocks in the pool"] = f"{blocks} of {KV_MIB * 1024 / blocks:.0f} KiB"
-    lines["most requests running at once"] = f"{max(most):.0f}"
+    lines["most requests running at once"] = f"{max(running):.0f}"
     lines["preemptions"] = f"{preempted:.0f}"
     lines["requests per second"] = f"{len(asked) / took:.1f}"
     return Column(said, took, lines)
 
 
 @contextmanager
-def most_running(server: Server) -> Iterator[list[float]]:
-    """Looks again and again how many requests run, as long as the block does."""
+def watching(server: Server) -> Iterator[list[float]]:
+    """Looks every now and then how many requests run, as long as the block does."""
     seen, done = [0.0], Event()
 
     def watch() -> None:
-        while not done.wait(0.02):
+        while not done.wait(0.1):
             seen.append(server.metrics()["vllm:num_requests_running"])
 
-    watcher = Thread(target=watch)
-    watcher.start()
-    try:
-        yield seen
-    finally:
-        done.set()
-        watcher.join()
+    with ThreadPoolExecutor(1) as pool:
+        watcher = pool.submit(watch)
+        try:
+            yield seen
+        finally:
+            done.set()
+        watcher.result()
 
 
 def main() -> None:

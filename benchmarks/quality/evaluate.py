@@ -1,16 +1,19 @@
 """What withdrawal costs in answers: accuracy by task, stock and withdrawn after layer K.
 
-    python -m benchmarks.quality.evaluate [--checkpoint FOLDER] [--layers 3,6,9,12] [--samples 200]
-        [--split test] [--check] [--out FILE]
+    python -m benchmarks.quality.evaluate [--checkpoint FOLDER] [--layers 12,9,6,3] [--samples 200]
+        [--check] [--out FILE.json]
 
 `align` is off, so that every visual token leaves, as in the paper (VTW, arXiv 2405.05803). `--check` has the
-transformers reference answer the same.
+transformers reference answer the same, and fails where the engine parts from it by more than a tie.
 """
 
 import argparse
+import hashlib
 import json
 import os
+import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -22,11 +25,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.machine import measured_on
-from benchmarks.quality.model import CHECKPOINT, LAYERS, PICTURE_PART, question_part
+from benchmarks.quality.model import CHECKPOINT, LAYERS, MAX_ANSWER_TOKENS, PICTURE_PART, question_part
 from benchmarks.quality.plots import plot_layers
 from benchmarks.quality.tasks import TASKS, Question, objects_found, samples
 
 if TYPE_CHECKING:
+    from vllm import LLM
+
     from tests.engine.reference import Reference
 
 OPTIONS: dict[str, Any] = {
@@ -38,7 +43,8 @@ OPTIONS: dict[str, Any] = {
     "enforce_eager": True,
     "limit_mm_per_prompt": {"image": 1},
 }
-LONGEST = 40
+# In logits: where two tokens are closer, rounding may choose either.
+TIE = 1e-3
 Sample = tuple[Image.Image, Question]
 
 
@@ -60,50 +66,59 @@ class Score:
 
 
 @dataclass
-class Result:
-    """One engine's.
+class Check:
+    """What the transformers reference makes of the same samples.
 
     Attributes:
-        layer: K; the number of layers stands for stock.
-        seconds: of the engine, its start included.
-        reference: with `--check`, what the transformers reference scores on the same samples.
-        differing: with `--check`, how many of the engine's answers are not the reference's.
-        widest_tie: the most, in logits, by which the reference prefers its own token where the two part.
+        reference: its score.
+        differing: how many of the engine's answers are not its own.
+        largest_gap: by how many logits it prefers its own token where they part, at most.
     """
+
+    reference: Score
+    differing: int
+    largest_gap: float
+
+
+@dataclass
+class Result:
+    """One engine's. `layer` is K, or the number of layers for stock; `seconds` include the engine's start."""
 
     layer: int
     engine: Score
     seconds: float
-    reference: Score | None = None
-    differing: int | None = None
-    widest_tie: float | None = None
+    check: Check | None = None
 
 
-def answers(checkpoint: Path, layer: int, asked: Sequence[Sample]) -> list[Answer]:
-    """Greedy answers of an engine that withdraws after `layer`; stock vLLM where that is the last."""
-    from vllm import LLM, SamplingParams
+def answers(llm: "LLM", asked: Sequence[Sample]) -> list[Answer]:
+    """An engine's, greedily decoded."""
+    from vllm import SamplingParams
 
-    vtw: dict[str, Any] = {}
-    if layer < LAYERS:
-        vtw = {"model_impl": "vtw", "additional_config": {"vtw": {"layer": layer, "align": False}}}
-    llm = LLM(model=str(checkpoint), **OPTIONS, **vtw)
-    try:
-        prompts = [
-            {
-                "prompt": PICTURE_PART + question_part(question.text),
-                "multi_modal_data": {"image": picture},
-            }
-            for picture, question in asked
-        ]
-        outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=LONGEST))
-    finally:
-        llm.llm_engine.engine_core.shutdown()
+    prompts = [
+        {"prompt": PICTURE_PART + question_part(question.text), "multi_modal_data": {"image": picture}}
+        for picture, question in asked
+    ]
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=MAX_ANSWER_TOKENS))
     return [
         Answer(
             output.outputs[0].text.strip(), list(output.prompt_token_ids), list(output.outputs[0].token_ids)
         )
         for output in outputs
     ]
+
+
+def answers_withdrawn(checkpoint: Path, layer: int, asked: Sequence[Sample]) -> list[Answer]:
+    """Of an engine that withdraws after `layer`; of stock vLLM where that is the last."""
+    from vllm import LLM
+
+    vtw: dict[str, Any] = {}
+    if layer < LAYERS:
+        vtw = {"model_impl": "vtw", "additional_config": {"vtw": {"layer": layer, "align": False}}}
+    llm = LLM(model=str(checkpoint), **OPTIONS, **vtw)
+    try:
+        return answers(llm, asked)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
 
 
 def score(asked: Sequence[Sample], given: Sequence[Answer]) -> Score:
@@ -136,81 +151,109 @@ def own_answer(
     parting = next(at for at, token in enumerate(answer.said) if own[at] != token)
     gap = (found[parting].max() - found[parting, answer.said[parting]]).item()
     said = own[: parting + 1]
-    while said[-1] != oracle.processor.tokenizer.eos_token_id and len(said) < LONGEST:
+    while said[-1] != oracle.processor.tokenizer.eos_token_id and len(said) < MAX_ANSWER_TOKENS:
         said.append(int(logits(said)[-1].argmax()))
     return said, gap
 
 
-def check(checkpoint: Path, asked: Sequence[Sample], given: Sequence[Answer], result: Result) -> None:
-    """Fills `result` with what greedy decoding by the transformers reference gives."""
-    from tests.engine.reference import Reference
-
-    oracle = Reference(checkpoint)
-    answers, gaps = [], []
-    pairs = tqdm(zip(asked, given, strict=True), total=len(asked), desc=f"reference, K = {result.layer}")
+def check(oracle: "Reference", layer: int, asked: Sequence[Sample], given: Sequence[Answer]) -> Check:
+    """Compares with what greedy decoding by the transformers reference gives."""
+    own, gaps = [], []
+    pairs = tqdm(
+        zip(asked, given, strict=True), total=len(asked), desc=f"reference, K = {layer}", mininterval=5
+    )
     for (picture, _), answer in pairs:
-        said, gap = own_answer(oracle, result.layer, picture, answer)
+        said, gap = own_answer(oracle, layer, picture, answer)
         text = oracle.processor.tokenizer.decode(said, skip_special_tokens=True).strip()
-        answers.append(Answer(text, answer.prompt, said))
+        own.append(Answer(text, answer.prompt, said))
         gaps.append(gap)
-    result.reference = score(asked, answers)
-    result.differing = sum(a.said != b.said for a, b in zip(answers, given, strict=True))
-    result.widest_tie = max(gaps)
+    return Check(score(asked, own), sum(a.said != b.said for a, b in zip(own, given, strict=True)), max(gaps))
 
 
-def table(results: Sequence[Result]) -> str:
-    """In Markdown, one line for each engine."""
-    lines = [
-        "| | " + " | ".join(TASKS) + " | caption, objects |",
-        "| --- |" + " ---: |" * (len(TASKS) + 1),
-    ]
+def guessing(asked: Sequence[Sample]) -> Score:
+    """What the commonest answer of each task scores, whatever the picture shows."""
+    commonest = {
+        task: Counter(q.answer for _, q in asked if q.task == task).most_common(1)[0][0] for task in TASKS
+    }
+    return score(asked, [Answer(commonest[q.task], [], []) for _, q in asked])
+
+
+def percent(found: Score) -> list[str]:
+    return [f"{100 * share:.1f}" for share in (*found.right.values(), found.objects)]
+
+
+def table(results: Sequence[Result], guess: Score) -> str:
+    """In Markdown, one line for each engine, in percent, and one for guessing."""
+    head = ["", *TASKS, "caption, objects"]
+    rows = []
     for result in results:
-        name = "stock" if result.layer == LAYERS else f"K = {result.layer}"
-        shares = [*result.engine.right.values(), result.engine.objects]
-        lines.append(f"| {name} | " + " | ".join(f"{100 * share:.1f}" for share in shares) + " |")
-    return "\n".join(lines)
+        name = f"K = {result.layer}" if result.layer < LAYERS else "stock"
+        rows.append([name, *percent(result.engine)])
+        if result.check:
+            rows.append([f"{name}, reference", *percent(result.check.reference)])
+    rows.append(["always the commonest answer", *percent(guess)])
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *rows])
+
+
+def layers(text: str) -> list[int]:
+    found = sorted(set(map(int, text.split(","))), reverse=True)
+    if not all(1 <= layer <= LAYERS for layer in found):
+        raise argparse.ArgumentTypeError(f"the model has layers 1 to {LAYERS}")
+    return found
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return number
 
 
 def main() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    parser.add_argument("--layers", default=f"3,6,9,{LAYERS}", help=f"values of K; {LAYERS} is stock vLLM")
-    parser.add_argument("--samples", type=int, default=200, help="of each task")
-    parser.add_argument("--split", default="test", choices=["test", "validation"])
+    parser.add_argument(
+        "--layers", type=layers, default=f"{LAYERS},9,6,3", help=f"values of K; {LAYERS} is stock vLLM"
+    )
+    parser.add_argument("--samples", type=positive, default=200, help="of each task")
     parser.add_argument("--check", action="store_true", help="have the transformers reference answer, too")
-    parser.add_argument("--out", type=Path, help="results as JSON, and a plot beside it")
+    parser.add_argument("--out", type=Path, help="results as JSON, with a table and a plot beside it")
     options = parser.parse_args()
-    layers = sorted(map(int, options.layers.split(",")), reverse=True)
-    if not options.checkpoint.is_dir():
-        parser.error(
-            f"--checkpoint {options.checkpoint}: no such folder; `make train` makes .training/checkpoint"
-        )
-    if not all(1 <= layer <= LAYERS for layer in layers):
-        parser.error(f"--layers {options.layers}: the model has layers 1 to {LAYERS}")
-    asked = [sample for task in TASKS for sample in islice(samples(options.split, task), options.samples)]
-    results = []
-    for layer in layers:
+    weights = options.checkpoint / "model.safetensors"
+    if not weights.is_file():
+        parser.error(f"--checkpoint {options.checkpoint}: no {weights.name} there")
+    if options.out and not options.out.parent.is_dir():
+        parser.error(f"--out {options.out}: no folder {options.out.parent}")
+    asked = [sample for task in TASKS for sample in islice(samples("test", task), options.samples)]
+    report = measured_on() | {
+        "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "samples_per_task": options.samples,
+        "options": OPTIONS | {"align": False},
+        "guessing": asdict(guessing(asked)),
+    }
+    results: list[Result] = []
+    for layer in options.layers:
         started = time.monotonic()
-        given = answers(options.checkpoint, layer, asked)
+        given = answers_withdrawn(options.checkpoint, layer, asked)
         results.append(Result(layer, score(asked, given), round(time.monotonic() - started, 1)))
         if options.check:
-            check(options.checkpoint, asked, given, results[-1])
-        print(f"\n{table(results)}\n", flush=True)
-    if options.out:
-        report = measured_on() | {
-            "split": options.split,
-            "samples_per_task": options.samples,
-            "options": OPTIONS | {"align": False},
-            "results": [asdict(result) for result in results],
-        }
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
-        upwards = results[::-1]
-        plot_layers(
-            [result.layer for result in upwards],
-            [result.engine.right for result in upwards],
-            options.out.with_suffix(".png"),
-        )
+            from tests.engine.reference import Reference
+
+            results[-1].check = check(Reference(options.checkpoint), layer, asked, given)
+        shown = table(results, guessing(asked))
+        print(f"\n{shown}\n", flush=True)
+        if options.out:
+            report["results"] = [asdict(result) for result in results]
+            options.out.write_text(json.dumps(report, indent=2) + "\n")
+            options.out.with_suffix(".md").write_text(shown + "\n")
+            plot_layers({r.layer: r.engine.right for r in results}, options.out.with_suffix(".png"))
+    parted = [str(r.layer) for r in results if r.check and r.check.largest_gap > TIE]
+    if parted:
+        sys.exit(f"the engine parts from the reference by more than {TIE} logits at K = {', '.join(parted)}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from transformers import (
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from benchmarks.quality.scenes import SIZE, Scene
-from benchmarks.quality.tasks import LESSONS, TASKS, ask
+from benchmarks.quality.tasks import AUXILIARY_TASKS, TASKS, ask
 from benchmarks.small_llava import make_processor, make_tokenizer, rename_vision_tower
 
 CHECKPOINT = Path(__file__).with_name("checkpoint")
@@ -25,8 +25,7 @@ LAYERS, HIDDEN, HEADS = 12, 128, 4
 # A chat's fixed parts are one token each; so are words. The characters of a string stay apart: the text that
 # the tokenizer learns from has no two of them together.
 FIXED = ["USER:", "ASSISTANT:"]
-
-
+MAX_ANSWER_TOKENS = 40
 # A request is a picture and a question, a training row a picture and many: so in two parts.
 PICTURE_PART = "USER: <image>\n"
 
@@ -40,9 +39,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     lines = []
     for _ in range(300):
         scene = Scene.random(rng)
-        asked = [ask(task, scene, rng) for task in [*TASKS, *LESSONS]]
+        asked = [ask(task, scene, rng) for task in [*TASKS, *AUXILIARY_TASKS]]
         lines += [f"{q.text} {q.answer if q.answer not in scene.text else ''}" for q in asked if q]
-    lines += [str(number) for number in range(9)]
     return make_tokenizer(lines, 400, FIXED)
 
 

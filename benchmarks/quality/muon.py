@@ -19,6 +19,7 @@ class Muon(torch.optim.Optimizer):
     Args:
         matrices: Parameters of two dimensions.
         lr: Scaled by 0.2 of the root of the longer side, so that rates fit as with AdamW (arXiv 2502.16982).
+        weight_decay: Decoupled, as AdamW's.
     """
 
     def __init__(self, matrices: Iterable[torch.nn.Parameter], lr: float, weight_decay: float) -> None:

@@ -1,13 +1,13 @@
 """Plots: how the training went, and what each K costs each task."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from benchmarks.quality.model import LAYERS
 from benchmarks.quality.tasks import TASKS
 
 mpl.use("Agg")
@@ -23,9 +23,8 @@ def _finish(axes: Axes, path: Path) -> None:
     plt.close()
 
 
-def plot_training(log: Path, path: Path) -> None:
-    """Loss and accuracies of the validation split over the steps that `log` (JSON lines) has."""
-    records = [json.loads(line) for line in log.read_text().splitlines()]
+def plot_training(records: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Loss and accuracies of the validation split over the steps that `records` are of."""
     steps = [record["step"] for record in records]
     _, (above, below) = plt.subplots(2, 1, figsize=(8, 8), sharex=True, height_ratios=(1, 2))
     for name, label in (("train_loss", "training, weighted by answer"), ("loss", "validation, by token")):
@@ -40,11 +39,12 @@ def plot_training(log: Path, path: Path) -> None:
     _finish(below, path)
 
 
-def plot_layers(layers: Sequence[int], right: Sequence[dict[str, float]], path: Path) -> None:
-    """By task, accuracy over K; the last layer count is stock."""
+def plot_layers(right: Mapping[int, dict[str, float]], path: Path) -> None:
+    """By task, accuracy over K; all of the layers are stock."""
     _, axes = plt.subplots(figsize=(8, 5))
+    ks = sorted(right)
     for task, style in STYLES.items():
-        axes.plot(layers, [100 * shares[task] for shares in right], style, label=task)
-    axes.set_xticks(list(layers), [*map(str, layers[:-1]), f"{layers[-1]}\n(stock)"])
+        axes.plot(ks, [100 * right[k][task] for k in ks], style, label=task)
+    axes.set_xticks(ks, [f"{k}\n(stock)" if k == LAYERS else str(k) for k in ks])
     axes.set_xlabel("K: visual tokens withdrawn after this many of the decoder's layers")
     _finish(axes, path)

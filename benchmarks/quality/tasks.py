@@ -88,13 +88,13 @@ Task = Callable[[Scene, Random], tuple[str, str] | None]
 TASKS: dict[str, Task] = {
     function.__name__: function for function in (presence, attribute, counting, relation, ocr, caption)
 }
-# For training alone: one step each of what relations and strings need. Without them, both stay at chance.
-LESSONS: dict[str, Task] = {function.__name__: function for function in (place, character)}
+# For training alone, one step each of what relations and strings need.
+AUXILIARY_TASKS: dict[str, Task] = {function.__name__: function for function in (place, character)}
 
 
 def ask(task: str, scene: Scene, rng: Random) -> Question | None:
     """A question of `task`; None where the scene has none."""
-    asked = (TASKS | LESSONS)[task](scene, rng)
+    asked = (TASKS | AUXILIARY_TASKS)[task](scene, rng)
     return Question(task, *asked) if asked else None
 
 

@@ -7,7 +7,8 @@ the last checkpoint in FOLDER.
 """
 
 import argparse
-import json
+import hashlib
+import sys
 import time
 from collections import Counter
 from functools import partial
@@ -30,7 +31,7 @@ from benchmarks.quality.vision import PatchReader, pictures
 
 SEED = 0
 VISION_ROWS, VISION_STEPS = 16, 1_200
-ROWS, STEPS = 4, 12_000
+ROWS, STEPS = 4, 8_000
 MUON_RATE, ADAMW_RATE, WEIGHT_DECAY = 2e-3, 1e-3, 0.05
 WARM_UP = 100  # steps
 # The last part of the steps, in which the learning rate falls to 0.
@@ -80,11 +81,26 @@ def validate(model: LlavaForConditionalGeneration, batch: Batch) -> dict[str, fl
     return {"loss": cross_entropy(found, wanted).item()} | {task: right[task] / asked[task] for task in asked}
 
 
-def write(state: dict[str, Any], path: Path) -> None:
+def recipe() -> str:
+    """A digest of the code that decides what comes out of a training."""
+    names = ("scenes", "tasks", "model", "packing", "vision", "muon", "train")
+    sources = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in names]
+    return hashlib.sha256(b"".join(sources)).hexdigest()
+
+
+def write_state(state: dict[str, Any], path: Path) -> None:
     """At once or not at all."""
     new = path.with_suffix(".new")
-    torch.save(state, new)
+    torch.save(state | {"recipe": recipe()}, new)
     new.replace(path)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What `write_state` wrote, unless that was other code."""
+    state: dict[str, Any] = torch.load(path, map_location="cpu")
+    if state["recipe"] != recipe():
+        sys.exit(f"{path} comes from other code: remove it, or train into another folder")
+    return state
 
 
 class Trainer:
@@ -118,16 +134,16 @@ class Trainer:
             optimizer.step()
             schedule.step()
 
-    def save(self, path: Path, step: int) -> None:
-        write({"step": step, "parts": [part.state_dict() for part in self._parts()]}, path)
+    def save(self, path: Path, log: list[dict[str, float]]) -> None:
+        write_state({"log": log, "parts": [part.state_dict() for part in self._parts()]}, path)
 
-    def load(self, path: Path) -> int:
-        """Returns the step to go on from."""
-        saved = torch.load(path, map_location="cpu")
+    def load(self, path: Path) -> list[dict[str, float]]:
+        """Returns the log; its last record is of the step to go on from."""
+        saved = read_state(path)
         for part, state in zip(self._parts(), saved["parts"], strict=True):
             part.load_state_dict(state)
-        step: int = saved["step"]
-        return step
+        log: list[dict[str, float]] = saved["log"]
+        return log
 
     def _parts(self) -> list[Any]:
         return [self.model, *self.optimizers, *self.schedules]
@@ -137,7 +153,7 @@ def train_vision(tower: nn.Module, out: Path, device: str) -> None:
     """Teaches the vision tower what each patch shows; its reader is thrown away."""
     saved = out / "vision.pt"
     if saved.exists():
-        tower.load_state_dict(torch.load(saved, map_location=device))
+        tower.load_state_dict(read_state(saved)["tower"])
         return
     reader = PatchReader(HIDDEN).to(device)
     trainer = Trainer(nn.ModuleList([tower, reader]), VISION_STEPS)
@@ -149,7 +165,7 @@ def train_vision(tower: nn.Module, out: Path, device: str) -> None:
         trainer.step(loss)
         if number % 100 == 0:
             bar.set_postfix({name: f"{share:.2f}" for name, share in read.items()})
-    write(tower.state_dict(), saved)
+    write_state({"tower": tower.state_dict()}, saved)
 
 
 def initialise(model: LlavaForConditionalGeneration) -> None:
@@ -172,15 +188,16 @@ def train(out: Path, device: str) -> None:
     initialise(model)
     for layer in model.model.language_model.layers:
         layer.compile(dynamic=False)
-    trainer, state, done = Trainer(model, STEPS), out / "state.pt", 0
+    trainer, state = Trainer(model, STEPS), out / "state.pt"
+    log: list[dict[str, float]] = []
     if state.exists():
-        done = trainer.load(state)
+        log = trainer.load(state)
     else:
         train_vision(model.model.vision_tower, out, device)
+    done, spent = (int(log[-1]["step"]), log[-1]["seconds"]) if log else (0, 0.0)
     validation = next(Packer("validation", words).batches(VALIDATION_ROWS)).to(device)
     batches = islice(Packer("train", words).batches(ROWS, start=done), STEPS - done)
-    log, losses = out / "log.jsonl", []
-    spent = json.loads(log.read_text().splitlines()[-1])["seconds"] if done else 0.0
+    losses: list[float] = []
     started = time.monotonic() - spent
     bar = tqdm(batches, desc="whole model", initial=done, total=STEPS, unit="step", mininterval=5)
     for step, packed in enumerate(bar, start=done + 1):
@@ -195,11 +212,10 @@ def train(out: Path, device: str) -> None:
             } | validate(model, validation)
             losses.clear()
             bar.set_postfix({name: f"{value:.2f}" for name, value in record.items() if name in TASKS})
-            trainer.save(state, step)
-            with log.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            log.append(record)
+            trainer.save(state, log)
     save(model, words, out / "checkpoint")
-    plot_training(log, out / "training.png")
+    plot_training(log, out / "checkpoint" / "training.png")
 
 
 def main() -> None:
