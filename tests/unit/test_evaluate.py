@@ -5,6 +5,7 @@ import json
 import re
 from itertools import islice
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -45,13 +46,14 @@ class FakeOracle:
     ids=["same", "other words", "ends early", "one token", "goes on"],
 )
 def test_the_reference_gives_its_own_answer(given_tokens, gap):
-    oracle = FakeOracle([5, 6, 7, 0], prompt=3, gap=0.25)
+    oracle: Any = FakeOracle([5, 6, 7, 0], prompt=3, gap=0.25)
     answer = Answer("", [1, 1, 1], given_tokens)
     assert own_answer(oracle, 1, Image.new("RGB", (1, 1)), answer) == ([5, 6, 7, 0], gap)
 
 
 def test_the_reference_stops_at_the_longest_answer():
-    said, _ = own_answer(FakeOracle([5], 3, 1.0), 1, Image.new("RGB", (1, 1)), Answer("", [1, 1, 1], [4]))
+    oracle: Any = FakeOracle([5], prompt=3, gap=1.0)
+    said, _ = own_answer(oracle, 1, Image.new("RGB", (1, 1)), Answer("", [1, 1, 1], [4]))
     assert said == [5] + [9] * (MAX_ANSWER_TOKENS - 1)
 
 
