@@ -36,7 +36,7 @@ OPTIONS = (
     '--limit-mm-per-prompt={"image": 1}',
 )
 WITHDRAWN_AFTER = (9, 6)  # of the model's 12 layers: little is lost, and half
-SAMPLES = 16  # of each task
+SAMPLES = 32  # of each task
 CLIENTS = 48
 
 

@@ -53,12 +53,6 @@ class Server:
                 totals[sample[1]] = totals.get(sample[1], 0.0) + float(sample[2])
         return totals
 
-    def num_kv_blocks(self) -> int:
-        """Blocks in the KV cache's pool, vLLM's null block included."""
-        found = re.search(r'vllm:cache_config_info\{.*num_gpu_blocks="(\d+)"', self.metrics_page())
-        assert found is not None
-        return int(found[1])
-
     def metrics_page(self) -> str:
         with urllib.request.urlopen(f"{self.url}/metrics") as response:
             return response.read().decode()
