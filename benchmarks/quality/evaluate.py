@@ -197,10 +197,10 @@ def table(results: Sequence[Result], guess: Score) -> str:
 
 
 def layers(text: str) -> list[int]:
-    found = sorted(set(map(int, text.split(","))), reverse=True)
-    if not all(1 <= layer <= LAYERS for layer in found):
-        raise argparse.ArgumentTypeError(f"the model has layers 1 to {LAYERS}")
-    return found
+    wanted = text.split(",")
+    if not all(layer.isdecimal() and 1 <= int(layer) <= LAYERS for layer in wanted):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list like 12,6 of numbers from 1 to {LAYERS}")
+    return sorted(set(map(int, wanted)), reverse=True)
 
 
 def positive(text: str) -> int:
@@ -224,10 +224,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="results as JSON, with a table and a plot beside it")
     options = parser.parse_args()
     weights = options.checkpoint / "model.safetensors"
-    if not weights.is_file():
-        parser.error(f"--checkpoint {options.checkpoint}: no {weights.name} there")
-    if options.out and not options.out.parent.is_dir():
-        parser.error(f"--out {options.out}: no folder {options.out.parent}")
+    for file in (weights, options.checkpoint / "config.json"):
+        if not file.is_file():
+            parser.error(f"--checkpoint {options.checkpoint}: no {file.name} there")
+    if options.out and options.out.suffix != ".json":
+        parser.error(f"--out {options.out}: has to end in .json")
+    if options.out and not os.access(options.out.parent, os.W_OK):
+        parser.error(f"--out {options.out}: cannot write to folder {options.out.parent}")
     asked = [sample for task in TASKS for sample in islice(samples("test", task), options.samples)]
     report = measured_on() | {
         "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
@@ -237,6 +240,7 @@ def main() -> None:
     }
     results: list[Result] = []
     for layer in options.layers:
+        print(f"K = {layer} of {LAYERS}", flush=True)
         started = time.monotonic()
         given = answers_withdrawn(options.checkpoint, layer, asked)
         results.append(Result(layer, score(asked, given), round(time.monotonic() - started, 1)))
