@@ -3,7 +3,7 @@
 import argparse
 from importlib.metadata import PackageNotFoundError, version
 
-from vllm_vtw import __version__, plan
+from vllm_vtw import __version__, calibrate, plan
 from vllm_vtw.plugin import SUPPORTED_VLLM
 
 
@@ -11,7 +11,9 @@ def main() -> None:
     """Runs one of the commands."""
     parser = argparse.ArgumentParser(prog="vtw", description="Visual-token withdrawal inside vLLM.")
     parser.add_argument("--version", action="version", version=_versions())
-    plan.add_command(parser.add_subparsers(metavar="COMMAND", required=True))
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in (plan, calibrate):
+        command.add_command(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -17,6 +17,7 @@ PUBLISHED_LAYERS = {
 }
 # The decoders whose layers are called as `layer(positions, hidden_states, residual)`.
 TEXT_MODELS = ("llama", "mistral", "qwen2")
+SERVED_MODEL_TYPES = ("llava",)
 KEYS = ("layer", "policy", "align")
 SCHEDULER = "vllm_vtw.kv.scheduler.make_scheduler"
 

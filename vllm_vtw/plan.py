@@ -2,13 +2,12 @@
 
 import argparse
 import json
-import os
 import re
-from pathlib import Path
 from typing import Any
 
 from vllm_vtw.capacity import Groups, withdrawn_of_image
-from vllm_vtw.config import TEXT_MODELS, Model, VTWConfig
+from vllm_vtw.checkpoint import read_config, supported_model
+from vllm_vtw.config import SERVED_MODEL_TYPES, VTWConfig
 
 BYTES_PER_VALUE = {"auto": 2, "float16": 2, "bfloat16": 2, "float32": 4}
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -70,22 +69,10 @@ def _memory(text: str) -> int:
 
 
 def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    from transformers import AutoConfig
-
-    is_path = arguments.model.startswith((".", "~", os.sep))
-    if is_path and not Path(arguments.model).expanduser().exists():
-        parser.error(
-            f"cannot read a model configuration from {arguments.model!r}: there is no such file or folder"
-        )
-    try:
-        hf_config = AutoConfig.from_pretrained(arguments.model)
-    except Exception as error:  # transformers raises what comes, KeyError and TypeError among it
-        where = "" if Path(arguments.model).exists() else ", which is not here, so it was looked up by name"
-        parser.error(f"cannot read a model configuration from {arguments.model!r}{where}: {error!r}")
     options = {"layer": arguments.layer, "policy": arguments.policy}
     try:
         result = plan(
-            hf_config,
+            read_config(arguments.model),
             {key: value for key, value in options.items() if value is not None},
             prefix_caching=not arguments.no_enable_prefix_caching,
             block_size=arguments.block_size,
@@ -128,17 +115,10 @@ def plan(
     Raises:
         ValueError: The model is not supported, or an option is wrong.
     """
+    model = supported_model(hf_config, SERVED_MODEL_TYPES)
     text = hf_config.get_text_config()
-    if hf_config.model_type != "llava" or text.model_type not in TEXT_MODELS:
-        raise ValueError(
-            f"the model is {hf_config.model_type!r} over {text.model_type!r}; supported is 'llava' over "
-            + ", ".join(TEXT_MODELS)
-        )
-    if getattr(text, "sliding_window", None) is not None:
-        raise ValueError("the text model attends over a sliding window, which --model-impl vtw refuses")
     tokens_per_image = _tokens_per_image(hf_config)
-    num_layers = text.num_hidden_layers
-    model = Model(hf_config.model_type, text.model_type, num_layers, text.hidden_size)
+    num_layers = model.num_hidden_layers
     config = VTWConfig.parse(vtw, model, prefix_caching)
     groups = Groups.of(config.policy, num_layers)
     withdrawn = withdrawn_of_image(tokens_per_image, config.align_to(block_size))

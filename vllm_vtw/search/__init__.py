@@ -1,0 +1,1 @@
+"""Offline, on transformers: where to withdraw. Nothing here needs vLLM."""

@@ -1,0 +1,199 @@
+"""The samples that a search looks at: JSON lines with pictures and prompts, or a folder of pictures."""
+
+import base64
+import io
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import chain, zip_longest
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from PIL import Image
+
+Message = dict[str, Any]
+PLACEHOLDER = "<image>"  # of LLaVA's processors
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+class BadSampleError(ValueError):
+    """A sample cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One request, its pictures not read yet.
+
+    Attributes:
+        where: The line, or the file, that it comes from.
+        images: Paths or data URLs, in the order of the prompt.
+        prompt: The text as the model gets it, with its image placeholders; None where there are messages.
+        messages: A chat, each content a list of parts of type "text" and "image".
+        task: What accuracy is looked at by.
+        answer: What the model should say, where that is known.
+    """
+
+    where: str
+    images: tuple[str, ...]
+    prompt: str | None = None
+    messages: tuple[Message, ...] = ()
+    task: str = "all"
+    answer: str | None = None
+    folder: Path = field(default=Path(), compare=False)
+
+    def pictures(self) -> list[Image.Image]:
+        """The pictures in RGB.
+
+        Raises:
+            BadSampleError: One cannot be read.
+        """
+        return [_picture(source, self.folder) for source in self.images]
+
+
+def read_data(path: Path, prompt: str | None) -> tuple[list[Sample], dict[str, str]]:
+    """The samples of a file or folder, and by place why others cannot be used.
+
+    Args:
+        path: JSON lines, or a folder of pictures.
+        prompt: The user's question about each picture of a folder; only there.
+
+    Raises:
+        OSError: The path cannot be read.
+        ValueError: `prompt` is missing, or is there for a file that has its own.
+    """
+    if path.is_dir():
+        if prompt is None:
+            raise ValueError(f"{path} is a folder of pictures: give the question about them with --prompt")
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        messages = tuple(_chat(prompt, 1))
+        return [Sample(f"file {f.name}", (f.name,), messages=messages, folder=path) for f in files], {}
+    if prompt is not None:
+        raise ValueError(f"--prompt is for a folder of pictures; {path} has a prompt in every line")
+    samples, bad = [], {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        where = f"line {number}"
+        if line.strip():
+            try:
+                samples.append(_sample(where, line, path.parent))
+            except BadSampleError as error:
+                bad[where] = str(error)
+    return samples, bad
+
+
+def drawn(samples: Iterable[Sample], seed: int) -> list[Sample]:
+    """The samples in random order, the tasks by turns, so that the first few have some of every task."""
+    shuffled = list(samples)
+    Random(seed).shuffle(shuffled)
+    by_task: dict[str, list[Sample]] = defaultdict(list)
+    for sample in shuffled:
+        by_task[sample.task].append(sample)
+    turns = zip_longest(*(by_task[task] for task in sorted(by_task)))
+    return [sample for sample in chain.from_iterable(turns) if sample is not None]
+
+
+def _sample(where: str, line: bytes, folder: Path) -> Sample:
+    try:
+        content = json.loads(line)
+    except ValueError as error:
+        raise BadSampleError(f"not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise BadSampleError("not a JSON object")
+    task = content.get("task")
+    answer = content.get("answer")
+    for key, value in (("task", task), ("answer", answer)):
+        if value is not None and not isinstance(value, str):
+            raise BadSampleError(f"'{key}' is not a string")
+    images = _images(content)
+    prompt, messages = content.get("prompt"), content.get("messages")
+    if (prompt is None) == (messages is None):
+        raise BadSampleError("has to have either 'prompt' or 'messages'")
+    if messages is not None:
+        messages, images = _parts(messages, images)
+    elif not isinstance(prompt, str):
+        raise BadSampleError("'prompt' is not a string")
+    elif PLACEHOLDER not in prompt:
+        messages, prompt = _chat(prompt, len(images)), None
+    if not images:
+        raise BadSampleError("has no image: 'image', 'images', or an 'image_url' in 'messages'")
+    return Sample(where, tuple(images), prompt, tuple(messages or ()), task or "all", answer, folder)
+
+
+def _images(content: dict[str, Any]) -> list[str]:
+    if "image" in content and "images" in content:
+        raise BadSampleError("has both 'image' and 'images'")
+    images = content.get("images", [content["image"]] if "image" in content else [])
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise BadSampleError("'image' has to be a string and 'images' a list of strings: paths or data URLs")
+    return images
+
+
+def _chat(question: str, num_images: int) -> list[Message]:
+    """A user's turn, its pictures first."""
+    return [
+        {"role": "user", "content": [{"type": "image"}] * num_images + [{"type": "text", "text": question}]}
+    ]
+
+
+def _parts(messages: Any, images: list[str]) -> tuple[list[Message], list[str]]:
+    """OpenAI's messages with contents as lists of parts, and the pictures in their order.
+
+    Pictures of 'image' or 'images' stand where parts of type "image" are, or else before the first question.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise BadSampleError("'messages' is not a list of messages")
+    left, placed, result = list(images), [], []
+    for message in messages:
+        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
+            raise BadSampleError("a message has to have a 'role': system, user or assistant")
+        content = message.get("content")
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(parts, list):
+            raise BadSampleError("the 'content' of a message has to be a string or a list of parts")
+        plain = []
+        for part in parts:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind == "text" and isinstance(part.get("text"), str):
+                plain.append({"type": "text", "text": part["text"]})
+            elif kind == "image":
+                if not left:
+                    raise BadSampleError("'messages' has more images than 'images'")
+                plain.append({"type": "image"})
+                placed.append(left.pop(0))
+            elif kind == "image_url":
+                url = part.get("image_url")
+                url = url.get("url") if isinstance(url, dict) else url
+                if not isinstance(url, str):
+                    raise BadSampleError("an 'image_url' has no 'url'")
+                plain.append({"type": "image"})
+                placed.append(url)
+            else:
+                raise BadSampleError(f"a part of type {kind!r}: has to be text, image or image_url")
+        result.append({"role": message["role"], "content": plain})
+    if result[-1]["role"] != "user":
+        raise BadSampleError("the last message has to be the user's")
+    if left:
+        if placed:
+            raise BadSampleError("'images' has more images than 'messages'")
+        first = next(message for message in result if message["role"] == "user")
+        first["content"] = [{"type": "image"}] * len(left) + first["content"]
+    return result, placed + left
+
+
+def _picture(source: str, folder: Path) -> Image.Image:
+    if "://" in source and not source.startswith("data:"):
+        raise BadSampleError(f"image {source}: nothing is fetched; give a path or a data URL")
+    try:
+        if source.startswith("data:"):
+            name = "a data URL"
+            head, _, body = source.partition(",")
+            if not head.endswith(";base64"):
+                raise BadSampleError("a data URL that is not base64")
+            return Image.open(io.BytesIO(base64.b64decode(body, validate=True))).convert("RGB")
+        name = source
+        return Image.open(folder / source).convert("RGB")
+    except FileNotFoundError as error:
+        raise BadSampleError(f"image {name}: there is no such file") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadSampleError(f"image {name}: cannot be read: {error}") from error

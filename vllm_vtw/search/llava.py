@@ -1,0 +1,184 @@
+"""A LLaVA on transformers: loading, prompts into tokens, and its layers with and without visual tokens."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+
+from vllm_vtw.checkpoint import read_config, supported_model
+from vllm_vtw.search.data import BadSampleError, Sample
+
+MODEL_TYPES = ("llava", "llava_next")
+
+
+@dataclass
+class Answered:
+    """What the full model says to a sample, and the states that the text's rows had on the way.
+
+    With T text tokens in the prompt (its last token among them, whatever that is) and an answer of O tokens,
+    rows are those T and all but the last of the O.
+
+    Attributes:
+        tokens: The answer, O token ids, its end of sequence included.
+        logits: Those it was chosen by, shape `(O, vocabulary)`, float32.
+        states: By layer, what the layer gets, shape `(T + O - 1, hidden)` each.
+        positions: Of the rows, shape `(T + O - 1,)`.
+        visual_tokens: How many rows of the prompt are left out.
+    """
+
+    tokens: list[int]
+    logits: torch.Tensor
+    states: list[torch.Tensor]
+    positions: torch.Tensor
+    visual_tokens: int
+
+    @property
+    def text_tokens(self) -> int:
+        """Of the prompt."""
+        return len(self.positions) - len(self.tokens) + 1
+
+
+class Llava:
+    """A checkpoint with its processor.
+
+    Args:
+        name: A checkpoint's name or folder.
+        device: As in torch; "auto" for a GPU where there is one.
+        dtype: Of the weights, as in torch; "auto" for the checkpoint's on a GPU, and float32 on the CPU.
+
+    Raises:
+        ValueError: The model is not supported, or there is no such device.
+        OSError: There is no such checkpoint.
+    """
+
+    def __init__(self, name: str, device: str, dtype: str) -> None:
+        self.config = read_config(name)
+        self.shape = supported_model(self.config, MODEL_TYPES)
+        self.processor = AutoProcessor.from_pretrained(name)
+        place = _device(device)
+        if dtype == "auto" and place.type == "cpu":
+            dtype = "float32"
+        # SDPA takes a missing mask for a causal one, which is what `withdrawn_logits` needs.
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
+        self.model: Any = model.to(place).eval()
+        self.decoder: Any = self.model.model.language_model
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of one decoder layer."""
+        return sum(parameter.numel() for parameter in self.decoder.layers[0].parameters())
+
+    def prompt(self, sample: Sample) -> str:
+        """The text that the model gets, with one placeholder for each picture.
+
+        Raises:
+            BadSampleError: Placeholders and pictures differ in number, or the chat template refuses the chat.
+        """
+        if sample.prompt is not None:
+            text = sample.prompt
+        else:
+            try:
+                text = self.processor.apply_chat_template(list(sample.messages), add_generation_prompt=True)
+            except Exception as error:  # templates raise what they like
+                raise BadSampleError(f"the model's chat template refuses it: {error}") from error
+        token = self.processor.image_token
+        if text.count(token) != len(sample.images):
+            raise BadSampleError(
+                f"{len(sample.images)} images, and {token} {text.count(token)} times in the prompt"
+            )
+        return text
+
+    def encode(self, sample: Sample, max_tokens: int) -> dict[str, torch.Tensor]:
+        """The model's inputs for a sample, where an answer of `max_tokens` fits behind it.
+
+        Raises:
+            BadSampleError: It has no good prompt, an unreadable picture, or is too long.
+        """
+        text = self.prompt(sample)
+        # A template may have written the first token, which the tokenizer would write again.
+        begun = text.startswith(self.processor.tokenizer.bos_token or "\0")
+        inputs = self.processor(
+            images=sample.pictures(), text=text, add_special_tokens=not begun, return_tensors="pt"
+        )
+        length, limit = inputs["input_ids"].shape[1], self.config.get_text_config().max_position_embeddings
+        if length + max_tokens > limit:
+            raise BadSampleError(
+                f"a prompt of {length} and an answer of up to {max_tokens} tokens: over the model's {limit}"
+            )
+        return inputs.to(self.model.device, self.model.dtype)
+
+    @torch.inference_mode()
+    def answer(self, inputs: dict[str, torch.Tensor], max_tokens: int) -> Answered:
+        """Greedy decoding by the full model, of at most `max_tokens` tokens."""
+        defaults = self.model.generation_config
+        out = self.model.generate(
+            **inputs,
+            generation_config=GenerationConfig(
+                do_sample=False,
+                max_new_tokens=max_tokens,
+                eos_token_id=defaults.eos_token_id,
+                pad_token_id=defaults.pad_token_id,
+                bos_token_id=defaults.bos_token_id,
+                output_logits=True,
+                output_hidden_states=True,
+                return_dict_in_generate=True,
+            ),
+        )
+        prompt = inputs["input_ids"][0]
+        kept = prompt != self.config.image_token_id
+        kept[-1] = True
+        of_prompt, *of_answer = out.hidden_states
+        states = [
+            torch.cat([of_prompt[layer][0, kept], *(step[layer][0] for step in of_answer)])
+            for layer in range(self.shape.num_hidden_layers)
+        ]
+        said = out.sequences[0, len(prompt) :]
+        positions = torch.arange(len(prompt) + len(said) - 1, device=prompt.device)
+        rows = torch.cat([kept, kept.new_ones(len(said) - 1)])
+        return Answered(
+            tokens=said.tolist(),
+            logits=torch.cat(out.logits).float(),
+            states=states,
+            positions=positions[rows],
+            visual_tokens=int((~kept).sum()),
+        )
+
+    @torch.inference_mode()
+    def withdrawn_logits(self, answered: Answered, layers: Sequence[int]) -> Iterator[torch.Tensor]:
+        """What the answer's tokens would be chosen by, were visual tokens withdrawn at each of `layers`.
+
+        The layers before K do the same in the full model, so what is left is the text through those from K
+        on: a batch with a row for every K that has begun, in one pass over the decoder.
+
+        Args:
+            answered: The full model's answer, which is what every row reads.
+            layers: Values of K, ascending, each less than the number of layers.
+
+        Yields:
+            For each K the logits, shape `(O, vocabulary)`, float32.
+        """
+        positions = answered.positions[None]
+        rotary = self.decoder.rotary_emb(answered.states[0], position_ids=positions)
+        rows = answered.states[0].new_empty((0, *answered.states[0].shape))
+        for index in range(layers[0], self.shape.num_hidden_layers):
+            if index in layers:
+                rows = torch.cat([rows, answered.states[index][None]])
+            rows = self.decoder.layers[index](
+                rows, attention_mask=None, position_ids=positions, position_embeddings=rotary
+            )
+        for row in rows:  # one by one: together, a large vocabulary takes gigabytes
+            said = row[-len(answered.tokens) :]
+            yield self.model.lm_head(self.decoder.norm(said)).float()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {error}") from error
+    return device
