@@ -15,11 +15,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
+    AutoModelForImageTextToText,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
-    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
     LlavaProcessor,
     MistralConfig,
     PreTrainedTokenizerFast,
@@ -55,7 +58,10 @@ keyboards, guitars, helmets, bridges, castles, islands."""
 
 @dataclass(frozen=True)
 class SmallLlava:
-    """A checkpoint's shape. An image is `image_side` patches wide and high."""
+    """A checkpoint's shape. An image is `image_side` patches wide and high.
+
+    As `llava_next`, it is also cut into up to four such tiles, by its own size.
+    """
 
     layers: int = 8
     hidden: int = 64
@@ -66,21 +72,29 @@ class SmallLlava:
     vocab: int = 512
     max_positions: int = 2048
     seed: int = 0
+    model_type: str = "llava"
 
     def save(self, folder: Path) -> Path:
         """Writes model, tokenizer and processor to `folder` and returns it."""
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer = make_tokenizer([CORPUS], self.vocab)
-        make_processor(tokenizer, self.image_side * PATCH_SIZE, PATCH_SIZE).save_pretrained(folder)
+        side = self.image_side * PATCH_SIZE
+        make_processor(tokenizer, side, PATCH_SIZE, self._tilings()).save_pretrained(folder)
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            model = LlavaForConditionalGeneration(self._config(tokenizer)).eval()
+            model = AutoModelForImageTextToText.from_config(self._config(tokenizer)).eval()
             _randomize(model)
         model.save_pretrained(folder)
         rename_vision_tower(folder / "model.safetensors")
         return folder
 
-    def _config(self, tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
+    def _tilings(self) -> list[tuple[int, int]] | None:
+        """LLaVA-NeXT's pixels, high and wide, that a picture may be fitted to."""
+        side = self.image_side * PATCH_SIZE
+        tilings = [(side, 2 * side), (2 * side, side), (2 * side, 2 * side)]
+        return tilings if self.model_type == "llava_next" else None
+
+    def _config(self, tokenizer: PreTrainedTokenizerFast) -> LlavaConfig | LlavaNextConfig:
         text: dict[str, Any] = {
             "vocab_size": self.vocab,
             "hidden_size": self.hidden,
@@ -105,15 +119,17 @@ class SmallLlava:
             patch_size=PATCH_SIZE,
             projection_dim=32,
         )
-        return LlavaConfig(
-            vision_config=vision,
-            text_config=TEXT_CONFIGS[self.backbone](**text),
-            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-            vision_feature_select_strategy="default",
-            vision_feature_layer=-2,
-            image_seq_length=self.image_side**2,
-            tie_word_embeddings=False,
-        )
+        common: dict[str, Any] = {
+            "vision_config": vision,
+            "text_config": TEXT_CONFIGS[self.backbone](**text),
+            "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
+            "vision_feature_select_strategy": "default",
+            "vision_feature_layer": -2,
+            "image_seq_length": self.image_side**2,
+            "tie_word_embeddings": False,
+        }
+        tilings = self._tilings()
+        return LlavaNextConfig(**common, image_grid_pinpoints=tilings) if tilings else LlavaConfig(**common)
 
 
 def make_tokenizer(corpus: Iterable[str], vocab: int, words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
@@ -141,12 +157,22 @@ def make_tokenizer(corpus: Iterable[str], vocab: int, words: Sequence[str] = ())
     )
 
 
-def make_processor(tokenizer: PreTrainedTokenizerFast, image_size: int, patch_size: int) -> LlavaProcessor:
-    """CLIP's image processor and the tokenizer, with a chat template."""
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(
-            size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
-        ),
+def make_processor(
+    tokenizer: PreTrainedTokenizerFast,
+    image_size: int,
+    patch_size: int,
+    tilings: list[tuple[int, int]] | None = None,
+) -> LlavaProcessor | LlavaNextProcessor:
+    """CLIP's image processor, or with `tilings` LLaVA-NeXT's, and the tokenizer, with a chat template."""
+    sizes: dict[str, Any] = {
+        "size": {"shortest_edge": image_size},
+        "crop_size": {"height": image_size, "width": image_size},
+    }
+    kind: Any = LlavaNextProcessor if tilings else LlavaProcessor
+    return kind(
+        image_processor=LlavaNextImageProcessorPil(**sizes, image_grid_pinpoints=tilings)
+        if tilings
+        else CLIPImageProcessorPil(**sizes),
         tokenizer=tokenizer,
         patch_size=patch_size,
         vision_feature_select_strategy="default",

@@ -2,8 +2,9 @@
 
     python -m benchmarks.quality.calibration [--samples 64] [--out FILE.json]
 
-Calibrates on the validation split, on one task alone and on all, and reads the accuracies at the chosen K, on the
-test split and in the engine, from `benchmarks/results/quality.json`.
+Calibrates on the validation split: on counting alone, whose answers are one token as in multiple choice, and
+on all tasks. The accuracies at the chosen K are those of the engine on the test split, as `evaluate` left
+them in `benchmarks/results/quality.json`.
 """
 
 import argparse
@@ -12,46 +13,78 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.machine import measured_on
-from benchmarks.quality.model import CHECKPOINT, MAX_ANSWER_TOKENS
+from benchmarks.quality.evaluate import positive
+from benchmarks.quality.model import CHECKPOINT, LAYERS, MAX_ANSWER_TOKENS
 from benchmarks.quality.tasks import TASKS, samples
 
 QUALITY = Path(__file__).parents[1] / "results" / "quality.json"
-# One whose answers are one token, as in multiple choice, and all.
 DATA = {"counting": ["counting"], "all tasks": list(TASKS)}
 
 
 def write_data(folder: Path, tasks: Sequence[str], number: int) -> Path:
-    """Writes `number` samples of the validation split, the tasks by turns, and returns the file that lists them."""
+    """Writes `number` samples of the validation split, tasks by turns; returns the file that lists them."""
     lines = []
     streams = {task: samples("validation", task) for task in tasks}
     for index in range(number):
         picture, question = next(streams[tasks[index % len(tasks)]])
         picture.save(folder / f"{index}.png")
-        line = {"image": f"{index}.png", "prompt": question.text, "task": question.task, "answer": question.answer}
-        lines.append(json.dumps(line) + "\n")
+        line = {"image": f"{index}.png", "prompt": question.text}
+        lines.append(json.dumps(line | {"task": question.task, "answer": question.answer}) + "\n")
     file = folder / "data.jsonl"
     file.write_text("".join(lines))
     return file
 
 
 def calibrated(tasks: Sequence[str], number: int) -> dict[str, Any]:
-    """What `vtw calibrate` finds, and the seconds that the whole command took."""
+    """What `vtw calibrate` prints as JSON, and the seconds that the whole command took."""
     with TemporaryDirectory() as folder:
         data = write_data(Path(folder), tasks, number)
-        command = ["vtw", "calibrate", str(CHECKPOINT), "--data", str(data), "--limit", str(number), "--json"]
-        command += ["--max-tokens", str(MAX_ANSWER_TOKENS), "--out", str(Path(folder) / "out")]
+        options = {"data": data, "limit": number, "max-tokens": MAX_ANSWER_TOKENS, "out": f"{folder}/out"}
+        command = [str(Path(sys.executable).with_name("vtw")), "calibrate", str(CHECKPOINT), "--json"]
+        command += [f"--{name}={value}" for name, value in options.items()]
         started = time.monotonic()
-        done = subprocess.run([Path(sys.executable).parent / command[0], *command[1:]], stdout=subprocess.PIPE, check=True)
-        return json.loads(done.stdout) | {"seconds": round(time.monotonic() - started, 1)}
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+        seconds = round(time.monotonic() - started, 1)
+    result = json.loads(done.stdout)
+    # What changes from run to run and from machine to machine is beside it.
+    kept = ("budget", "layer", "tasks", "layers", "first_token_kl", "curves")
+    return {key: result[key] for key in kept} | {"seconds": seconds}
+
+
+def table(found: dict[str, dict[str, Any]], accuracy: dict[int, dict[str, float]]) -> str:
+    """In Markdown: the accuracy of each task at each choice of K, in percent."""
+    head = ["calibrated on", "criterion", "K", *TASKS]
+    rows = [["", "stock", "", *(f"{100 * accuracy[LAYERS][task]:.1f}" for task in TASKS)]]
+    for data, result in found.items():
+        for criterion, layer in sorted(result["layer"].items(), reverse=True):
+            right = [f"{100 * accuracy[layer][task]:.1f}" for task in TASKS]
+            rows.append([data, criterion, str(layer), *right])
+    rule = ["---", "---", *["---:"] * (len(head) - 2)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--samples", type=positive, default=64, help="of each data set")
+    parser.add_argument("--out", type=Path, help="results as JSON, with a table beside it")
+    options = parser.parse_args()
+    quality = json.loads(QUALITY.read_text())
+    accuracy = {result["layer"]: result["engine"]["right"] for result in quality["results"]}
+    found = {name: calibrated(tasks, options.samples) for name, tasks in DATA.items()}
+    shown = table(found, accuracy)
+    print(f"\n{shown}\n")
+    for name, result in found.items():
+        print(f"{options.samples} samples of {name}: {result['seconds']} s")
+    if options.out:
+        report = measured_on() | {"weights": quality["weights"], "samples": options.samples, "results": found}
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
+        options.out.with_suffix(".md").write_text(shown + "\n")
 
 
 if __name__ == "__main__":
-    for name, tasks in DATA.items():
-        r = calibrated(tasks, 64)
-        print(name, r["layer"], r["seconds"])
+    main()

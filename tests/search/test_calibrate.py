@@ -1,0 +1,270 @@
+"""`vtw calibrate` on the trained model: what it chooses, writes, keeps and refuses."""
+
+import io
+import json
+import re
+import signal
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import pytest
+
+from benchmarks.quality.calibration import write_data
+from benchmarks.quality.model import CHECKPOINT
+from benchmarks.quality.tasks import TASKS
+from benchmarks.small_llava import SmallLlava
+from vllm_vtw.calibrate import values_of_layer
+from vllm_vtw.cli import main
+from vllm_vtw.config import Model, VTWConfig
+from vllm_vtw.policy import Policy
+from vllm_vtw.search.calibration import Progress
+
+SAMPLES = 48
+MODEL = Model("llava", "llama", 12, 128)
+
+
+class Ended(NamedTuple):
+    """A command's end."""
+
+    status: int
+    out: str
+    err: str
+
+
+def calibrate(data: Path, out: Path, *options: str, model: Path = CHECKPOINT) -> Ended:
+    stdout, stderr = io.StringIO(), io.StringIO()
+    command = ["vtw", "calibrate", str(model), "--data", str(data), "--out", str(out), *options]
+    status = 0
+    with redirect_stdout(stdout), redirect_stderr(stderr), patch.object(sys, "argv", command):
+        try:
+            main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return Ended(status, stdout.getvalue(), stderr.getvalue())
+
+
+def found(out: Path) -> dict[str, Any]:
+    """A result without what is of its run alone."""
+    result = json.loads((out / "result.json").read_text())
+    del result["made"]["when"]
+    return result
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"), list(TASKS), SAMPLES)
+
+
+@pytest.fixture(scope="module")
+def done(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
+    """A calibration on all samples."""
+    out = tmp_path_factory.mktemp("calibrated") / "out"
+    return out, calibrate(data, out)
+
+
+def test_the_first_token_criterion_does_not_see_that_reading_fails(done):
+    out, ended = done
+    assert ended.status == 0, ended.err
+    result = found(out)
+    assert result["layer"] == {"answer": 11, "first-token": 10}
+    at_10 = result["layers"].index(10)
+    assert result["curves"]["ocr"]["token_change"][at_10] > 0.01
+    assert result["curves"]["ocr"]["answer_change"][at_10] >= 1 / 8
+    for task in TASKS:
+        assert result["tasks"][task]["samples"] == SAMPLES // len(TASKS)
+        assert result["tasks"][task]["as_expected"] >= 7 / 8
+        assert result["curves"][task]["answer_change"][-1] == 0
+    lines = {line[:34].strip(): line[34:].split() for line in ended.out.splitlines()}
+    assert lines["K, of 12 layers"] == ["11", "10"]
+    changed = [f"{result['curves']['ocr']['token_change'][at]:.1%}" for at in (at_10 + 1, at_10)]
+    assert lines["ocr: tokens changed"] == changed
+    assert "Too few tokens of answers" in ended.out
+
+
+def test_the_policy_file_is_what_the_engine_takes_and_says_how_it_was_made(done, data):
+    out, ended = done
+    file = out / "policy.json"
+    config = VTWConfig.parse({"policy": str(file)}, MODEL, prefix_caching=True)
+    assert config.policy == Policy.withdraw_at(11, 12)
+    assert f'\'{{"vtw": {{"policy": "{file}"}}}}\'' in ended.out
+    made = json.loads(file.read_text())["calibration"]
+    assert made["criterion"] == "answer"
+    assert made["made"]["samples"] == SAMPLES
+    assert made["made"]["versions"].keys() == {"vllm-vtw", "torch", "transformers"}
+    assert re.fullmatch("[0-9a-f]{64}", made["made"]["data_sha256"])
+    assert made["curves"].keys() == set(TASKS)
+
+
+class Loads(HTMLParser):
+    """What a page would fetch, and how many pictures it has inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        outside = [value for name, value in attrs if name in ("src", "xlink:href") and value]
+        self.fetched += [value for value in outside if not value.startswith("#")]
+
+
+def test_the_report_stands_alone(done):
+    out, _ = done
+    page = (out / "report.html").read_text()
+    loads = Loads()
+    loads.feed(page)
+    assert loads.tags.count("svg") == 4
+    assert not loads.fetched
+    assert not {"script", "link", "img"} & set(loads.tags)
+    assert "USER: &lt;image&gt;" in page
+    rows = re.findall(r'<tr class="([a-z-]*)">\s*<td>(\d+)</td>', page)
+    assert [row for row in rows if row[0]] == [("first-token", "10"), ("answer", "11")]
+    assert [int(layer) for _, layer in rows] == list(range(1, 12))
+
+
+def test_ctrl_c_keeps_what_was_done_and_resume_goes_on(done, data, tmp_path):
+    add = Progress.add
+
+    def interrupted(self, measured):
+        add(self, measured)
+        if len(self.measured) == 10:
+            signal.raise_signal(signal.SIGINT)
+
+    with patch.object(Progress, "add", interrupted):
+        ended = calibrate(data, tmp_path)
+    assert ended.status == 130
+    assert f"10 of {SAMPLES} samples are kept in {tmp_path}" in ended.err
+    assert not (tmp_path / "policy.json").exists()
+    assert calibrate(data, tmp_path).status == 2
+    with (tmp_path / "samples.jsonl").open("a") as file:
+        file.write('{"where": "line 1", "ta')  # as a process that is killed leaves it
+    calls = 0
+
+    def counted(self, measured):
+        nonlocal calls
+        calls += 1
+        add(self, measured)
+
+    with patch.object(Progress, "add", counted):
+        ended = calibrate(data, tmp_path, "--resume")
+    assert (ended.status, calls) == (0, SAMPLES - 10)
+    assert found(tmp_path) == found(done[0])
+
+
+def test_resuming_asks_for_more_samples_or_other_budgets_but_not_for_other_data(data, tmp_path):
+    options = ("--layers", "8-11", "--limit")
+    assert calibrate(data, tmp_path, *options, "12").status == 0
+    assert found(tmp_path)["made"]["samples"] == 12
+    more = calibrate(data, tmp_path, *options, "18", "--resume", "--max-token-change=1", "--max-answer-kl=9")
+    assert more.status == 0
+    assert (found(tmp_path)["made"]["samples"], found(tmp_path)["layer"]["answer"]) == (18, 8)
+    fewer = calibrate(data, tmp_path, *options, "12", "--resume")
+    assert (fewer.status, found(tmp_path)["made"]["samples"]) == (0, 12)
+    ended = calibrate(data, tmp_path, *options, "12")
+    assert (ended.status, ended.err.splitlines()[-1]) == (
+        2,
+        f"vtw calibrate: error: {tmp_path} holds a calibration: go on with --resume, or give another --out",
+    )
+    ended = calibrate(data, tmp_path, "--layers=9-11", "--limit=12", "--resume")
+    assert ended.status == 2
+    assert "was made with layers [8, 9, 10, 11], and now it is [9, 10, 11]" in ended.err
+
+
+def test_without_a_k_there_is_no_policy(data, tmp_path):
+    options = ("--limit", "12", "--layers", "1-6")
+    assert calibrate(data, tmp_path, *options, "--max-token-change=1", "--max-answer-kl=99").status == 0
+    assert (tmp_path / "policy.json").exists()
+    ended = calibrate(data, tmp_path, *options, "--resume", "--json")
+    assert ended.status == 1
+    assert json.loads(ended.out)["layer"] == {"answer": None, "first-token": None}
+    assert not (tmp_path / "policy.json").exists()
+    assert "No K that was looked at satisfies the answer criterion" in (tmp_path / "report.html").read_text()
+    chosen = calibrate(data, tmp_path, *options, "--resume", "--criterion=first-token", "--eta=50")
+    assert chosen.status == 0
+    content = json.loads((tmp_path / "policy.json").read_text())
+    assert content["stages"] == [{"layer": 5, "keep": 0.0}]
+    assert content["calibration"]["criterion"] == "first-token"
+
+
+def test_bad_samples_are_told_and_skipped(data, tmp_path):
+    lines = data.read_text().splitlines()[:10]
+    lines[2] = "{"
+    lines[4] = json.dumps({"image": "nowhere.png", "prompt": "What?", "task": "<b>"})
+    lines[6] = json.dumps({"image": "0.png", "prompt": "<image><image> What?"})
+    lines[7] = json.dumps({"image": "0.png", "prompt": "many words " * 2000})
+    for name in ("0.png", "1.png", "3.png", "5.png", "8.png", "9.png"):
+        (tmp_path / name).write_bytes((data.parent / name).read_bytes())
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join(lines))
+    ended = calibrate(file, tmp_path / "out")
+    assert ended.status == 2
+    assert "6 samples of" in ended.err
+    assert "are good: 8 are needed" in ended.err
+    file.write_text("\n".join([*lines, lines[0], lines[0]]))
+    ended = calibrate(file, tmp_path / "more")
+    assert ended.status == 0
+    for said in (
+        "skipped: line 3: not JSON",
+        "skipped: line 5: image nowhere.png: there is no such file",
+        "skipped: line 7: 1 images, and <image> 2 times in the prompt",
+        "skipped: line 8: a prompt of",
+    ):
+        assert said in ended.err
+    page = (tmp_path / "more" / "report.html").read_text()
+    assert "line 5: image nowhere.png" in page
+    assert found(tmp_path / "more")["made"]["samples"] == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--limit=7"], "fewer than 8 samples say nothing"),
+        (["--limit=0"], "'0' is not a number from 1 on"),
+        (["--eta=-1"], "'-1' is not a number from 0 on"),
+        (["--max-token-change=nan"], "'nan' is not a number from 0 on"),
+        (["--layers=1-12"], "has to be within 1-11, as the model has 12 layers"),
+        (["--layers=a"], "has to be like 5-20 or 8,12,16"),
+        (["--device=toaster"], "--device toaster"),
+        (["--prompt=What?"], "--prompt is for a folder of pictures"),
+    ],
+)
+def test_wrong_options_are_told(data, tmp_path, options, said):
+    ended = calibrate(data, tmp_path / "out", *options)
+    assert (ended.status, ended.out) == (2, "")
+    assert said in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_calibrated_is_told(data, tmp_path):
+    assert "No such file" in calibrate(tmp_path / "nowhere", tmp_path).err
+    assert "no such file or folder" in calibrate(data, tmp_path, model=tmp_path / "nowhere").err
+    (tmp_path / "few").mkdir()
+    assert (
+        "has 0 samples that can be read: 8 are needed"
+        in calibrate(tmp_path / "few", tmp_path, "--prompt=a").err
+    )
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
+    assert "the model is 'qwen2_vl'" in calibrate(data, tmp_path, model=other).err
+
+
+def test_a_llava_next_is_calibrated_and_said_not_to_be_served(data, tmp_path):
+    model = SmallLlava(layers=6, image_side=3, backbone="qwen2", model_type="llava_next").save(
+        tmp_path / "next"
+    )
+    loose = ("--max-token-change=1", "--max-answer-kl=99", "--max-tokens=4", "--limit=8", "--prompt=What?")
+    ended = calibrate(data.parent, tmp_path / "out", *loose, model=model)
+    assert ended.status == 0
+    assert "does not serve llava_next yet" in ended.out
+    assert found(tmp_path / "out")["tokens_per_request"]["visual"] > 9
+
+
+def test_values_of_layer():
+    assert values_of_layer(None, 4) == [1, 2, 3]
+    assert values_of_layer("8,2-4,3", 10) == [2, 3, 4, 8]
