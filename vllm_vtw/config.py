@@ -103,7 +103,8 @@ def _policy(options: dict[str, Any], model: Model) -> Policy:
     layer = max(1, num_layers // 2)
     logger.warning(
         "vtw: no withdrawal layer is published for this model: taking %d, half of its %d layers. "
-        'Measure your task at several and set the best with --additional-config \'{"vtw": {"layer": K}}\'',
+        "`vtw calibrate MODEL --data FILE` chooses one on your data, --additional-config "
+        '\'{"vtw": {"layer": K}}\' sets it',
         layer,
         num_layers,
     )

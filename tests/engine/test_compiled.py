@@ -21,8 +21,15 @@ LAYERS, LAYER = 4, 2
 BFLOAT16_MARGIN = 0.1
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("backbone", TEXT_CONFIGS)
+@pytest.mark.parametrize(
+    ("backbone", "dtype"),
+    [(backbone, "float32") for backbone in TEXT_CONFIGS]
+    + [
+        ("llama", "bfloat16"),
+        pytest.param("mistral", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("qwen2", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_answers_of_compiled_segments(checkpoint, reference, monkeypatch, tmp_path, backbone, dtype):
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     folder = checkpoint(SmallLlava(layers=LAYERS, backbone=backbone))

@@ -47,7 +47,7 @@ def test_no_layer_left_without_pictures_is_stock(checkpoint, reference, model, p
     assert run(folder, reference(folder), asks, {"layer": model.layers}, **options) == stock
 
 
-@pytest.mark.parametrize("layer", [1, 4, 7])
+@pytest.mark.parametrize("layer", [1, pytest.param(4, marks=pytest.mark.slow), 7])
 def test_texts_are_stock_at_every_layer(checkpoint, reference, layer):
     folder = checkpoint(MODEL)
     asks = TEXTS * 3

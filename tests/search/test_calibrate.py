@@ -1,5 +1,6 @@
 """`vtw calibrate` on the trained model: what it chooses, writes, keeps and refuses."""
 
+import hashlib
 import io
 import json
 import re
@@ -13,7 +14,7 @@ from unittest.mock import patch
 
 import pytest
 
-from benchmarks.quality.calibration import write_data
+from benchmarks.quality.calibration import QUALITY, table, write_data
 from benchmarks.quality.model import CHECKPOINT
 from benchmarks.quality.tasks import TASKS
 from benchmarks.small_llava import SmallLlava
@@ -24,6 +25,7 @@ from vllm_vtw.policy import Policy
 from vllm_vtw.search.calibration import Progress
 
 SAMPLES = 48
+RESULTS = QUALITY.with_name("calibration.json")
 MODEL = Model("llava", "llama", 12, 128)
 
 
@@ -268,3 +270,24 @@ def test_a_llava_next_is_calibrated_and_said_not_to_be_served(data, tmp_path):
 def test_values_of_layer():
     assert values_of_layer(None, 4) == [1, 2, 3]
     assert values_of_layer("8,2-4,3", 10) == [2, 3, 4, 8]
+
+
+def test_the_readme_says_what_was_calibrated():
+    measured = json.loads(RESULTS.with_suffix(".json").read_text())
+    weights = (CHECKPOINT / "model.safetensors").read_bytes()
+    assert measured["weights"] == hashlib.sha256(weights).hexdigest()
+    assert measured["samples"] == 64
+    assert max(result["seconds"] for result in measured["results"].values()) < 180
+    accuracy = {
+        result["layer"]: result["engine"]["right"] for result in json.loads(QUALITY.read_text())["results"]
+    }
+    shown = table(measured["results"], accuracy)
+    assert shown == RESULTS.with_suffix(".md").read_text().strip()
+    assert shown in (RESULTS.parents[2] / "README.md").read_text()
+    chosen = measured["results"]["all tasks"]["layer"]
+    lost = {
+        criterion: max(accuracy[12][task] - accuracy[layer][task] for task in TASKS)
+        for criterion, layer in chosen.items()
+    }
+    assert lost["answer"] <= 0.01
+    assert lost["first-token"] >= 0.1

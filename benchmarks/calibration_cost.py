@@ -1,0 +1,111 @@
+"""What the search for K costs: every K from scratch, as published, against one prefill and the text's tails.
+
+    python -m benchmarks.calibration_cost [--out FILE.json]
+
+At LLaVA-1.5's lengths and number of layers, 576 visual and 69 text tokens through 32 layers, K from 5 to 31,
+on a narrower model of random weights. The plain search, too, looks at the picture once.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from PIL import Image
+
+from benchmarks.machine import measured_on
+from benchmarks.small_llava import SmallLlava
+from tests.search.plain import dropping
+from vllm_vtw.search.criteria import Difference
+from vllm_vtw.search.data import Sample
+from vllm_vtw.search.llava import Llava
+
+MODEL = SmallLlava(layers=32, hidden=512, heads=8, kv_heads=8, image_side=24, vocab=512)
+LAYERS = range(5, 32)
+PROMPT = "<image>\n" + "Tell me about mountains, clouds. " * 6
+ANSWER = 64
+SAMPLES = 3
+
+
+@torch.inference_mode()
+def plain(llava: Llava, inputs: Any) -> list[float]:
+    """KL(P_withdrawn || P_full) of the first token for every K."""
+    ids = inputs["input_ids"]
+    kept = ids[0] != llava.config.image_token_index
+    kept[-1] = True
+    embeds = llava.model.get_input_embeddings()(ids)
+    pictures = llava.model.model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
+    embeds[:, ids[0] == llava.config.image_token_index] = pictures[0]
+
+    def last() -> torch.Tensor:
+        states = llava.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        return llava.model.lm_head(states[0, -1:])
+
+    full, found = last(), []
+    for layer in LAYERS:
+        with dropping(llava.decoder.layers, layer, kept):
+            found.append(Difference.between(full, last()).first_token_kl)
+    return found
+
+
+def ours(llava: Llava, inputs: Any, answer_tokens: int) -> list[float]:
+    answered = llava.answer(inputs, answer_tokens)
+    rows = llava.withdrawn_logits(answered, LAYERS)
+    return [Difference.between(answered.logits, row).first_token_kl for row in rows]
+
+
+def seconds(run: Callable[[], list[float]]) -> tuple[float, list[float]]:
+    """Of the processor's time, so that a neighbour's work does not count; of all cores."""
+    started = time.process_time()
+    found = run()
+    return time.process_time() - started, found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, help="results as JSON")
+    options = parser.parse_args()
+    with TemporaryDirectory() as folder:
+        llava = Llava(str(MODEL.save(Path(folder))), "cpu", "float32")
+        side = MODEL.image_side * 14
+        Image.effect_noise((side, side), 80).convert("RGB").save(f"{folder}/noise.png")
+        inputs = llava.encode(Sample("", ("noise.png",), PROMPT, folder=Path(folder)), ANSWER)
+    lengths = inputs["input_ids"].shape[1]
+    visual = int((inputs["input_ids"] == llava.config.image_token_index).sum())
+    searches: dict[str, Callable[[], list[float]]] = {
+        "plain": lambda: plain(llava, inputs),
+        "first token": lambda: ours(llava, inputs, 1),
+        "whole answer": lambda: ours(llava, inputs, ANSWER),
+    }
+    for run in searches.values():
+        run()
+    taken: dict[str, list[float]] = {name: [] for name in searches}
+    worst = 0.0
+    for number in range(2 * SAMPLES):
+        found = {}
+        for name in list(searches)[:: 1 if number % 2 == 0 else -1]:
+            spent, found[name] = seconds(searches[name])
+            taken[name].append(round(spent, 2))
+            print(f"{name}: {spent:.2f} s", flush=True)
+        pairs = zip(found["plain"], found["first token"], strict=True)
+        worst = max(worst, *(abs(a - b) for a, b in pairs))
+    means = {name: sum(times) / len(times) for name, times in taken.items()}
+    report = measured_on() | {
+        "tokens": {"visual": visual, "text": lengths - visual, "answer": ANSWER},
+        "layers": [LAYERS.start, LAYERS.stop - 1],
+        "processor_seconds_per_sample": taken,
+        "plain_over_first_token": round(means["plain"] / means["first token"], 2),
+        "plain_over_whole_answer": round(means["plain"] / means["whole answer"], 2),
+        "largest_difference_of_kl": worst,
+    }
+    print(json.dumps(report, indent=2))
+    if options.out:
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
