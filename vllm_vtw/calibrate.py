@@ -106,10 +106,10 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
         parser.error(f"--limit {arguments.limit}: fewer than {LEAST_SAMPLES} samples say nothing")
     try:
         from vllm_vtw.search import report
-    except ImportError as error:
-        parser.exit(2, f"vtw calibrate: {error.name} is missing: pip install 'vllm-vtw[calibrate]'\n")
-    try:
+
         result, skipped = _calibrate(arguments)
+    except ModuleNotFoundError as error:
+        parser.exit(2, f"vtw calibrate: {error.name} is missing: pip install 'vllm-vtw[calibrate]'\n")
     except (OSError, ValueError) as error:
         parser.exit(2, f"vtw calibrate: error: {error}\n")
     except KeyboardInterrupt as stop:
@@ -220,8 +220,8 @@ def notes(result: dict[str, Any], criterion: str) -> list[str]:
         )
     elif result["kv_share"][result["layers"].index(layer)] >= 1:
         said.append(
-            f"At K = {layer} the padding of vLLM's KV-cache groups takes more memory than withdrawal saves: "
-            "`vtw plan` shows it."
+            f"At K = {layer} the padding of vLLM's KV-cache groups takes more memory than withdrawal saves, "
+            "as `vtw plan` shows: allow more, or serve without withdrawal."
         )
     # No change in n tokens leaves a share of 3/n possible, at 95%.
     few = [

@@ -1,15 +1,11 @@
 """`vtw calibrate` on the trained model: what it chooses, writes, keeps and refuses."""
 
 import hashlib
-import io
 import json
 import re
 import signal
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
@@ -18,8 +14,8 @@ from benchmarks.quality.calibration import QUALITY, table, write_data
 from benchmarks.quality.model import CHECKPOINT
 from benchmarks.quality.tasks import TASKS
 from benchmarks.small_llava import SmallLlava
+from tests.search.command import Ended, calibrate, found
 from vllm_vtw.calibrate import values_of_layer
-from vllm_vtw.cli import main
 from vllm_vtw.config import Model, VTWConfig
 from vllm_vtw.policy import Policy
 from vllm_vtw.search.calibration import Progress
@@ -27,33 +23,6 @@ from vllm_vtw.search.calibration import Progress
 SAMPLES = 48
 RESULTS = QUALITY.with_name("calibration.json")
 MODEL = Model("llava", "llama", 12, 128)
-
-
-class Ended(NamedTuple):
-    """A command's end."""
-
-    status: int
-    out: str
-    err: str
-
-
-def calibrate(data: Path, out: Path, *options: str, model: Path = CHECKPOINT) -> Ended:
-    stdout, stderr = io.StringIO(), io.StringIO()
-    command = ["vtw", "calibrate", str(model), "--data", str(data), "--out", str(out), *options]
-    status = 0
-    with redirect_stdout(stdout), redirect_stderr(stderr), patch.object(sys, "argv", command):
-        try:
-            main()
-        except SystemExit as end:
-            status = int(end.code or 0)
-    return Ended(status, stdout.getvalue(), stderr.getvalue())
-
-
-def found(out: Path) -> dict[str, Any]:
-    """A result without what is of its run alone."""
-    result = json.loads((out / "result.json").read_text())
-    del result["made"]["when"]
-    return result
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +68,16 @@ def test_the_policy_file_is_what_the_engine_takes_and_says_how_it_was_made(done,
     assert made["made"]["versions"].keys() == {"vllm-vtw", "torch", "transformers"}
     assert re.fullmatch("[0-9a-f]{64}", made["made"]["data_sha256"])
     assert made["curves"].keys() == set(TASKS)
+
+
+def test_sixteen_bits_choose_the_same(done, data, tmp_path):
+    assert calibrate(data, tmp_path, "--dtype=bfloat16", "--layers=9-11").status == 0
+    result, whole = found(tmp_path), found(done[0])
+    assert result["made"]["dtype"] == "bfloat16"
+    assert result["layer"] == whole["layer"]
+    for half, full in zip(result["first_token_kl"], whole["first_token_kl"][-3:], strict=True):
+        assert abs(half - full) < 0.003
+    assert result["first_token_kl"] != whole["first_token_kl"][-3:]
 
 
 class Loads(HTMLParser):

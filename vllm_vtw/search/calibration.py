@@ -71,8 +71,8 @@ class Progress:
         self.measured: list[Measured] = []
         folder.mkdir(parents=True, exist_ok=True)
         lines = self._lines()
-        if not lines:
-            self._append(asdict(settings))
+        if len(lines) < 2:
+            self.file.write_text(json.dumps(asdict(settings)) + "\n")
         elif not resume:
             raise ValueError(f"{folder} holds a calibration: go on with --resume, or give another --out")
         else:

@@ -98,7 +98,8 @@ class Llava:
         """
         text = self.prompt(sample)
         # A template may have written the first token, which the tokenizer would write again.
-        begun = text.startswith(self.processor.tokenizer.bos_token or "\0")
+        first = self.processor.tokenizer.bos_token
+        begun = first is not None and text.startswith(first)
         inputs = self.processor(
             images=sample.pictures(), text=text, add_special_tokens=not begun, return_tensors="pt"
         )

@@ -1,0 +1,39 @@
+"""Runs `vtw calibrate` in this process."""
+
+import io
+import json
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+from benchmarks.quality.model import CHECKPOINT
+from vllm_vtw.cli import main
+
+
+class Ended(NamedTuple):
+    """A command's end."""
+
+    status: int
+    out: str
+    err: str
+
+
+def calibrate(data: Path, out: Path, *options: str, model: Path = CHECKPOINT) -> Ended:
+    stdout, stderr = io.StringIO(), io.StringIO()
+    command = ["vtw", "calibrate", str(model), "--data", str(data), "--out", str(out), *options]
+    status = 0
+    with redirect_stdout(stdout), redirect_stderr(stderr), patch.object(sys, "argv", command):
+        try:
+            main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return Ended(status, stdout.getvalue(), stderr.getvalue())
+
+
+def found(out: Path) -> dict[str, Any]:
+    """A result without what is of its run alone."""
+    result = json.loads((out / "result.json").read_text())
+    del result["made"]["when"]
+    return result
