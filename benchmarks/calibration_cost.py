@@ -20,9 +20,10 @@ from PIL import Image
 from benchmarks.machine import measured_on
 from benchmarks.small_llava import SmallLlava
 from tests.search.plain import dropping
+from vllm_vtw.checkpoint import read_config
 from vllm_vtw.search.criteria import Difference
 from vllm_vtw.search.data import Sample
-from vllm_vtw.search.llava import Llava
+from vllm_vtw.search.llava import Llava, Placement
 
 MODEL = SmallLlava(layers=32, hidden=512, heads=8, kv_heads=8, image_side=24, vocab=512)
 LAYERS = range(5, 32)
@@ -70,7 +71,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="results as JSON")
     options = parser.parse_args()
     with TemporaryDirectory() as folder:
-        llava = Llava(str(MODEL.save(Path(folder))), "cpu", "float32")
+        name = str(MODEL.save(Path(folder)))
+        config = read_config(name)
+        llava = Llava(name, config, Placement.of("cpu", "float32", config))
         side = MODEL.image_side * 14
         Image.effect_noise((side, side), 80).convert("RGB").save(f"{folder}/noise.png")
         inputs = llava.encode(Sample("", ("noise.png",), PROMPT, folder=Path(folder)), ANSWER)

@@ -1,17 +1,21 @@
 """`vtw calibrate`: the withdrawal layer K for a model on a user's own data."""
 
 import argparse
-import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from vllm_vtw.checkpoint import read_config, revision, supported_model
 from vllm_vtw.config import SERVED_MODEL_TYPES
 from vllm_vtw.policy import Policy
-from vllm_vtw.search.criteria import default_eta
+from vllm_vtw.search.criteria import FIRST_LAYER, default_eta
+
+if TYPE_CHECKING:
+    from vllm_vtw.search.progress import Measured
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CRITERIA = ("answer", "first-token")
@@ -34,7 +38,9 @@ def add_command(commands: Any) -> None:
     add("--resume", action="store_true", help="go on with what --out holds; a larger --limit adds samples")
     add("--limit", type=_count, default=64, help="samples, drawn from all tasks alike (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
-    add("--layers", help="values of K, as 5-20 or 8,12,16 (default: all)")
+    add(
+        "--layers", help=f"values of K, as 8-20 or 8,12,16 (default: all from {FIRST_LAYER} on, as published)"
+    )
     add("--max-tokens", type=_count, default=128, help="of an answer (default: %(default)s)")
     add(
         "--criterion",
@@ -50,7 +56,7 @@ def add_command(commands: Any) -> None:
     )
     add(
         "--max-token-change",
-        type=_bound,
+        type=_share,
         default=0.01,
         help="share of an answer's tokens, on any task (default: %(default)s)",
     )
@@ -81,23 +87,32 @@ def _bound(text: str) -> float:
     return bound
 
 
+def _share(text: str) -> float:
+    share = _bound(text)
+    if share > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share, from 0 to 1")
+    return share
+
+
 def values_of_layer(text: str | None, num_layers: int) -> list[int]:
     """The values of K that `--layers` asks for, ascending.
 
     Raises:
         ValueError: It is no list or range of them.
     """
-    most = num_layers - 1
     if text is None:
-        return list(range(1, num_layers))
+        text = f"{min(FIRST_LAYER, num_layers - 1)}-{num_layers - 1}"
     layers: set[int] = set()
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal():
-            raise ValueError(f"--layers {text}: has to be like 5-20 or 8,12,16")
-        layers.update(range(int(first), int(last or first) + 1))
-    if not layers or min(layers) < 1 or max(layers) > most:
-        raise ValueError(f"--layers {text}: has to be within 1-{most}, as the model has {num_layers} layers")
+        first, dash, last = part.partition("-")
+        ends = [first, last if dash else first]
+        if not all(end.isdecimal() for end in ends):
+            raise ValueError(f"--layers {text}: has to be like 8-20 or 8,12,16")
+        start, stop = map(int, ends)
+        if not 1 <= start <= stop < num_layers:
+            within = f"1-{num_layers - 1}, as the model has {num_layers} layers"
+            raise ValueError(f"--layers {text}: {part} is not a range within {within}")
+        layers.update(range(start, stop + 1))
     return sorted(layers)
 
 
@@ -107,92 +122,104 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
     try:
         from vllm_vtw.search import report
 
-        result, skipped = _calibrate(arguments)
-    except ModuleNotFoundError as error:
-        parser.exit(2, f"vtw calibrate: {error.name} is missing: pip install 'vllm-vtw[calibrate]'\n")
+        result = _calibrate(arguments)
+    except ImportError as error:
+        parser.exit(2, f"vtw calibrate: {error}: pip install 'vllm-vtw[calibrate]'\n")
     except (OSError, ValueError) as error:
         parser.exit(2, f"vtw calibrate: error: {error}\n")
     except KeyboardInterrupt as stop:
         parser.exit(130, f"\nstopped. {stop}\n")
-    policy = arguments.out / "policy.json"
+    policy, command = arguments.out / "policy.json", None
     policy.unlink(missing_ok=True)
-    command = None
-    if result["layer"][arguments.criterion] is not None:
-        policy.write_text(json.dumps(policy_file(result, arguments.criterion), indent=2) + "\n")
-        command = serve_command(arguments.model, policy)
-    (arguments.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    found = result["layer"][arguments.criterion] is not None
+    if found:
+        policy.write_text(_json(policy_file(result, arguments.criterion)) + "\n")
+        if result["model"]["model_type"] in SERVED_MODEL_TYPES:
+            command = serve_command(arguments.model, policy)
+    (arguments.out / "result.json").write_text(_json(result) + "\n")
     page = arguments.out / "report.html"
-    page.write_text(report.html(result, notes(result, arguments.criterion), skipped, command))
+    page.write_text(report.html(result, command), encoding="utf-8")
     if arguments.json:
-        print(json.dumps(result, indent=2))
+        print(_json(result))
     else:
-        print(describe(result, arguments.criterion))
-        print(f"\nReport: {page}")
+        print("\n".join([*describe(result), "", *result["notes"], "", f"Report: {page}"]))
+        if found:
+            print(f"Policy file: {policy}, by the {arguments.criterion} criterion")
         if command:
-            print(f"Policy file: {policy}, for\n  {command}")
-    if command is None:
+            print(f"Serve it (`vtw plan` says what it takes there):\n  {command}")
+    if not found:
         sys.exit(1)
 
 
-def _calibrate(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """The result, and what was skipped and why."""
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, allow_nan=False)
+
+
+def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `result.json` has."""
     from tqdm import tqdm
 
     from vllm_vtw.search import calibration
     from vllm_vtw.search.data import BadSampleError, drawn, read_data
-    from vllm_vtw.search.llava import Llava
+    from vllm_vtw.search.llava import MODEL_TYPES, Llava, Placement
+    from vllm_vtw.search.progress import Progress, Settings
 
-    samples, bad = read_data(arguments.data, arguments.prompt)
-    skipped = [f"{where}: {why}" for where, why in bad.items()]
+    data = read_data(arguments.data, arguments.prompt)
+    skipped = [f"{where}: {why}" for where, why in data.bad.items()]
     for number, line in enumerate(skipped):
         _report_skipped(line, number)
-    if len(samples) < LEAST_SAMPLES:
-        raise ValueError(
-            f"{arguments.data} has {len(samples)} samples that can be read: {LEAST_SAMPLES} are needed"
-        )
-    llava = Llava(arguments.model, arguments.device, arguments.dtype)
-    settings = calibration.Settings(
+    _enough(len(data.samples), arguments.data)
+    tasks = {sample.task for sample in data.samples}
+    if len(tasks) > arguments.limit:
+        raise ValueError(f"--limit {arguments.limit}: {arguments.data} has samples of {len(tasks)} tasks")
+    config = read_config(arguments.model)
+    model = supported_model(config, MODEL_TYPES)
+    placement = Placement.of(arguments.device, arguments.dtype, config)
+    settings = Settings(
         checkpoint=arguments.model,
-        config_sha256=hashlib.sha256(llava.config.to_json_string().encode()).hexdigest(),
-        data_sha256=calibration.data_digest(arguments.data, arguments.prompt),
+        revision=revision(arguments.model, config),
+        data_sha256=data.sha256,
         seed=arguments.seed,
-        layers=values_of_layer(arguments.layers, llava.shape.num_hidden_layers),
+        layers=values_of_layer(arguments.layers, model.num_hidden_layers),
         max_tokens=arguments.max_tokens,
-        dtype=str(llava.model.dtype).removeprefix("torch."),
+        dtype=str(placement.dtype).removeprefix("torch."),
     )
-    progress = calibration.Progress(arguments.out, settings, arguments.resume)
-    total = min(arguments.limit, len(samples))
-    with tqdm(total=total, initial=len(progress.measured), unit="sample", desc="calibrating") as bar:
+    progress = Progress(arguments.out, settings, arguments.resume)
+    llava = Llava(arguments.model, config, placement)
+    order = drawn(data.samples, arguments.seed)
+    measured: list[Measured] = []
+    with tqdm(total=min(arguments.limit, len(order)), unit="sample", desc="calibrating") as bar:
         try:
-            for outcome in calibration.measure(
-                llava, drawn(samples, arguments.seed), arguments.limit, settings, progress
-            ):
+            for outcome in calibration.measure(llava, order, arguments.limit, settings, progress):
                 if isinstance(outcome, BadSampleError):
+                    bar.clear()
                     _report_skipped(str(outcome), len(skipped))
                     skipped.append(str(outcome))
                 else:
+                    measured.append(outcome)
                     bar.update()
         except KeyboardInterrupt:
-            kept = f"{len(progress.measured)} of {total} samples are kept in {arguments.out}"
+            kept = f"{len(progress.measured)} of {bar.total} samples are kept in {arguments.out}"
             raise KeyboardInterrupt(f"{kept}: the same command with --resume goes on") from None
-    if len(progress.measured) < LEAST_SAMPLES:
-        raise ValueError(
-            f"{len(progress.measured)} samples of {arguments.data} are good: {LEAST_SAMPLES} are needed"
-        )
-    budget = calibration.Budget(
-        eta=default_eta(llava.shape) if arguments.eta is None else arguments.eta,
-        max_answer_kl=arguments.max_answer_kl,
-        max_token_change=arguments.max_token_change,
-    )
-    measured = progress.measured[: arguments.limit]
-    return calibration.result(llava.shape, llava.layer_parameters, settings, measured, budget), skipped
+    _enough(len(measured), arguments.data)
+    eta = default_eta(model, config.get_text_config().vocab_size) if arguments.eta is None else arguments.eta
+    budget = calibration.Budget(eta, arguments.max_answer_kl, arguments.max_token_change)
+    result = calibration.result(model, llava, settings, measured, budget)
+    result["skipped"] = skipped
+    result["notes"] = notes(result, arguments.criterion, tasks - result["tasks"].keys())
+    return result
+
+
+def _enough(samples: int, data: Path) -> None:
+    if samples < LEAST_SAMPLES:
+        raise ValueError(f"{data} has {samples} good samples: {LEAST_SAMPLES} are needed")
 
 
 def _report_skipped(line: str, number: int) -> None:
     if number < SHOWN_SKIPPED:
         print(f"skipped: {line}", file=sys.stderr)
     elif number == SHOWN_SKIPPED:
-        print("skipped: more, which the report lists", file=sys.stderr)
+        print("skipped: more; a report lists them all", file=sys.stderr)
 
 
 def policy_file(result: dict[str, Any], criterion: str) -> dict[str, Any]:
@@ -209,35 +236,48 @@ def serve_command(model: str, policy: Path) -> str:
     return shlex.join(["vllm", "serve", model, "--model-impl", "vtw", "--additional-config", options])
 
 
-def notes(result: dict[str, Any], criterion: str) -> list[str]:
-    """What a reader has to know beside the numbers."""
+def notes(result: dict[str, Any], criterion: str, unseen: Collection[str]) -> list[str]:
+    """What a reader has to know beside the numbers; `unseen` are tasks without a good sample."""
     said = []
-    layer, most = result["layer"][criterion], result["budget"]["max_token_change"]
+    layers, layer, most = result["layers"], result["layer"][criterion], result["budget"]["max_token_change"]
     if layer is None:
         said.append(
             f"No K that was looked at satisfies the {criterion} criterion, so there is no policy file: "
             "look at other --layers, allow more, or serve without withdrawal."
         )
-    elif result["kv_share"][result["layers"].index(layer)] >= 1:
+        deepest = [
+            f"{task} {curve['token_change'][-1]:.1%} and {curve['mean_kl'][-1]:.2g} nats"
+            for task, curve in result["curves"].items()
+        ]
+        said.append(f"Tokens changed and KL at K = {layers[-1]}: {', '.join(deepest)}.")
+    elif result["kv_share"][layers.index(layer)] >= 1:
         said.append(
             f"At K = {layer} the padding of vLLM's KV-cache groups takes more memory than withdrawal saves, "
             "as `vtw plan` shows: allow more, or serve without withdrawal."
         )
     # No change in n tokens leaves a share of 3/n possible, at 95%.
-    few = [
-        f"{task} ({count['tokens']})" for task, count in result["tasks"].items() if most * count["tokens"] < 3
-    ]
+    few = [f"{task} ({n['tokens']})" for task, n in result["tasks"].items() if 0 < most * n["tokens"] < 3]
     if few:
         said.append(
-            f"Too few tokens of answers to tell {most:.1%} of them from none: {', '.join(few)}. "
-            "A larger --limit with --resume adds samples."
+            f"Too few tokens of answers to tell {100 * most:g}% changed from none, which takes "
+            f"{ceil(3 / most)}: {', '.join(few)}. A larger --limit adds samples, where the data has more."
+        )
+    if unseen:
+        said.append(f"Without a good sample: {', '.join(sorted(unseen))}.")
+    cut = [f"{task} ({n['cut']} of {n['samples']})" for task, n in result["tasks"].items() if n["cut"]]
+    if cut:
+        said.append(f"Answers cut at --max-tokens {result['made']['max_tokens']}: {', '.join(cut)}.")
+    if layers != list(range(FIRST_LAYER, layers[-1] + 1)):
+        said.append(
+            f"Both criteria chose among K = {', '.join(map(str, layers))}; as published, the first-token "
+            f"criterion looks at every K from {FIRST_LAYER} on."
         )
     if result["model"]["model_type"] not in SERVED_MODEL_TYPES:
         said.append(f"This version of --model-impl vtw does not serve {result['model']['model_type']} yet.")
     return said
 
 
-def describe(result: dict[str, Any], criterion: str) -> str:
+def describe(result: dict[str, Any]) -> list[str]:
     """Both criteria side by side, for people."""
     layers, tokens = result["layers"], sum(count["tokens"] for count in result["tasks"].values())
 
@@ -248,17 +288,18 @@ def describe(result: dict[str, Any], criterion: str) -> str:
         at = [None if layer is None else layers.index(layer) for layer in result["layer"].values()]
         return row(name, ("" if index is None else f"{values[index]:.1%}" for index in at))
 
-    chosen = ("none" if layer is None else str(layer) for layer in result["layer"].values())
     lines = [
         f"{result['made']['samples']} samples, {tokens} tokens of answers",
         "",
         row("criterion", result["layer"]),
-        row(f"K, of {result['model']['num_hidden_layers']} layers", chosen),
+        row(
+            f"K, of {result['model']['num_hidden_layers']} layers",
+            ("none" if layer is None else str(layer) for layer in result["layer"].values()),
+        ),
         shares("KV memory, of stock vLLM's", result["kv_share"]),
         shares("decoder's work in prefill", result["prefill_flops_share"]),
     ]
     for task, curve in result["curves"].items():
         lines.append(shares(f"{task}: tokens changed", curve["token_change"]))
         lines.append(shares(f"{task}: answers changed", curve["answer_change"]))
-    said = notes(result, criterion)
-    return "\n".join([*lines, *([""] if said else []), *said])
+    return lines

@@ -1,11 +1,18 @@
-"""A checkpoint's configuration, read by transformers: what `vtw plan` and `vtw calibrate` begin with."""
+"""A checkpoint's configuration, read by transformers: what the commands begin with."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm_vtw.config import TEXT_MODELS, Model
+
+# By vision tower, the tokens that it makes of an image beside those of its patches.
+VISION_TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}
+
+# Beside them, a training's folder has its optimizer's states.
+FILES_OF_A_MODEL = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 
 
 def read_config(name: str) -> Any:
@@ -31,17 +38,35 @@ def supported_model(hf_config: Any, model_types: Sequence[str]) -> Model:
 
     Args:
         hf_config: Its configuration, of transformers.
-        model_types: Those that are supported, over any of `TEXT_MODELS`.
+        model_types: Those that are supported, over any of `TEXT_MODELS`, with any of `VISION_TOWERS`.
 
     Raises:
         ValueError: The model is not supported.
     """
     text = hf_config.get_text_config()
-    if hf_config.model_type not in model_types or text.model_type not in TEXT_MODELS:
+    text_type = getattr(text, "model_type", None)
+    if hf_config.model_type not in model_types or text_type not in TEXT_MODELS:
         raise ValueError(
-            f"the model is {hf_config.model_type!r} over {text.model_type!r}; supported: "
+            f"the model is {hf_config.model_type!r} over {text_type!r}; supported: "
             f"{' or '.join(map(repr, model_types))} over {', '.join(TEXT_MODELS)}"
         )
+    tower = hf_config.vision_config.model_type
+    if tower not in VISION_TOWERS:
+        raise ValueError(f"the vision tower is {tower!r}; supported: {', '.join(VISION_TOWERS)}")
     if getattr(text, "sliding_window", None) is not None:
         raise ValueError("the text model attends over a sliding window, which --model-impl vtw refuses")
-    return Model(hf_config.model_type, text.model_type, text.num_hidden_layers, text.hidden_size)
+    return Model(hf_config.model_type, text_type, text.num_hidden_layers, text.hidden_size)
+
+
+def revision(name: str, hf_config: Any) -> str:
+    """What tells a checkpoint from another of the same name: its commit, or SHA-256 of its files."""
+    commit = getattr(hf_config, "_commit_hash", None)
+    if commit is not None:
+        return str(commit)
+    digest = hashlib.sha256()
+    for path in sorted(Path(name).iterdir()):
+        if path.suffix in FILES_OF_A_MODEL:
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -1,7 +1,6 @@
 """`vtw doctor`: whether this environment can serve with `--model-impl vtw`, and what to do if not."""
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -10,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import PackageNotFoundError, entry_points, requires, version
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,8 +17,8 @@ from typing import Any
 
 from vllm_vtw.plugin import SUPPORTED_VLLM
 
+MOST_OF_AN_ERROR = 300
 ARCHITECTURE = "LlavaForConditionalGeneration"
-CALIBRATION_NEEDS = ("jinja2", "matplotlib", "PIL", "torch", "tqdm", "transformers")
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,8 @@ def findings() -> Iterator[Finding]:
             try:
                 finding = probe()
             except Exception as error:  # whatever vLLM raises is what the user has to see
-                finding = Finding(
-                    f"{probe.__doc__}: {type(error).__name__}: {error}", remedy="make this work in vLLM first"
-                )
+                said = " ".join(str(error).split())[:MOST_OF_AN_ERROR]
+                finding = Finding(f"{probe.__doc__}: {type(error).__name__}: {said}", remedy=_settings())
             yield finding
             if finding.remedy:
                 break
@@ -127,7 +125,12 @@ def _switches() -> Finding:
             f"VLLM_PLUGINS={allowed} keeps the plugin out",
             remedy=f"set VLLM_PLUGINS={','.join(filter(None, [allowed, 'vtw']))}, or unset it",
         )
-    return Finding("no environment variable keeps the plugin out")
+    return Finding("nothing switches the plugin off")
+
+
+def _settings() -> str:
+    given = sorted(name for name in os.environ if name.startswith("VLLM_") and name != "VLLM_LOGGING_LEVEL")
+    return f"look at what is set: {', '.join(given)}" if given else "make this work in vLLM first"
 
 
 def _platform() -> Finding:
@@ -196,10 +199,13 @@ def _engine() -> Finding:
         (Path(folder) / "config.json").write_text(json.dumps(content))
         config = EngineArgs(model=folder, model_impl="vtw", skip_tokenizer_init=True).create_engine_config()
     groups.install()
-    runner = "V2"
-    if not config.use_v2_model_runner:
-        runner = "V1"
+    if config.use_v2_model_runner:
+        import vllm_vtw.worker.v2  # noqa: F401 - of a vLLM that changed, this fails
+
+        runner = "V2"
+    else:
         v1.install()
+        runner = "V1"
     with set_current_vllm_config(config):
         head_size = config.model_config.get_head_size()
         backend = get_attn_backend(head_size, config.model_config.dtype, "auto").get_name()
@@ -210,10 +216,25 @@ def _engine() -> Finding:
 
 
 def _calibration() -> Finding:
-    missing = [name for name in CALIBRATION_NEEDS if importlib.util.find_spec(name) is None]
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        missing = ["packaging"]
+    else:
+        extra = {"extra": "calibrate"}
+        needed = [Requirement(line) for line in requires("vllm-vtw") or []]
+        wanted = [each for each in needed if each.marker and each.marker.evaluate(extra)]
+        missing = [f"{each.name}{each.specifier}" for each in wanted if not _has(each.name, each.specifier)]
     if missing:
         return Finding(
             f"`vtw calibrate` lacks {', '.join(missing)}",
             remark="pip install 'vllm-vtw[calibrate]', to use it",
         )
     return Finding("`vtw calibrate` has what it needs")
+
+
+def _has(name: str, specifier: Any) -> bool:
+    try:
+        return bool(specifier.contains(version(name), prereleases=True))
+    except PackageNotFoundError:
+        return False

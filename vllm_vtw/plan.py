@@ -6,13 +6,11 @@ import re
 from typing import Any
 
 from vllm_vtw.capacity import Groups, withdrawn_of_image
-from vllm_vtw.checkpoint import read_config, supported_model
+from vllm_vtw.checkpoint import VISION_TOWERS, read_config, supported_model
 from vllm_vtw.config import SERVED_MODEL_TYPES, VTWConfig
 
 BYTES_PER_VALUE = {"auto": 2, "float16": 2, "bfloat16": 2, "float32": 4}
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-# Tokens that a vision tower makes of an image beside those of its patches.
-CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
 
 def add_command(commands: Any) -> None:
@@ -178,12 +176,7 @@ def plan(
 def _tokens_per_image(hf_config: Any) -> int:
     """What LLaVA makes of an image, as vLLM counts it."""
     vision = hf_config.vision_config
-    if vision.model_type not in CLASS_TOKENS:
-        raise ValueError(
-            f"the vision tower is {vision.model_type!r}; images have a known size with "
-            + ", ".join(CLASS_TOKENS)
-        )
-    tokens: int = (vision.image_size // vision.patch_size) ** 2 + CLASS_TOKENS[vision.model_type]
+    tokens: int = (vision.image_size // vision.patch_size) ** 2 + VISION_TOWERS[vision.model_type]
     return tokens - 1 if hf_config.vision_feature_select_strategy == "default" else tokens
 
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from vllm.multimodal.media import ImageMediaIO
 
-from vllm_vtw.search.data import BadSampleError, Sample, drawn, read_data
+from vllm_vtw.search.data import BadSampleError, Data, Sample, drawn, read_data
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -31,15 +32,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def read(folder: Path, *lines: Any) -> tuple[list[Sample], dict[str, str]]:
+def read(folder: Path, *lines: Any) -> Data:
     file = folder / "data.jsonl"
     file.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
     return read_data(file, None)
 
 
 def one(folder: Path, line: Any) -> Sample:
-    (sample,), bad = read(folder, line)
-    assert not bad
+    data = read(folder, line)
+    assert not data.bad
+    (sample,) = data.samples
     return sample
 
 
@@ -104,14 +106,16 @@ def test_images_stand_before_the_first_question_of_a_chat(folder):
     [
         ("{", "not JSON"),
         ("[]", "not a JSON object"),
+        ("[" * 10_000, "not JSON"),
+        (r'{"image": "a.png", "prompt": "\ud83d"}', "not JSON"),
         ({"prompt": "What?"}, "has no image"),
         ({"image": "a.png"}, "either 'prompt' or 'messages'"),
         ({"image": "a.png", "prompt": "What?", "messages": []}, "either 'prompt' or 'messages'"),
         ({"image": "a.png", "images": ["a.png"], "prompt": "What?"}, "both 'image' and 'images'"),
         ({"image": ["a.png"], "prompt": "What?"}, "'image' has to be a string"),
         ({"image": "a.png", "prompt": 3}, "'prompt' is not a string"),
-        ({"image": "a.png", "prompt": "What?", "task": 3}, "'task' is not a string"),
-        ({"image": "a.png", "prompt": "What?", "answer": 3}, "'answer' is not a string"),
+        ({"image": "a.png", "prompt": "What?", "task": ["a"]}, "'task' is not a string"),
+        ({"image": "a.png", "prompt": "What?", "answer": True}, "'answer' is not a string"),
         ({"image": "a.png", "messages": []}, "not a list of messages"),
         ({"image": "a.png", "messages": ["What?"]}, "has to have a 'role'"),
         ({"image": "a.png", "messages": [{"role": "user"}]}, "a string or a list of parts"),
@@ -124,19 +128,19 @@ def test_images_stand_before_the_first_question_of_a_chat(folder):
 )
 def test_bad_lines_are_told_with_number_and_reason(folder, line, why):
     good = {"image": "pictures/red.png", "prompt": "What?"}
-    samples, bad = read(folder, good, line, "", good)
-    assert [sample.where for sample in samples] == ["line 1", "line 4"]
-    assert list(bad) == ["line 2"]
-    assert why in bad["line 2"]
+    data = read(folder, good, line, "", good)
+    assert [sample.where for sample in data.samples] == ["line 1", "line 4"]
+    assert list(data.bad) == ["line 2"]
+    assert why in data.bad["line 2"]
 
 
 @pytest.mark.parametrize(
     ("source", "why"),
     [
-        ("nowhere.png", "image nowhere.png: there is no such file"),
-        ("data.jsonl", "image data.jsonl: cannot be read"),
+        ("nowhere.png", "image 'nowhere.png': there is no such file"),
+        ("data.jsonl", "image 'data.jsonl': is no picture of a known format"),
         ("http://localhost/a.png", "nothing is fetched"),
-        ("data:image/png,abc", "not base64"),
+        ("data:image/png,abc", "image a data URL: cannot be read: it is not base64"),
         ("data:image/png;base64,####", "a data URL: cannot be read"),
     ],
 )
@@ -147,23 +151,54 @@ def test_pictures_that_cannot_be_read_are_told(folder, source, why):
 
 
 def test_a_truncated_picture_is_told(folder):
-    whole = (folder / "pictures" / "red.png").read_bytes()
+    Image.effect_noise((64, 64), 80).save(folder / "half.png")
+    whole = (folder / "half.png").read_bytes()
     (folder / "half.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(BadSampleError, match=r"image half\.png: cannot be read"):
+    with pytest.raises(BadSampleError, match=r"image 'half\.png': cannot be read"):
         one(folder, {"image": "half.png", "prompt": "What?"}).pictures()
 
 
 def test_a_folder_of_pictures_with_one_question(folder):
     (folder / "pictures" / "notes.txt").write_text("no picture")
-    samples, bad = read_data(folder / "pictures", "What?")
-    assert not bad
-    assert [sample.where for sample in samples] == ["file blue.png", "file red.png"]
-    assert [colours(sample) for sample in samples] == [[BLUE], [RED]]
-    assert samples[0].messages == (user(IMAGE, WHAT),)
+    data = read_data(folder / "pictures", "What?")
+    assert not data.bad
+    assert [sample.where for sample in data.samples] == ["file blue.png", "file red.png"]
+    assert [colours(sample) for sample in data.samples] == [[BLUE], [RED]]
+    assert data.samples[0].messages == (user(IMAGE, WHAT),)
+    whole = read_data(folder / "pictures", "USER: <image>\nWhat?")
+    assert (whole.samples[0].prompt, whole.samples[0].messages) == ("USER: <image>\nWhat?", ())
+    assert whole.sha256 != data.sha256
+    (folder / "pictures" / "notes.txt").write_text("still no picture")
+    assert read_data(folder / "pictures", "What?").sha256 == data.sha256
     with pytest.raises(ValueError, match="--prompt"):
         read_data(folder / "pictures", None)
     with pytest.raises(ValueError, match="--prompt is for a folder"):
         read_data(folder / "pictures" / "notes.txt", "What?")
+
+
+def test_numbers_may_be_answers(folder):
+    sample = one(folder, {"image": "pictures/red.png", "prompt": "How many?", "answer": 3, "task": 1})
+    assert (sample.answer, sample.task) == ("3", "1")
+    assert one(folder, {"image": "pictures/red.png", "prompt": "Who?", "answer": " Ann\n"}).answer == "Ann"
+
+
+def test_pictures_are_what_vllm_makes_of_them(folder):
+    clear = Image.new("RGBA", (3, 2), (0, 0, 0, 0))
+    clear.putpixel((0, 0), (*RED, 255))
+    clear.save(folder / "clear.png")
+    turned = Image.new("RGB", (40, 20), BLUE)
+    turned.paste(RED, (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[Image.ExifTags.Base.Orientation] = 6
+    turned.save(folder / "turned.png", exif=exif)
+    for name in ("clear.png", "turned.png"):
+        (found,) = one(folder, {"image": name, "prompt": "What?"}).pictures()
+        wanted = ImageMediaIO().load_file(folder / name)
+        wanted = getattr(wanted, "media", wanted)
+        assert found.mode == "RGB"
+        assert found.size == wanted.size
+        assert found.tobytes() == wanted.tobytes()
+    assert found.size == (20, 40)
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=30), st.integers(0, 5))

@@ -4,11 +4,14 @@ import sys
 from importlib.metadata import PackageNotFoundError
 
 import pytest
+import torch
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_vtw import doctor
 from vllm_vtw.cli import main
 from vllm_vtw.worker import backend, v1
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="it is of a CPU that this speaks")
 
 CAN = "This environment can serve: vllm serve MODEL --model-impl vtw"
 CANNOT = "This environment cannot serve with --model-impl vtw yet."
@@ -131,7 +134,20 @@ def test_a_backend_that_is_not_supported(capsys, quick):
 
 
 def test_what_calibration_lacks_does_not_keep_from_serving(capsys, quick):
-    quick.setattr(doctor, "CALIBRATION_NEEDS", ("torch", "nosuchmodule"))
+    extra = 'extra == "calibrate"'
+    needs = ["numpy>99", f"torch>=99; {extra}", f"nosuch; {extra}", f"tqdm; {extra}"]
+    quick.setattr(doctor, "requires", lambda _: needs)
     lines = examine(capsys, quick)
-    assert "note  `vtw calibrate` lacks nosuchmodule" in lines
+    assert "note  `vtw calibrate` lacks torch>=99, nosuch" in lines
     assert lines[-1] == CAN
+
+
+def test_a_setting_that_vllm_refuses_is_named(capsys, quick):
+    quick.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    lines = examine(capsys, quick)
+    at = next(
+        number for number, line in enumerate(lines) if line.startswith("FAIL  an engine's configuration")
+    )
+    assert "Model Runner V2 requires Triton" in lines[at]
+    assert "VLLM_USE_V2_MODEL_RUNNER" in lines[at + 1]
+    assert lines[-1] == CANNOT

@@ -1,156 +1,84 @@
-"""Measures a model's answers at every K, sample by sample, in a folder that keeps what was done."""
+"""Measures a model's answers at every K, and lets both criteria choose."""
 
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from vllm_vtw.config import Model
 from vllm_vtw.search.criteria import Curve, Difference, answer_layer, first_token_layer
 from vllm_vtw.search.data import BadSampleError, Sample
 from vllm_vtw.search.llava import Llava
 from vllm_vtw.search.price import Request, kv_share, prefill_flops
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What samples have to have in common to be looked at together.
-
-    Attributes:
-        checkpoint: The model's name or folder.
-        config_sha256: Of its configuration.
-        data_sha256: Of the data, as `data_digest` has it.
-        seed: Of the order that samples are drawn in.
-        layers: Values of K, ascending.
-        max_tokens: Of an answer.
-        dtype: Of the weights.
-    """
-
-    checkpoint: str
-    config_sha256: str
-    data_sha256: str
-    seed: int
-    layers: list[int]
-    max_tokens: int
-    dtype: str
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One sample's answer by the full model, and what withdrawal does to it, by position in `layers`."""
-
-    where: str
-    task: str
-    prompt: str
-    answer: str
-    expected: str | None
-    visual_tokens: int
-    text_tokens: int
-    differences: list[Difference]
-
-    @property
-    def output_tokens(self) -> int:
-        return len(self.differences[0].changed)
-
-
-class Progress:
-    """The measured samples of a folder: a file of JSON lines, the settings first.
-
-    Raises:
-        ValueError: The folder's samples were measured otherwise, or `resume` was not asked for.
-    """
-
-    def __init__(self, folder: Path, settings: Settings, resume: bool) -> None:
-        self.file = folder / "samples.jsonl"
-        self.measured: list[Measured] = []
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = self._lines()
-        if len(lines) < 2:
-            self.file.write_text(json.dumps(asdict(settings)) + "\n")
-        elif not resume:
-            raise ValueError(f"{folder} holds a calibration: go on with --resume, or give another --out")
-        else:
-            self._take(lines, settings)
-
-    def add(self, measured: Measured) -> None:
-        self.measured.append(measured)
-        self._append(asdict(measured))
-
-    def _append(self, line: dict[str, Any]) -> None:
-        with self.file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def _lines(self) -> list[dict[str, Any]]:
-        content = self.file.read_text() if self.file.exists() else ""
-        whole = content[: content.rfind("\n") + 1]
-        if whole != content:  # it was killed while it wrote
-            self.file.write_text(whole)
-        return [json.loads(line) for line in whole.splitlines()]
-
-    def _take(self, lines: list[dict[str, Any]], settings: Settings) -> None:
-        head, *rest = lines
-        for name, now in asdict(settings).items():
-            if head.get(name) != now:
-                raise ValueError(
-                    f"--resume: {self.file} was made with {name} {head.get(name)!r}, and now it is {now!r}: "
-                    "give the same as then, or another --out"
-                )
-        for line in rest:
-            differences = [Difference(**difference) for difference in line.pop("differences")]
-            self.measured.append(Measured(**line, differences=differences))
-
-
-def data_digest(path: Path, prompt: str | None) -> str:
-    """SHA-256 of a data file; of a folder, of the prompt and of the names and contents of its files."""
-    if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    digest = hashlib.sha256((prompt or "").encode())
-    for file in sorted(file for file in path.iterdir() if file.is_file()):
-        digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
+from vllm_vtw.search.progress import Measured, Progress, Settings
 
 
 def measure(
     llava: Llava, samples: Sequence[Sample], limit: int, settings: Settings, progress: Progress
 ) -> Iterator[BadSampleError | Measured]:
-    """Measures samples in their order until `limit` are done, those of `progress` among them.
+    """Goes through samples in their order until `limit` are good. What `progress` has is not computed again.
 
     Yields:
-        Each sample that was measured now, and why others could not be.
+        Each sample that is good, and why others are not.
+
+    Raises:
+        ValueError: A sample of `progress` was another one then.
     """
-    done = {measured.where for measured in progress.measured}
+    good = 0
     for sample in samples:
-        if len(progress.measured) >= limit:
+        if good == limit:
             return
-        if sample.where in done:
-            continue
         try:
             inputs = llava.encode(sample, settings.max_tokens)
         except BadSampleError as error:
             yield BadSampleError(f"{sample.where}: {error}")
             continue
-        answered = llava.answer(inputs, settings.max_tokens)
-        measured = Measured(
-            where=sample.where,
-            task=sample.task,
-            prompt=llava.prompt(sample),
-            answer=llava.processor.tokenizer.decode(answered.tokens, skip_special_tokens=True).strip(),
-            expected=sample.answer,
-            visual_tokens=answered.visual_tokens,
-            text_tokens=answered.text_tokens,
-            differences=[
-                Difference.between(answered.logits, withdrawn)
-                for withdrawn in llava.withdrawn_logits(answered, settings.layers)
-            ],
-        )
-        progress.add(measured)
+        digest = inputs_digest(inputs)
+        measured = progress.measured.get(sample.where)
+        if measured is None:
+            measured = _measured(llava, sample, inputs, digest, settings)
+            progress.add(measured)
+        elif measured.inputs_sha256 != digest:
+            raise ValueError(
+                f"--resume: {sample.where} was another picture or prompt when {progress.file} was made: "
+                "give another --out"
+            )
+        good += 1
         yield measured
+
+
+def inputs_digest(inputs: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of what the model gets."""
+    digest = hashlib.sha256()
+    for name in sorted(inputs):
+        # numpy has no bfloat16.
+        digest.update(inputs[name].to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _measured(
+    llava: Llava, sample: Sample, inputs: Mapping[str, torch.Tensor], digest: str, settings: Settings
+) -> Measured:
+    answered = llava.answer(inputs, settings.max_tokens)
+    return Measured(
+        where=sample.where,
+        task=sample.task,
+        inputs_sha256=digest,
+        prompt=llava.prompt(sample),
+        answer=llava.processor.tokenizer.decode(answered.tokens, skip_special_tokens=True).strip(),
+        expected=sample.answer,
+        visual_tokens=answered.visual_tokens,
+        text_tokens=answered.text_tokens,
+        differences=[
+            Difference.between(answered.logits, withdrawn)
+            for withdrawn in llava.withdrawn_logits(answered, settings.layers)
+        ],
+    )
 
 
 @dataclass(frozen=True)
@@ -163,7 +91,7 @@ class Budget:
 
 
 def result(
-    model: Model, layer_parameters: int, settings: Settings, measured: Sequence[Measured], budget: Budget
+    model: Model, llava: Llava, settings: Settings, measured: Sequence[Measured], budget: Budget
 ) -> dict[str, Any]:
     """Both criteria's choices of K with all they are made of, ready for JSON."""
     layers, num_layers = settings.layers, model.num_hidden_layers
@@ -189,11 +117,11 @@ def result(
     )
 
     def flops(layer: int) -> float:
-        return prefill_flops(layer, num_layers, request, layer_parameters, model.hidden_size)
+        return prefill_flops(layer, num_layers, request, llava.layer_parameters, model.hidden_size)
 
     return {
         "model": model.as_dict(),
-        "made": _made(settings, len(measured)),
+        "made": _made(settings, measured) | {"device": llava.model.device.type},
         "budget": asdict(budget),
         "layer": {
             "answer": answer_layer(curves, budget.max_answer_kl, budget.max_token_change),
@@ -203,7 +131,9 @@ def result(
             task: {
                 "samples": len(of_task),
                 "tokens": sum(sample.output_tokens for sample in of_task),
-                "as_expected": _as_expected(of_task),
+                "cut": sum(sample.output_tokens == settings.max_tokens for sample in of_task),
+                "expected": sum(sample.expected is not None for sample in of_task),
+                "as_expected": sum(sample.expected == sample.answer for sample in of_task),
             }
             for task, of_task in by_task.items()
         },
@@ -224,12 +154,14 @@ def result(
     }
 
 
-def _made(settings: Settings, samples: int) -> dict[str, Any]:
-    names = ("vllm-vtw", "torch", "transformers")
+def _made(settings: Settings, measured: Sequence[Measured]) -> dict[str, Any]:
+    names = ("vllm-vtw", "vllm", "torch", "transformers")
+    inputs = "".join(sample.inputs_sha256 for sample in measured)
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: _version(name) for name in names},
-        "samples": samples,
+        "samples": len(measured),
+        "samples_sha256": hashlib.sha256(inputs.encode()).hexdigest(),
         **asdict(settings),
     }
 
@@ -239,8 +171,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _as_expected(measured: Sequence[Measured]) -> float | None:
-    known = [sample.answer == sample.expected for sample in measured if sample.expected is not None]
-    return float(np.mean(known)) if known else None

@@ -21,19 +21,20 @@ if TYPE_CHECKING:
     import torch
 
 FIRST_LAYER = 5
-# Of arXiv 2405.05803, by (model type, text model type, decoder layers, hidden size).
+# Of arXiv 2405.05803, by (model type, text model type, decoder layers, hidden size), all of them over Vicuna.
 PUBLISHED_ETA = {
     ("llava", "llama", 32, 4096): 0.003,
     ("llava", "llama", 40, 5120): 0.0005,
     ("llava_next", "llama", 32, 4096): 0.0001,
 }
+VICUNA_VOCABULARY = range(32000, 32065)
 OTHER_ETA = 0.003
 
 
-def default_eta(model: Model) -> float:
+def default_eta(model: Model, vocabulary: int) -> float:
     """The published bound for a model, or that for all others."""
     shape = (model.model_type, model.text_model_type, model.num_hidden_layers, model.hidden_size)
-    return PUBLISHED_ETA.get(shape, OTHER_ETA)
+    return PUBLISHED_ETA.get(shape, OTHER_ETA) if vocabulary in VICUNA_VOCABULARY else OTHER_ETA
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Curve:
 
 
 def first_token_layer(mean_kl: dict[int, float], eta: float) -> int | None:
-    """The published choice: the first K from 5 on with a mean of at most `eta`, None where there is none.
+    """The first K from 5 on with a mean of at most `eta`, None where there is none.
 
     Args:
         mean_kl: By K, ascending: `Difference.first_token_kl`, mean over all samples.

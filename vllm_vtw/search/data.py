@@ -1,6 +1,7 @@
 """The samples that a search looks at: JSON lines with pictures and prompts, or a folder of pictures."""
 
 import base64
+import hashlib
 import io
 import json
 from collections import defaultdict
@@ -11,7 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 Message = dict[str, Any]
 PLACEHOLDER = "<image>"  # of LLaVA's processors
@@ -52,12 +53,27 @@ class Sample:
         return [_picture(source, self.folder) for source in self.images]
 
 
-def read_data(path: Path, prompt: str | None) -> tuple[list[Sample], dict[str, str]]:
-    """The samples of a file or folder, and by place why others cannot be used.
+@dataclass(frozen=True)
+class Data:
+    """What a file or folder holds.
+
+    Attributes:
+        samples: Those that can be used, as far as can be seen without their pictures.
+        bad: By place, why others cannot.
+        sha256: Of the file; of a folder, of the question and the pictures' names.
+    """
+
+    samples: list[Sample]
+    bad: dict[str, str]
+    sha256: str
+
+
+def read_data(path: Path, prompt: str | None) -> Data:
+    """Reads JSON lines, or a folder of pictures.
 
     Args:
-        path: JSON lines, or a folder of pictures.
-        prompt: The user's question about each picture of a folder; only there.
+        path: Of the file or folder.
+        prompt: The question about each picture of a folder; only there.
 
     Raises:
         OSError: The path cannot be read.
@@ -66,20 +82,26 @@ def read_data(path: Path, prompt: str | None) -> tuple[list[Sample], dict[str, s
     if path.is_dir():
         if prompt is None:
             raise ValueError(f"{path} is a folder of pictures: give the question about them with --prompt")
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-        messages = tuple(_chat(prompt, 1))
-        return [Sample(f"file {f.name}", (f.name,), messages=messages, folder=path) for f in files], {}
+        return _pictures_of(path, prompt)
     if prompt is not None:
         raise ValueError(f"--prompt is for a folder of pictures; {path} has a prompt in every line")
+    content = path.read_bytes()
     samples, bad = [], {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(content.splitlines(), 1):
         where = f"line {number}"
         if line.strip():
             try:
                 samples.append(_sample(where, line, path.parent))
             except BadSampleError as error:
                 bad[where] = str(error)
-    return samples, bad
+    return Data(samples, bad, hashlib.sha256(content).hexdigest())
+
+
+def _pictures_of(folder: Path, prompt: str) -> Data:
+    names = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    asked, messages = _asked(prompt, 1)
+    samples = [Sample(f"file {name}", (name,), asked, messages, folder=folder) for name in names]
+    return Data(samples, {}, hashlib.sha256("\0".join([prompt, *names]).encode()).hexdigest())
 
 
 def drawn(samples: Iterable[Sample], seed: int) -> list[Sample]:
@@ -96,14 +118,14 @@ def drawn(samples: Iterable[Sample], seed: int) -> list[Sample]:
 def _sample(where: str, line: bytes, folder: Path) -> Sample:
     try:
         content = json.loads(line)
-    except ValueError as error:
+        json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
         raise BadSampleError(f"not JSON: {error}") from error
     if not isinstance(content, dict):
         raise BadSampleError("not a JSON object")
-    task = content.get("task")
-    answer = content.get("answer")
+    task, answer = content.get("task"), content.get("answer")
     for key, value in (("task", task), ("answer", answer)):
-        if value is not None and not isinstance(value, str):
+        if isinstance(value, bool) or not isinstance(value, str | int | float | None):
             raise BadSampleError(f"'{key}' is not a string")
     images = _images(content)
     prompt, messages = content.get("prompt"), content.get("messages")
@@ -111,13 +133,21 @@ def _sample(where: str, line: bytes, folder: Path) -> Sample:
         raise BadSampleError("has to have either 'prompt' or 'messages'")
     if messages is not None:
         messages, images = _parts(messages, images)
-    elif not isinstance(prompt, str):
+    elif isinstance(prompt, str):
+        prompt, messages = _asked(prompt, len(images))
+    else:
         raise BadSampleError("'prompt' is not a string")
-    elif PLACEHOLDER not in prompt:
-        messages, prompt = _chat(prompt, len(images)), None
     if not images:
         raise BadSampleError("has no image: 'image', 'images', or an 'image_url' in 'messages'")
-    return Sample(where, tuple(images), prompt, tuple(messages or ()), task or "all", answer, folder)
+    return Sample(
+        where,
+        tuple(images),
+        prompt,
+        tuple(messages),
+        task="all" if task is None else str(task),
+        answer=None if answer is None else str(answer).strip(),
+        folder=folder,
+    )
 
 
 def _images(content: dict[str, Any]) -> list[str]:
@@ -129,11 +159,12 @@ def _images(content: dict[str, Any]) -> list[str]:
     return images
 
 
-def _chat(question: str, num_images: int) -> list[Message]:
-    """A user's turn, its pictures first."""
-    return [
-        {"role": "user", "content": [{"type": "image"}] * num_images + [{"type": "text", "text": question}]}
-    ]
+def _asked(prompt: str, num_images: int) -> tuple[str | None, tuple[Message, ...]]:
+    """A prompt that places its pictures, as it is; any other as a user's turn, its pictures first."""
+    if PLACEHOLDER in prompt:
+        return prompt, ()
+    parts = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
+    return None, ({"role": "user", "content": parts},)
 
 
 def _parts(messages: Any, images: list[str]) -> tuple[list[Message], list[str]]:
@@ -183,17 +214,28 @@ def _parts(messages: Any, images: list[str]) -> tuple[list[Message], list[str]]:
 
 def _picture(source: str, folder: Path) -> Image.Image:
     if "://" in source and not source.startswith("data:"):
-        raise BadSampleError(f"image {source}: nothing is fetched; give a path or a data URL")
+        raise BadSampleError(f"image {source!r}: nothing is fetched; give a path or a data URL")
+    name = "a data URL" if source.startswith("data:") else repr(source)
     try:
-        if source.startswith("data:"):
-            name = "a data URL"
-            head, _, body = source.partition(",")
-            if not head.endswith(";base64"):
-                raise BadSampleError("a data URL that is not base64")
-            return Image.open(io.BytesIO(base64.b64decode(body, validate=True))).convert("RGB")
-        name = source
-        return Image.open(folder / source).convert("RGB")
+        if not source.startswith("data:"):
+            return _rgb(Image.open(folder / source))
+        head, _, body = source.partition(",")
+        if not head.endswith(";base64"):
+            raise ValueError("it is not base64")
+        return _rgb(Image.open(io.BytesIO(base64.b64decode(body, validate=True))))
     except FileNotFoundError as error:
         raise BadSampleError(f"image {name}: there is no such file") from error
+    except UnidentifiedImageError as error:
+        raise BadSampleError(f"image {name}: is no picture of a known format") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadSampleError(f"image {name}: cannot be read: {error}") from error
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    """As vLLM shows it to the model: upright, and on white where it is transparent."""
+    upright = ImageOps.exif_transpose(picture)
+    if upright.mode != "RGBA":
+        return upright.convert("RGB")
+    white = Image.new("RGB", upright.size, "white")
+    white.paste(upright, mask=upright.getchannel("A"))
+    return white

@@ -1,13 +1,12 @@
 """A LLaVA on transformers: loading, prompts into tokens, and its layers with and without visual tokens."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from vllm_vtw.checkpoint import read_config, supported_model
 from vllm_vtw.search.data import BadSampleError, Sample
 
 MODEL_TYPES = ("llava", "llava_next")
@@ -40,30 +39,65 @@ class Answered:
         return len(self.positions) - len(self.tokens) + 1
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where a model computes, and in which type."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, device: str, dtype: str, config: Any) -> "Placement":
+        """Resolves a user's words.
+
+        Args:
+            device: As in torch; "auto" for a GPU where there is one.
+            dtype: As in torch; "auto" for the checkpoint's on a GPU, and float32 on the CPU.
+            config: The checkpoint's configuration.
+
+        Raises:
+            ValueError: There is no such device here.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            found = torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {device}: {error}") from error
+        if dtype == "auto":
+            return cls(found, torch.float32 if found.type == "cpu" else config.dtype or torch.float32)
+        return cls(found, getattr(torch, dtype))
+
+
 class Llava:
     """A checkpoint with its processor.
 
     Args:
         name: A checkpoint's name or folder.
-        device: As in torch; "auto" for a GPU where there is one.
-        dtype: Of the weights, as in torch; "auto" for the checkpoint's on a GPU, and float32 on the CPU.
+        config: Its configuration.
+        placement: Where it computes.
 
     Raises:
-        ValueError: The model is not supported, or there is no such device.
-        OSError: There is no such checkpoint.
+        ValueError: transformers cannot load it.
     """
 
-    def __init__(self, name: str, device: str, dtype: str) -> None:
-        self.config = read_config(name)
-        self.shape = supported_model(self.config, MODEL_TYPES)
-        self.processor = AutoProcessor.from_pretrained(name)
-        place = _device(device)
-        if dtype == "auto" and place.type == "cpu":
-            dtype = "float32"
-        # SDPA takes a missing mask for a causal one, which is what `withdrawn_logits` needs.
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
-        self.model: Any = model.to(place).eval()
+    def __init__(self, name: str, config: Any, placement: Placement) -> None:
+        self.config = config
+        try:
+            self.processor = AutoProcessor.from_pretrained(name)
+            # SDPA takes a missing mask for a causal one, which is what `withdrawn_logits` needs.
+            model = AutoModelForImageTextToText.from_pretrained(
+                name, config=config, dtype=placement.dtype, attn_implementation="sdpa"
+            )
+        except Exception as error:  # transformers raises what comes
+            raise ValueError(f"cannot load {name}: {error}") from error
+        self.model: Any = model.to(placement.device).eval()
         self.decoder: Any = self.model.model.language_model
+        # A checkpoint's own may punish repetition: then no answer is that of its logits alone.
+        ends = self.model.generation_config
+        self.model.generation_config = GenerationConfig(
+            eos_token_id=ends.eos_token_id, pad_token_id=ends.pad_token_id, bos_token_id=ends.bos_token_id
+        )
 
     @property
     def layer_parameters(self) -> int:
@@ -74,10 +108,13 @@ class Llava:
         """The text that the model gets, with one placeholder for each picture.
 
         Raises:
+            ValueError: There is no chat template.
             BadSampleError: Placeholders and pictures differ in number, or the chat template refuses the chat.
         """
         if sample.prompt is not None:
             text = sample.prompt
+        elif self.processor.chat_template is None:
+            raise ValueError("the checkpoint has no chat template: give whole prompts, with <image> in them")
         else:
             try:
                 text = self.processor.apply_chat_template(list(sample.messages), add_generation_prompt=True)
@@ -90,7 +127,7 @@ class Llava:
             )
         return text
 
-    def encode(self, sample: Sample, max_tokens: int) -> dict[str, torch.Tensor]:
+    def encode(self, sample: Sample, max_tokens: int) -> Mapping[str, torch.Tensor]:
         """The model's inputs for a sample, where an answer of `max_tokens` fits behind it.
 
         Raises:
@@ -100,9 +137,13 @@ class Llava:
         # A template may have written the first token, which the tokenizer would write again.
         first = self.processor.tokenizer.bos_token
         begun = first is not None and text.startswith(first)
-        inputs = self.processor(
-            images=sample.pictures(), text=text, add_special_tokens=not begun, return_tensors="pt"
-        )
+        pictures = sample.pictures()
+        try:
+            inputs = self.processor(
+                images=pictures, text=text, add_special_tokens=not begun, return_tensors="pt"
+            )
+        except Exception as error:  # processors raise what they like
+            raise BadSampleError(f"the model's processor refuses it: {error}") from error
         length, limit = inputs["input_ids"].shape[1], self.config.get_text_config().max_position_embeddings
         if length + max_tokens > limit:
             raise BadSampleError(
@@ -111,21 +152,19 @@ class Llava:
         return inputs.to(self.model.device, self.model.dtype)
 
     @torch.inference_mode()
-    def answer(self, inputs: dict[str, torch.Tensor], max_tokens: int) -> Answered:
-        """Greedy decoding by the full model, of at most `max_tokens` tokens."""
-        defaults = self.model.generation_config
+    def answer(self, inputs: Mapping[str, torch.Tensor], max_tokens: int) -> Answered:
+        """Greedy decoding by the full model, of at most `max_tokens` tokens.
+
+        Raises:
+            ValueError: Its logits are not finite.
+        """
         out = self.model.generate(
             **inputs,
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=max_tokens,
-                eos_token_id=defaults.eos_token_id,
-                pad_token_id=defaults.pad_token_id,
-                bos_token_id=defaults.bos_token_id,
-                output_logits=True,
-                output_hidden_states=True,
-                return_dict_in_generate=True,
-            ),
+            do_sample=False,
+            max_new_tokens=max_tokens,
+            output_logits=True,
+            output_hidden_states=True,
+            return_dict_in_generate=True,
         )
         prompt = inputs["input_ids"][0]
         kept = prompt != self.config.image_token_id
@@ -133,14 +172,17 @@ class Llava:
         of_prompt, *of_answer = out.hidden_states
         states = [
             torch.cat([of_prompt[layer][0, kept], *(step[layer][0] for step in of_answer)])
-            for layer in range(self.shape.num_hidden_layers)
+            for layer in range(len(self.decoder.layers))
         ]
         said = out.sequences[0, len(prompt) :]
+        logits = torch.cat(out.logits).float()
+        if not logits.isfinite().all():
+            raise ValueError(f"the model's logits are not finite in {self.model.dtype}: take another --dtype")
         positions = torch.arange(len(prompt) + len(said) - 1, device=prompt.device)
         rows = torch.cat([kept, kept.new_ones(len(said) - 1)])
         return Answered(
             tokens=said.tolist(),
-            logits=torch.cat(out.logits).float(),
+            logits=logits,
             states=states,
             positions=positions[rows],
             visual_tokens=int((~kept).sum()),
@@ -163,7 +205,7 @@ class Llava:
         positions = answered.positions[None]
         rotary = self.decoder.rotary_emb(answered.states[0], position_ids=positions)
         rows = answered.states[0].new_empty((0, *answered.states[0].shape))
-        for index in range(layers[0], self.shape.num_hidden_layers):
+        for index in range(layers[0], len(self.decoder.layers)):
             if index in layers:
                 rows = torch.cat([rows, answered.states[index][None]])
             rows = self.decoder.layers[index](
@@ -172,14 +214,3 @@ class Llava:
         for row in rows:  # one by one: together, a large vocabulary takes gigabytes
             said = row[-len(answered.tokens) :]
             yield self.model.lm_head(self.decoder.norm(said)).float()
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {error}") from error
-    return device

@@ -1,7 +1,7 @@
 """The report of a calibration: one HTML file with its plots inside."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -18,24 +18,16 @@ MARKERS = "osD^vP*Xdh<>"
 COLOURS = {"answer": "tab:green", "first-token": "tab:red"}
 
 
-def html(result: dict[str, Any], notes: Sequence[str], skipped: Sequence[str], command: str | None) -> str:
+def html(result: dict[str, Any], command: str | None) -> str:
     """The report.
 
     Args:
-        result: As `calibration.result` has it.
-        notes: What a reader has to know beside the numbers.
-        skipped: Samples that could not be used, and why.
-        command: How to serve the recommended K.
+        result: As `result.json` has it.
+        command: How to serve the chosen K, where it can be served.
     """
     environment = Environment(autoescape=select_autoescape(default=True), trim_blocks=True)
-    template = environment.from_string(files(__package__).joinpath("report.html").read_text())
-    return template.render(
-        result=result,
-        notes=notes,
-        skipped=skipped,
-        command=command,
-        plots=[Markup(plot) for plot in _plots(result)],
-    )
+    template = environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
+    return template.render(result=result, command=command, plots=[Markup(plot) for plot in _plots(result)])
 
 
 def _plots(result: dict[str, Any]) -> list[str]:
@@ -49,7 +41,7 @@ def _plots(result: dict[str, Any]) -> list[str]:
 
     def answer_kl(axes: Axes) -> None:
         for marker, (task, curve) in zip(MARKERS * len(curves), curves.items(), strict=False):
-            (line,) = axes.plot(layers, _visible(curve["mean_kl"]), f"{marker}-", label=task)
+            (line,) = axes.plot(layers, _visible(curve["mean_kl"]), f"{marker}-", label=f" {task}")
             axes.plot(layers, _visible(curve["p95_kl"]), "--", color=line.get_color(), alpha=0.4)
         axes.axhline(budget["max_answer_kl"], color="grey", linestyle=":", label="budget")
         axes.set_yscale("log")
@@ -57,7 +49,9 @@ def _plots(result: dict[str, Any]) -> list[str]:
 
     def token_change(axes: Axes) -> None:
         for marker, (task, curve) in zip(MARKERS * len(curves), curves.items(), strict=False):
-            axes.plot(layers, [100 * share for share in curve["token_change"]], f"{marker}-", label=task)
+            axes.plot(
+                layers, [100 * share for share in curve["token_change"]], f"{marker}-", label=f" {task}"
+            )
         axes.axhline(100 * budget["max_token_change"], color="grey", linestyle=":", label="budget")
         axes.set_ylabel("tokens changed (%)")
 
@@ -72,14 +66,16 @@ def _plots(result: dict[str, Any]) -> list[str]:
         "Answer criterion: other tokens": token_change,
         "What is paid": price,
     }
-    return [_svg(title, draw, result) for title, draw in titles.items()]
+    # Labels are users' words: a dollar begins no formula, and, behind a space, an underscore hides none.
+    with mpl.rc_context({"svg.fonttype": "none", "text.parse_math": False}):
+        return [_svg(title, draw, result) for title, draw in titles.items()]
 
 
 def _visible(values: Sequence[float]) -> list[float]:
     return [max(value, LEAST_KL) for value in values]
 
 
-def _svg(title: str, draw: Any, result: dict[str, Any]) -> str:
+def _svg(title: str, draw: Callable[[Axes], None], result: dict[str, Any]) -> str:
     figure = Figure(figsize=(6.4, 4))
     axes = figure.add_subplot()
     draw(axes)
@@ -92,7 +88,6 @@ def _svg(title: str, draw: Any, result: dict[str, Any]) -> str:
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     file = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
-        figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
+    figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
     text = file.getvalue()
     return text[text.index("<svg") :]
