@@ -5,6 +5,8 @@ import json
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -359,3 +361,13 @@ def test_the_readme_says_what_was_calibrated():
     }
     assert lost["answer"] <= 0.01
     assert lost["first-token"] >= 0.1
+
+
+def test_vllm_is_not_needed():
+    code = """
+import sys
+sys.modules["vllm"] = None
+from vllm_vtw import cli
+from vllm_vtw.search import calibration, report
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
