@@ -130,6 +130,7 @@ def main() -> None:
         print(f"{line:<30}" + "".join(f"{column.lines[line]:>20}" for column in columns))
     print(f"\nOf {LAYERS} layers, in {KV_MIB} MiB of KV memory. {SAMPLES} questions a task are few:")
     print("`make quality` asks more, and `make bench` measures speed, on a larger model.")
+    print("`vtw calibrate MODEL --data FILE` finds the K for a model on your own data.")
 
 
 if __name__ == "__main__":
