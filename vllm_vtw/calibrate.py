@@ -4,6 +4,7 @@ import argparse
 import json
 import shlex
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CRITERIA = ("answer", "first-token")
 LEAST_SAMPLES = 8
-SHOWN_SKIPPED = 10
 
 
 def add_command(commands: Any) -> None:
@@ -123,7 +123,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
 
         result = _calibrate(arguments)
     except ImportError as error:
-        parser.exit(2, f"vtw calibrate: {error}: pip install 'vllm-vtw[calibrate]'\n")
+        parser.exit(2, f"vtw calibrate: {error}: install vllm-vtw with its extra [calibrate]\n")
     except (OSError, ValueError) as error:
         parser.exit(2, f"vtw calibrate: error: {error}\n")
     except KeyboardInterrupt as stop:
@@ -165,8 +165,8 @@ def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
 
     data = read_data(arguments.data, arguments.prompt)
     skipped = [f"{where}: {why}" for where, why in data.bad.items()]
-    for number, line in enumerate(skipped):
-        _report_skipped(line, number)
+    for line in skipped:
+        print(f"skipped: {line}", file=sys.stderr)
     _enough(len(data.samples), arguments.data)
     tasks = {sample.task for sample in data.samples}
     if len(tasks) > arguments.limit:
@@ -176,12 +176,14 @@ def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
     placement = Placement.of(arguments.device, arguments.dtype, config)
     settings = Settings(
         checkpoint=arguments.model,
-        revision=revision(arguments.model, config),
+        revision=revision(arguments.model),
         data_sha256=data.sha256,
         seed=arguments.seed,
         layers=values_of_layer(arguments.layers, model.num_hidden_layers),
         max_tokens=arguments.max_tokens,
         dtype=str(placement.dtype).removeprefix("torch."),
+        device=placement.device.type,
+        versions={name: version(name) for name in ("vllm-vtw", "torch", "transformers")},
     )
     progress = Progress(arguments.out, settings, arguments.resume)
     llava = Llava(arguments.model, config, placement)
@@ -192,13 +194,13 @@ def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
             for outcome in calibration.measure(llava, order, arguments.limit, settings, progress):
                 if isinstance(outcome, BadSampleError):
                     bar.clear()
-                    _report_skipped(str(outcome), len(skipped))
+                    print(f"skipped: {outcome}", file=sys.stderr)
                     skipped.append(str(outcome))
                 else:
                     measured.append(outcome)
                     bar.update()
         except KeyboardInterrupt:
-            kept = f"{len(progress.measured)} of {bar.total} samples are kept in {arguments.out}"
+            kept = f"{len(progress.measured)} samples are kept in {arguments.out}"
             raise KeyboardInterrupt(f"{kept}: the same command with --resume goes on") from None
     _enough(len(measured), arguments.data)
     eta = default_eta(model, config.get_text_config().vocab_size) if arguments.eta is None else arguments.eta
@@ -212,13 +214,6 @@ def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
 def _enough(samples: int, data: Path) -> None:
     if samples < LEAST_SAMPLES:
         raise ValueError(f"{data} has {samples} good samples: {LEAST_SAMPLES} are needed")
-
-
-def _report_skipped(line: str, number: int) -> None:
-    if number < SHOWN_SKIPPED:
-        print(f"skipped: {line}", file=sys.stderr)
-    elif number == SHOWN_SKIPPED:
-        print("skipped: more; a report lists them all", file=sys.stderr)
 
 
 def policy_file(result: dict[str, Any], criterion: str) -> dict[str, Any]:

@@ -58,13 +58,16 @@ def supported_model(hf_config: Any, model_types: Sequence[str]) -> Model:
     return Model(hf_config.model_type, text_type, text.num_hidden_layers, text.hidden_size)
 
 
-def revision(name: str, hf_config: Any) -> str:
+def revision(name: str) -> str:
     """What tells a checkpoint from another of the same name: its commit, or SHA-256 of its files."""
-    commit = getattr(hf_config, "_commit_hash", None)
+    from transformers.utils import cached_file, extract_commit_hash
+
+    folder = Path(cached_file(name, "config.json")).parent
+    commit: str | None = extract_commit_hash(str(folder / "config.json"), None)
     if commit is not None:
-        return str(commit)
+        return commit
     digest = hashlib.sha256()
-    for path in sorted(Path(name).iterdir()):
+    for path in sorted(folder.iterdir()):
         if path.suffix in FILES_OF_A_MODEL:
             digest.update(path.name.encode())
             with path.open("rb") as file:

@@ -216,20 +216,18 @@ def _engine() -> Finding:
 
 
 def _calibration() -> Finding:
+    advice = "to use it, install vllm-vtw with its extra [calibrate]"
     try:
         from packaging.requirements import Requirement
-    except ImportError:
-        missing = ["packaging"]
-    else:
-        extra = {"extra": "calibrate"}
+
         needed = [Requirement(line) for line in requires("vllm-vtw") or []]
-        wanted = [each for each in needed if each.marker and each.marker.evaluate(extra)]
-        missing = [f"{each.name}{each.specifier}" for each in wanted if not _has(each.name, each.specifier)]
+    except ImportError as error:  # as a package that is not installed is, too
+        return Finding(f"`vtw calibrate` lacks {error.name}", remark=advice)
+    extra = {"extra": "calibrate"}
+    wanted = [each for each in needed if each.marker and each.marker.evaluate(extra)]
+    missing = [f"{each.name}{each.specifier}" for each in wanted if not _has(each.name, each.specifier)]
     if missing:
-        return Finding(
-            f"`vtw calibrate` lacks {', '.join(missing)}",
-            remark="pip install 'vllm-vtw[calibrate]', to use it",
-        )
+        return Finding(f"`vtw calibrate` lacks {', '.join(missing)}", remark=advice)
     return Finding("`vtw calibrate` has what it needs")
 
 

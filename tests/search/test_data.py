@@ -66,7 +66,7 @@ def test_a_question_becomes_a_chat_with_the_images_first(folder):
 
 def test_a_prompt_with_placeholders_is_left_alone(folder):
     line = {"image": "pictures/blue.png", "prompt": "USER: <image>\nWhat?", "task": "ocr", "answer": "no"}
-    sample = one(folder, line)
+    sample = one(folder, line | {"images": None, "messages": None})
     assert (sample.prompt, sample.messages) == ("USER: <image>\nWhat?", ())
     assert (sample.task, sample.answer) == ("ocr", "no")
     assert colours(sample) == [BLUE]

@@ -87,7 +87,11 @@ def test_no_vllm_and_one_that_is_not_known(capsys, quick):
 
 
 def test_a_plugin_that_is_not_installed(capsys, quick):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
     quick.setattr(doctor, "entry_points", lambda **asked: [])
+    quick.setattr(doctor, "requires", missing)
     lines = examine(capsys, quick)
     assert "FAIL  vLLM does not find the plugin: its entry point is not installed" in lines
     assert lines[-1] == CANNOT

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -74,6 +73,7 @@ def _measured(
         expected=sample.answer,
         visual_tokens=answered.visual_tokens,
         text_tokens=answered.text_tokens,
+        cut=answered.cut,
         differences=[
             Difference.between(answered.logits, withdrawn)
             for withdrawn in llava.withdrawn_logits(answered, settings.layers)
@@ -121,7 +121,7 @@ def result(
 
     return {
         "model": model.as_dict(),
-        "made": _made(settings, measured) | {"device": llava.model.device.type},
+        "made": _made(settings, measured),
         "budget": asdict(budget),
         "layer": {
             "answer": answer_layer(curves, budget.max_answer_kl, budget.max_token_change),
@@ -131,7 +131,7 @@ def result(
             task: {
                 "samples": len(of_task),
                 "tokens": sum(sample.output_tokens for sample in of_task),
-                "cut": sum(sample.output_tokens == settings.max_tokens for sample in of_task),
+                "cut": sum(sample.cut for sample in of_task),
                 "expected": sum(sample.expected is not None for sample in of_task),
                 "as_expected": sum(sample.expected == sample.answer for sample in of_task),
             }
@@ -155,19 +155,10 @@ def result(
 
 
 def _made(settings: Settings, measured: Sequence[Measured]) -> dict[str, Any]:
-    names = ("vllm-vtw", "vllm", "torch", "transformers")
     inputs = "".join(sample.inputs_sha256 for sample in measured)
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {name: _version(name) for name in names},
         "samples": len(measured),
         "samples_sha256": hashlib.sha256(inputs.encode()).hexdigest(),
         **asdict(settings),
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -151,9 +151,11 @@ def _sample(where: str, line: bytes, folder: Path) -> Sample:
 
 
 def _images(content: dict[str, Any]) -> list[str]:
-    if "image" in content and "images" in content:
+    image, images = content.get("image"), content.get("images")
+    if image is not None and images is not None:
         raise BadSampleError("has both 'image' and 'images'")
-    images = content.get("images", [content["image"]] if "image" in content else [])
+    if images is None:
+        images = [] if image is None else [image]
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise BadSampleError("'image' has to be a string and 'images' a list of strings: paths or data URLs")
     return images

@@ -25,6 +25,7 @@ class Answered:
         states: By layer, what the layer gets, shape `(T + O - 1, hidden)` each.
         positions: Of the rows, shape `(T + O - 1,)`.
         visual_tokens: How many rows of the prompt are left out.
+        cut: It did not end by itself.
     """
 
     tokens: list[int]
@@ -32,6 +33,7 @@ class Answered:
     states: list[torch.Tensor]
     positions: torch.Tensor
     visual_tokens: int
+    cut: bool
 
     @property
     def text_tokens(self) -> int:
@@ -94,10 +96,11 @@ class Llava:
         self.model: Any = model.to(placement.device).eval()
         self.decoder: Any = self.model.model.language_model
         # A checkpoint's own may punish repetition: then no answer is that of its logits alone.
-        ends = self.model.generation_config
+        own = self.model.generation_config
         self.model.generation_config = GenerationConfig(
-            eos_token_id=ends.eos_token_id, pad_token_id=ends.pad_token_id, bos_token_id=ends.bos_token_id
+            eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id, bos_token_id=own.bos_token_id
         )
+        self.ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
 
     @property
     def layer_parameters(self) -> int:
@@ -186,6 +189,7 @@ class Llava:
             states=states,
             positions=positions[rows],
             visual_tokens=int((~kept).sum()),
+            cut=int(said[-1]) not in self.ends,
         )
 
     @torch.inference_mode()

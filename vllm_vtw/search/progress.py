@@ -23,6 +23,8 @@ class Settings:
         layers: Values of K, ascending.
         max_tokens: Of an answer.
         dtype: Of the weights.
+        device: Its type.
+        versions: Of what computed.
     """
 
     checkpoint: str
@@ -32,6 +34,8 @@ class Settings:
     layers: list[int]
     max_tokens: int
     dtype: str
+    device: str
+    versions: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Measured:
     expected: str | None
     visual_tokens: int
     text_tokens: int
+    cut: bool
     differences: list[Difference]
 
     @property

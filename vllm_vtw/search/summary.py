@@ -17,15 +17,20 @@ def notes(result: dict[str, Any], criterion: str, unseen: Collection[str]) -> li
             f"No K that was looked at satisfies the {criterion} criterion, so there is no policy file: "
             "look at other --layers, allow more, or serve without withdrawal."
         )
-        deepest = [
-            f"{task} {curve['token_change'][-1]:.1%} and {curve['mean_kl'][-1]:.2g} nats"
-            for task, curve in result["curves"].items()
-        ]
-        said.append(f"Tokens changed and KL at K = {layers[-1]}: {', '.join(deepest)}.")
+        if criterion == "first-token":
+            deepest = [
+                f"{result['first_token_kl'][-1]:.2g} nats, where {result['budget']['eta']:g} are allowed"
+            ]
+        else:
+            deepest = [
+                f"{task} {curve['token_change'][-1]:.2%} of the tokens and {curve['mean_kl'][-1]:.2g} nats"
+                for task, curve in result["curves"].items()
+            ]
+        said.append(f"What is left at K = {layers[-1]}: {', '.join(deepest)}.")
     elif result["kv_share"][layers.index(layer)] >= 1:
         said.append(
-            f"At K = {layer} the padding of vLLM's KV-cache groups takes more memory than withdrawal saves, "
-            "as `vtw plan` shows: allow more, or serve without withdrawal."
+            f"At K = {layer} the padding of vLLM's KV-cache groups takes more memory than withdrawal saves: "
+            "allow more, or serve without withdrawal."
         )
     # No change in n tokens leaves a share of 3/n possible, at 95%.
     few = [f"{task} ({n['tokens']})" for task, n in result["tasks"].items() if 0 < most * n["tokens"] < 3]
@@ -35,14 +40,16 @@ def notes(result: dict[str, Any], criterion: str, unseen: Collection[str]) -> li
             f"{ceil(3 / most)}: {', '.join(few)}. A larger --limit adds samples, where the data has more."
         )
     if unseen:
-        said.append(f"Without a good sample: {', '.join(sorted(unseen))}.")
+        said.append(f"No good sample was drawn of: {', '.join(sorted(unseen))}. A larger --limit draws more.")
     cut = [f"{task} ({n['cut']} of {n['samples']})" for task, n in result["tasks"].items() if n["cut"]]
     if cut:
         said.append(f"Answers cut at --max-tokens {result['made']['max_tokens']}: {', '.join(cut)}.")
-    if layers != list(range(FIRST_LAYER, layers[-1] + 1)):
+    published = [layer for layer in layers if layer >= FIRST_LAYER]
+    if not published or published != list(range(FIRST_LAYER, published[-1] + 1)):
+        looked_at = ", ".join(map(str, published)) or "none"
         said.append(
-            f"Both criteria chose among K = {', '.join(map(str, layers))}; as published, the first-token "
-            f"criterion looks at every K from {FIRST_LAYER} on."
+            f"As published, the first-token criterion looks at every K from {FIRST_LAYER} on; "
+            f"here it looked at {looked_at}."
         )
     if result["model"]["model_type"] not in SERVED_MODEL_TYPES:
         said.append(f"This version of --model-impl vtw does not serve {result['model']['model_type']} yet.")
