@@ -123,8 +123,13 @@ def test_ctrl_c_keeps_what_was_done_and_resume_goes_on(done, data, tmp_path):
         if len(self.measured) == 10:
             signal.raise_signal(signal.SIGINT)
 
-    with patch.object(Progress, "add", interrupted):
-        ended = calibrate(data, tmp_path)
+    # A shell that started the tests in the background has them ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with patch.object(Progress, "add", interrupted):
+            ended = calibrate(data, tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended.status == 130
     assert f"10 samples are kept in {tmp_path}" in ended.err
     assert not (tmp_path / "policy.json").exists()
