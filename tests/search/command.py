@@ -11,6 +11,9 @@ from unittest.mock import patch
 from benchmarks.quality.model import CHECKPOINT
 from vllm_vtw.cli import main
 
+SAMPLES = 48
+"""Of the trained model's questions, in the data of these tests."""
+
 
 class Ended(NamedTuple):
     """A command's end."""

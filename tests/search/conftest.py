@@ -1,4 +1,4 @@
-"""Small models, made once a session."""
+"""Small models, data and a calibration, made once a session."""
 
 import functools
 from collections.abc import Callable
@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.quality.calibration import write_data
+from benchmarks.quality.tasks import TASKS
 from benchmarks.small_llava import SmallLlava
+from tests.search.command import SAMPLES, Ended, calibrate
 from vllm_vtw.checkpoint import read_config
 from vllm_vtw.search.llava import Llava, Placement
 
@@ -24,3 +27,15 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Callable[[SmallLlava], Ll
         return load_llava(model.save(tmp_path_factory.mktemp("model")))
 
     return load
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"), list(TASKS), SAMPLES)
+
+
+@pytest.fixture(scope="session")
+def done(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
+    """A calibration on all samples."""
+    out = tmp_path_factory.mktemp("calibrated") / "out"
+    return out, calibrate(data, out)

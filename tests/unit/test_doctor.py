@@ -1,6 +1,7 @@
 """`vtw doctor` here, where everything is in order, and where one thing is not."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError
 
 import pytest
@@ -100,27 +101,10 @@ def test_a_plugin_that_is_not_installed(capsys, quick):
 def test_a_process_without_the_plugin(capsys, quick):
     quick.undo()
     quick.setattr(doctor, "resolved_model", lambda: doctor.ARCHITECTURE)
-    quick.setattr(doctor, "ProcessPoolExecutor", InThisProcess)
+    quick.setattr(doctor, "ProcessPoolExecutor", lambda number, mp_context: ThreadPoolExecutor(number))
     lines = examine(capsys, quick)
     assert "FAIL  --model-impl vtw is not known in this process and one that it starts" in lines
     assert lines[-1] == CANNOT
-
-
-class InThisProcess:
-    """A pool that starts nothing."""
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-    def submit(self, function):
-        self.result = function
-        return self
 
 
 def test_a_vllm_that_was_changed(capsys, quick):
