@@ -13,7 +13,7 @@ test-all: env lint
 	$(BIN)/python -m pytest -m ""
 
 bench: env
-	$(BIN)/python -m benchmarks.throughput
+	$(BIN)/python -m benchmarks.serving small
 
 quality: env
 	$(BIN)/python -m benchmarks.quality.evaluate

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 
 
 def measured_on() -> dict[str, Any]:
-    """When, the machine, and the versions: what every result says of itself."""
+    """When, the machine, the versions and the revision: what every result says of itself."""
+    gpus = printed_by("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"processor": processor(), "cores": os.cpu_count()},
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "gpus": gpus.splitlines()},
         "versions": {name: version(name) for name in ("vllm-vtw", "vllm", "torch", "transformers")},
+        "revision": printed_by("git", "describe", "--always", "--dirty"),
     }
 
 
@@ -23,3 +26,11 @@ def processor() -> str:
         if line.startswith("model name"):
             return line.split(": ")[1]
     return platform.processor()
+
+
+def printed_by(*command: str) -> str:
+    """What a command prints; nothing where it is not there or fails."""
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

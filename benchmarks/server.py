@@ -23,7 +23,7 @@ STOP_TIMEOUT = 10.0
 
 
 class ServerError(Exception):
-    """The server ended before it answered. Its message holds the end of its log."""
+    """The server ended before it answered. Its message holds what its log says of it."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,17 @@ class Server:
     """A running server."""
 
     url: str
+    command: list[str]
     log_file: Path
     process: subprocess.Popen
 
     def log(self) -> str:
         return self.log_file.read_text(errors="replace")
+
+    def complaint(self) -> str:
+        """The log from its first error on, or its end where there is none."""
+        before, error, after = self.log().partition("ERROR")
+        return (error + after)[:6000] or before[-6000:]
 
     def metrics(self) -> dict[str, float]:
         """Prometheus samples, summed over their labels, by name."""
@@ -68,8 +74,9 @@ def serving(model: Path, *options: str, env: dict[str, str] | None = None) -> It
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    vllm = Path(sys.executable).with_name("vllm")
-    command = [str(vllm), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *options]
+    shown = ["vllm", "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *options]
+    # As a module: where vLLM is on Python's path but not installed, there is no command.
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *shown[1:]]
     settings = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -87,7 +94,7 @@ def serving(model: Path, *options: str, env: dict[str, str] | None = None) -> It
                 start_new_session=True,
                 env=os.environ | settings | (env or {}),
             )
-        server = Server(f"http://127.0.0.1:{port}", log_file, process)
+        server = Server(f"http://127.0.0.1:{port}", shown, log_file, process)
         try:
             _wait_until_ready(server)
             yield server
@@ -100,13 +107,13 @@ def _wait_until_ready(server: Server) -> None:
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
             status = server.process.returncode
-            raise ServerError(f"vllm serve ended with status {status}:\n{server.log()[-6000:]}")
+            raise ServerError(f"vllm serve ended with status {status}:\n{server.complaint()}")
         try:
             with urllib.request.urlopen(f"{server.url}/health", timeout=2):
                 return
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             time.sleep(0.2)
-    raise ServerError(f"vllm serve did not answer within {START_TIMEOUT:.0f} s:\n{server.log()[-6000:]}")
+    raise ServerError(f"vllm serve did not answer within {START_TIMEOUT:.0f} s:\n{server.complaint()}")
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -1,0 +1,84 @@
+"""LLaVA models to measure: configuration, tokenizer and processor, with weights that vLLM makes up.
+
+Speed and memory depend on a model's shape alone, so `--load-format dummy` measures what real weights would.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+from benchmarks.small_llava import CORPUS, PATCH_SIZE, make_processor, make_tokenizer
+
+MAX_POSITIONS = 4096
+
+
+@dataclass(frozen=True)
+class Llava:
+    """A LLaVA-1.5's shape. An image is `image_side` patches wide and high."""
+
+    name: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    vocab: int
+    image_side: int
+    vision_layers: int
+    vision_hidden: int
+
+    @property
+    def visual_tokens(self) -> int:
+        """Of an image."""
+        return self.image_side**2
+
+    @property
+    def pixels(self) -> int:
+        """An image's width and height."""
+        return self.image_side * PATCH_SIZE
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of a decoder layer."""
+        return 4 * self.hidden**2 + 3 * self.hidden * self.intermediate
+
+    def save(self, folder: Path) -> Path:
+        """Writes all but weights to `folder` and returns it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        # A word for most of the ids that such a model says, or the server would stream nothing for them.
+        tokenizer = make_tokenizer([CORPUS], 512, [f" w{number}" for number in range(self.vocab - 512)])
+        make_processor(tokenizer, self.pixels, PATCH_SIZE).save_pretrained(folder)
+        LlavaConfig(
+            architectures=["LlavaForConditionalGeneration"],
+            vision_config=CLIPVisionConfig(
+                hidden_size=self.vision_hidden,
+                intermediate_size=4 * self.vision_hidden,
+                num_hidden_layers=self.vision_layers,
+                num_attention_heads=self.vision_hidden // 64,
+                image_size=self.pixels,
+                patch_size=PATCH_SIZE,
+            ),
+            text_config=LlamaConfig(
+                vocab_size=self.vocab,
+                hidden_size=self.hidden,
+                intermediate_size=self.intermediate,
+                num_hidden_layers=self.layers,
+                num_attention_heads=self.heads,
+                num_key_value_heads=self.heads,
+                max_position_embeddings=MAX_POSITIONS,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            ),
+            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+            image_seq_length=self.visual_tokens,
+            vision_feature_select_strategy="default",
+            vision_feature_layer=-2,
+            tie_word_embeddings=False,
+        ).save_pretrained(folder)
+        return folder
+
+
+LLAVA_7B = Llava("LLaVA-1.5-7B's shape", 32, 4096, 11008, 32, 32064, 24, 24, 1024)
+QUARTER = Llava("16 layers of width 1024", 16, 1024, 2048, 16, 1024, 12, 8, 256)
+"""An image is a quarter of LLaVA-1.5's tokens, and the vision tower as large beside the decoder."""

@@ -1,0 +1,69 @@
+"""A whole measurement, small: servers, vLLM's client, result, tables and plot."""
+
+import json
+from pathlib import Path
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from benchmarks.serving import show
+from benchmarks.serving.compare import compare
+from benchmarks.serving.models import Llava
+from benchmarks.serving.run import measure
+from benchmarks.serving.sweeps import Engine, Point, Setup
+from benchmarks.serving.workload import Workload
+from tests.serving.test_results import SCHEMA
+
+TINY = Llava("tiny", 4, 64, 128, 2, 1024, 6, 2, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resident", [True, False])
+def test_measures_both_sides(resident, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    workload = Workload(requests=8, text=4, output=8, questions=2)
+    engine = Engine(kv_mib=1, prefix_caching=True)
+    setup = Setup(
+        TINY,
+        (
+            "--load-format=dummy",
+            "--dtype=float32",
+            "--block-size=32",
+            "--max-model-len=128",
+            "--enforce-eager",
+        ),
+        {"ttft": 60_000, "tpot": 10_000},
+        (
+            Point("KV memory", "1 MiB", Workload(requests=8, text=4, output=8), engine, (2,)),
+            Point("prefix caching", "2 questions", workload, engine, (2,)),
+        ),
+        resident=resident,
+    )
+    saved: list[str] = []
+    measure("tiny", setup, Path("work"), lambda found: saved.append(json.dumps(found)))
+    result = {**json.loads(saved[-1]), "command": "none"}
+    Draft202012Validator(SCHEMA).validate(result)
+    assert len(saved) == len(result["runs"]) == 8
+    order = [(run["point"], run["layer"]) for run in result["runs"]]
+    if resident:
+        assert order == [(point, layer) for point in (0, 1) for layer in (None, 2, 2, None)]
+    else:
+        assert order == [(point, layer) for layer in (None, 2, 2, None) for point in (0, 1)]
+    random, repeated = compare(result)
+    for run in (*random.stock, *random.vtw):
+        assert run["output"]["completed"] == 8
+        assert run["output"]["total_output_tokens"] == 64
+        assert run["output"]["request_goodput"] == run["output"]["request_throughput"]
+        assert run["steps"]["seconds"] <= run["output"]["duration"] * 1.1
+        assert 0 < run["steps"]["prefill"] < run["steps"]["seconds"]
+    assert any("vtw: withdrawing" in line for line in random.vtw[0]["start_up"])
+    # A MiB holds five requests of stock vLLM's, and more of the plugin's.
+    assert random.short_of_memory
+    assert random.ratio("steps", "mean_running") > 1
+    # The second question about an image finds the first one's blocks, on both sides.
+    assert repeated.limits.speed > 1
+
+    file = tmp_path / "tiny.json"
+    file.write_text(json.dumps(result))
+    assert "| prefix caching: 2 questions |" in show.write_tables(file).read_text()
+    assert show.write_plots(file).exists()

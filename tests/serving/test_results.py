@@ -1,0 +1,81 @@
+"""The committed results: their form, and that tables and README say what is in them."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from benchmarks.serving import show
+from benchmarks.serving.compare import compare
+
+ROOT = Path(__file__).parents[2]
+SCHEMA = json.loads((ROOT / "benchmarks/serving/result.schema.json").read_text())
+RESULTS = sorted((ROOT / "benchmarks/results").glob("serving-*.json"))
+CPU = ROOT / "benchmarks/results/serving-cpu.json"
+
+
+def test_there_are_results():
+    assert CPU in RESULTS
+
+
+@pytest.fixture(params=RESULTS, ids=lambda file: file.stem)
+def file(request) -> Path:
+    return request.param
+
+
+def test_results_are_as_the_schema_says(file):
+    Draft202012Validator.check_schema(SCHEMA)
+    Draft202012Validator(SCHEMA).validate(json.loads(file.read_text()))
+
+
+def test_every_point_ran_twice_on_each_side_with_the_same_requests(file):
+    result = json.loads(file.read_text())
+    compared = compare(result)
+    assert len(compared) == sum(len(point["layers"]) for point in result["points"])
+    for one in compared:
+        assert [run["seed"] for run in one.stock] == [run["seed"] for run in one.vtw]
+        assert len({run["seed"] for run in one.stock}) == len(one.stock) == 2
+        for stock, vtw in zip(one.stock, one.vtw, strict=True):
+            assert stock["output"]["total_input_tokens"] == vtw["output"]["total_input_tokens"]
+            assert stock["output"]["total_output_tokens"] == vtw["output"]["total_output_tokens"]
+
+
+def test_servers_differ_in_nothing_but_the_plugin(file):
+    def options(run) -> set[str]:
+        command = run["serve"]
+        return set(command) - {command[command.index("--port") + 1]}
+
+    for one in compare(json.loads(file.read_text())):
+        vtw = {"--model-impl=vtw", "--additional-config=" + json.dumps({"vtw": {"layer": one.layer}})}
+        for ours, theirs in zip(one.vtw, one.stock, strict=True):
+            assert options(ours) - vtw == options(theirs)
+            assert vtw <= options(ours)
+
+
+def test_tables_are_made_from_the_result(file):
+    assert file.with_suffix(".md").read_text() == show.tables(json.loads(file.read_text()))
+
+
+def test_plots_are_made_from_the_result(file, tmp_path):
+    copy = tmp_path / file.name
+    copy.write_bytes(file.read_bytes())
+    plot = show.write_plots(copy).read_bytes()
+    assert plot.startswith(b"\x89PNG")
+    assert file.with_suffix(".png").exists()
+
+
+def test_readme_says_what_was_measured():
+    readme = (ROOT / "README.md").read_text()
+    compared = {one.label: one for one in compare(json.loads(CPU.read_text()))}
+    rows = re.findall(
+        r"^\| ([^|]+) \| ([\d.]+), ([\d.]+) \| \*\*([\d.]+)\*\* \| ([\d.]+) \| ([^|]+) \|$", readme, re.M
+    )
+    assert len(rows) >= 8
+    for label, stock, vtw, ratio, limit, _ in rows:
+        one = compared[label]
+        means = one.means("output", "request_throughput")
+        assert (f"{means[0]:.2f}", f"{means[1]:.2f}") == (stock, vtw)
+        assert f"{means[1] / means[0]:.2f}" == ratio
+        assert f"{one.limits.speed:.2f}" == limit

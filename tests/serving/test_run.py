@@ -1,0 +1,112 @@
+"""The order of runs, and what servers and clients are told."""
+
+import argparse
+import json
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+
+from benchmarks.serving.run import by_engine, palindromes
+from benchmarks.serving.sweeps import SETUPS, Engine, Point
+from benchmarks.serving.workload import Workload
+
+POINTS = [
+    (number, Point("sweep", str(number), Workload(1, 1, 1), Engine(1), layers))
+    for number, layers in ((3, (8, 4)), (5, (8,)))
+]
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_there_and_back(resident):
+    started: list[int | None] = []
+    running: set[int | None] = set()
+    most = 0
+
+    @contextmanager
+    def start(side):
+        nonlocal most
+        assert side not in running
+        started.append(side)
+        running.add(side)
+        most = max(most, len(running))
+        yield f"server of {side}"
+        running.remove(side)
+
+    turns = []
+    for number, side, server in palindromes(POINTS, start, resident):
+        assert side in running
+        assert server == f"server of {side}"
+        turns.append((number, side))
+    assert not running
+    for number, point in POINTS:
+        sides = [side for of, side in turns if of == number]
+        assert sides == [None, *sorted(point.layers), *sorted(point.layers, reverse=True), None]
+    if resident:
+        assert (most, started) == (3, [None, 4, 8])
+        assert [number for number, _ in turns] == [3] * 6 + [5] * 4
+    else:
+        # The one in the middle is not started again.
+        assert (most, started) == (1, [None, 4, 8, 4, None])
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_points_can_be_served(name):
+    setup = SETUPS[name]()
+    options = dict(option.removeprefix("--").partition("=")[::2] for option in setup.options)
+    images = json.loads(options["limit-mm-per-prompt"])["image"]
+    labels = set()
+    for point in setup.points:
+        workload = point.workload
+        template = 20
+        tokens = workload.images * setup.model.visual_tokens + workload.text + template + workload.output
+        assert tokens <= int(options["max-model-len"])
+        assert workload.images <= images
+        assert all(0 < layer < setup.model.layers for layer in point.layers)
+        assert workload.requests % workload.questions == 0
+        labels.add((point.sweep, point.value))
+    assert len(labels) == len(setup.points)
+    assert sum(len(points) for _, points in by_engine(setup.points)) == len(setup.points)
+
+
+def test_small_setup_has_every_sweep_of_the_full_one():
+    assert {point.sweep for point in SETUPS["small"]().points} == {
+        point.sweep for point in SETUPS["full"]().points
+    }
+
+
+@pytest.mark.parametrize("questions", [1, 4])
+def test_every_seed_asks_something_else(questions, tmp_path):
+    from transformers import AutoTokenizer
+    from vllm.benchmarks.datasets import get_samples
+    from vllm.benchmarks.serve import add_cli_args
+
+    from benchmarks.small_llava import CORPUS, make_tokenizer
+
+    make_tokenizer([CORPUS], 512).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    workload = Workload(requests=8, text=12, output=5, questions=questions)
+
+    def asked(seed: int) -> list[tuple[str, str]]:
+        parser = argparse.ArgumentParser()
+        add_cli_args(parser)
+        options = workload.options(28, seed, tmp_path)
+        samples = get_samples(
+            parser.parse_args(["--backend=openai-chat", "--model=any", *options]), tokenizer
+        )
+        assert [sample.expected_output_len for sample in samples] == [5] * 8
+        found = []
+        for sample in samples:
+            if questions == 1:
+                (image,), text = sample.multi_modal_data, sample.prompt
+            else:
+                image, part = sample.prompt
+                text = part["text"]
+            found.append((image["image_url"]["url"], text))
+        return found
+
+    one, again, other = asked(1), asked(1), asked(2)
+    assert sorted(one) == sorted(again)
+    assert not {image for image, _ in one} & {image for image, _ in other}
+    assert not {text for _, text in one} & {text for _, text in other}
+    assert set(Counter(image for image, _ in one).values()) == {questions}
