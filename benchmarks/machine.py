@@ -31,6 +31,8 @@ def processor() -> str:
 def printed_by(*command: str) -> str:
     """What a command prints; nothing where it is not there or fails."""
     try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""

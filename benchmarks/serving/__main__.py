@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--only", help="measure the sweeps alone whose name or value contains this")
     parser.add_argument("--output", type=Path, help="JSON file; tables and plots go beside it")
     arguments = parser.parse_args()
-    output = arguments.output or FOLDER / f"{arguments.setup}.json"
+    output = arguments.output or FOLDER / f"{'-'.join(filter(None, (arguments.setup, arguments.only)))}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     setup = SETUPS[arguments.setup]()
     if arguments.only:
@@ -43,11 +43,14 @@ def main() -> None:
 
     def save(result: dict[str, Any]) -> None:
         command = f"python -m benchmarks.serving {' '.join(sys.argv[1:])}".strip()
-        output.write_text(json.dumps({**result, "command": command}, indent=1) + "\n")
+        whole = output.with_suffix(".part")
+        whole.write_text(json.dumps({**result, "command": command}, indent=1) + "\n")
+        whole.replace(output)  # what was measured so far outlives an interruption
 
     measure(arguments.setup, setup, FOLDER, save)
-    print(write_tables(output).read_text())
-    print(f"{output}, {write_tables(output)}, {write_plots(output)}")
+    written = write_tables(output)
+    print(written.read_text())
+    print(f"{output}, {written}, {write_plots(output)}")
 
 
 if __name__ == "__main__":

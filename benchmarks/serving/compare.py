@@ -6,32 +6,31 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.serving.limits import Limits, limits
+from benchmarks.serving.models import Llava
 from vllm_vtw.search.price import Request
 
 Run = Mapping[str, Any]
 LITTLE = 1.1
-"""A limit that is not worth much."""
+"""A ratio of requests answered in a second below which there is little to win, or was."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The runs of one point, in the order of their visits.
+    """The runs of one point, in the order of their turns.
 
     Args:
         point: As in the result.
+        model: As in the result.
         layer: K.
         stock: Runs of stock vLLM.
         vtw: Runs of the plugin.
-        limits: What is possible.
-        visual_tokens: Of a request.
     """
 
     point: Mapping[str, Any]
+    model: Llava
     layer: int
     stock: Sequence[Run]
     vtw: Sequence[Run]
-    limits: Limits
-    visual_tokens: int
 
     @property
     def label(self) -> str:
@@ -49,29 +48,17 @@ class Comparison:
         return vtw / stock
 
     @property
+    def speed(self) -> float:
+        """Requests answered in a second, the plugin's over stock's."""
+        return self.ratio("output", "request_throughput")
+
+    @property
     def speeds(self) -> list[float]:
-        """The ratio of requests answered in a second, of each visit by itself."""
+        """The same for each pair of turns."""
         return [
             vtw["output"]["request_throughput"] / stock["output"]["request_throughput"]
             for stock, vtw in zip(self.stock, self.vtw, strict=True)
         ]
-
-    @property
-    def short_of_memory(self) -> bool:
-        """Whether stock vLLM had requests wait that it could have run."""
-        workload = self.point["workload"]
-        wanted = min(workload["requests"], workload["concurrency"] or workload["requests"])
-        return mean(run["steps"]["most_running"] for run in self.stock) < wanted
-
-    @property
-    def prefill_share(self) -> float:
-        return prefill_share(self.stock)
-
-    @property
-    def preemptions(self) -> tuple[float, float]:
-        """Of all of stock vLLM's runs, and of the plugin's."""
-        stock, vtw = (sum(run["preemptions"] for run in runs) for runs in (self.stock, self.vtw))
-        return stock, vtw
 
     @property
     def prompt_seconds(self) -> tuple[float, float]:
@@ -85,44 +72,70 @@ class Comparison:
         return whole[0] - prompts[0], whole[1] - prompts[1]
 
     @property
-    def reason(self) -> str:
-        """Why there is little to win."""
-        output = self.stock[0]["output"]
-        tokens = output["total_input_tokens"] / output["completed"] + self.point["workload"]["output"]
-        visual = self.visual_tokens / tokens
-        if self.limits.speed < LITTLE:
-            return f"{self.limits.speed:.2f} is possible: {visual:.0%} of a request's tokens are visual"
-        prompts, decoding = (stock / vtw for stock, vtw in (self.prompt_seconds, self.decode_seconds))
-        return (
-            f"decoding, {1 - self.prefill_share:.0%} of stock's time, became {decoding:.2f} times as fast, "
-            f"prompts {prompts:.2f} times"
+    def prefill_share(self) -> float:
+        """The part of stock's time that computed prompts."""
+        return self.prompt_seconds[0] / self.means("steps", "seconds")[0]
+
+    @property
+    def short_of_memory(self) -> bool:
+        """Whether stock vLLM had requests wait, and one more would not have fitted."""
+        workload = self.point["workload"]
+        wanted = min(workload["requests"], workload["concurrency"] or workload["requests"])
+        running, used = (self.means("steps", metric)[0] for metric in ("most_running", "most_kv"))
+        return running < wanted and used * (1 + 1 / running) > 1
+
+    @property
+    def prefix_hits(self) -> float:
+        """The share of stock vLLM's prompt tokens that were in its prefix cache."""
+        return sum(run["prefix_hits"] for run in self.stock) / sum(
+            run["output"]["total_input_tokens"] for run in self.stock
         )
 
+    @property
+    def request(self) -> Request:
+        """A request's tokens."""
+        output, workload = self.stock[0]["output"], self.point["workload"]
+        visual = self.model.visual_tokens * workload["images"]
+        return Request(
+            visual, output["total_input_tokens"] / output["completed"] - visual, workload["output"]
+        )
 
-def prefill_share(runs: Sequence[Run]) -> float:
-    """The part of their time that computed prompts."""
-    return sum(run["steps"]["prefill"] for run in runs) / sum(run["steps"]["seconds"] for run in runs)
+    @property
+    def limits(self) -> Limits | None:
+        """What is possible; None where requests share what is computed and held."""
+        if self.point["engine"]["prefix_caching"]:
+            return None
+        running = self.means("steps", "mean_running")[0]
+        return limits(self.request, self.model, self.layer, self.prefill_share, running, self.short_of_memory)
+
+    @property
+    def reason(self) -> str:
+        """Why there is little to win."""
+        request, decoding = self.request, 1 - self.prefill_share
+        if self.limits is None:
+            return f"{self.prefix_hits:.0%} of the prompts' tokens are in the prefix cache, on either side"
+        if self.limits.speed < LITTLE:
+            visual = request.visual / (request.visual + request.text + request.output)
+            return f"{self.limits.speed:.2f} is possible: {visual:.0%} of a request's tokens are visual"
+        if not self.short_of_memory:
+            return (
+                f"memory suffices for all requests, so that no more run at once; {decoding:.0%} of stock's "
+                "time is decoding, of which what reads the weights stays"
+            )
+        return (
+            f"{decoding:.0%} of stock's time is decoding, where a step of "
+            f"{self.ratio('steps', 'mean_running'):.2f} times as many requests takes longer"
+        )
 
 
 def compare(result: Mapping[str, Any]) -> list[Comparison]:
     """A comparison for every point and K of which both sides have run equally often."""
-    model, compared = result["model"], []
+    compared = []
     for number, point in enumerate(result["points"]):
         runs = [run for run in result["runs"] if run["point"] == number]
         stock = [run for run in runs if run["layer"] is None]
         for layer in point["layers"]:
             vtw = [run for run in runs if run["layer"] == layer]
-            if not stock or len(stock) != len(vtw):
-                continue
-            prompt = stock[0]["output"]["total_input_tokens"] / stock[0]["output"]["completed"]
-            visual = result["visual_tokens"] * point["workload"]["images"]
-            possible = limits(
-                Request(visual, prompt - visual, point["workload"]["output"]),
-                layer=layer,
-                num_layers=model["layers"],
-                hidden_size=model["hidden"],
-                layer_parameters=model["layer_parameters"],
-                prefill_share=prefill_share(stock),
-            )
-            compared.append(Comparison(point, layer, stock, vtw, possible, visual))
+            if stock and len(stock) == len(vtw):
+                compared.append(Comparison(point, Llava(**result["model"]), layer, stock, vtw))
     return compared

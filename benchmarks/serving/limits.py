@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from vllm_vtw.search.price import Request, prefill_flops
+from benchmarks.serving.models import Llava
+from vllm_vtw.search.price import Request, kv_share, prefill_flops
 
 
 @dataclass(frozen=True)
@@ -10,46 +11,46 @@ class Limits:
     """At most so many times stock vLLM's.
 
     Attributes:
-        requests: Requests in the same KV memory, where memory is what there is too little of.
+        requests: Requests at once, where memory is what there is too little of.
         prefill: Prompts that the decoder's layers compute in a second.
-        speed: Requests answered in a second: `prefill` for the part of stock's time that goes into prompts,
-            `requests` for that of decoding. In full batches a step takes the same time and answers as many
-            more; where memory suffices for all, only the KV cache's part of a step shrinks, which is less.
+        decode: Tokens decoded in a second.
+        speed: Requests answered in a second: `prefill` and `decode`, each for its part of stock's time.
     """
 
     requests: float
     prefill: float
+    decode: float
     speed: float
 
 
 def limits(
-    request: Request,
-    *,
-    layer: int,
-    num_layers: int,
-    hidden_size: int,
-    layer_parameters: int,
-    prefill_share: float,
+    request: Request, model: Llava, layer: int, prefill_share: float, running: float, short_of_memory: bool
 ) -> Limits:
-    """The limits for requests of one kind, K and the part of stock's time that computes prompts.
+    """The limits for requests of one kind and K.
 
-    Blocks, padding, the vision tower and sampling are left out: what they cost, what is reached lacks.
+    Short of memory, a step of as many more requests takes the same time at best: it reads the weights and a
+    full KV cache. With memory for all, it reads the weights as before and less of the cache. What blocks, the
+    vision tower, sampling and computation in decode steps take, what is reached lacks.
 
     Args:
         request: Its tokens.
+        model: Its decoder's shape.
         layer: K.
-        num_layers: L.
-        hidden_size: Of the decoder.
-        layer_parameters: Of a layer of the decoder.
-        prefill_share: From 0 to 1.
+        prefill_share: The part of stock's time that computes prompts, from 0 to 1.
+        running: Requests at once in stock vLLM.
+        short_of_memory: Whether stock vLLM had requests wait for KV memory.
     """
     # A request holds its whole answer only at its end: over its decode steps, half of it.
     middle = replace(request, output=request.output / 2)
-    all_tokens = middle.visual + middle.text + middle.output
-    text_tokens = middle.text + middle.output
-    requests = num_layers * all_tokens / (layer * all_tokens + (num_layers - layer) * text_tokens)
+    share = kv_share(layer, model.layers, middle)
     stock, vtw = (
-        prefill_flops(k, num_layers, request, layer_parameters, hidden_size) for k in (num_layers, layer)
+        prefill_flops(k, model.layers, request, model.layer_parameters, model.hidden)
+        for k in (model.layers, layer)
     )
+    decode = 1 / share
+    if not short_of_memory:
+        weights = model.layers * model.layer_parameters + model.vocab * model.hidden
+        cache = running * (middle.visual + middle.text + middle.output) * model.layers * 2 * model.hidden
+        decode = (weights + cache) / (weights + share * cache)
     prefill = stock / vtw
-    return Limits(requests, prefill, 1 / (prefill_share / prefill + (1 - prefill_share) / requests))
+    return Limits(1 / share, prefill, decode, 1 / (prefill_share / prefill + (1 - prefill_share) / decode))

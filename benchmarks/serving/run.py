@@ -2,24 +2,30 @@
 
 import json
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import measured_on
-from benchmarks.server import Server, serving
+from benchmarks.server import Server, ServerError, serving
 from benchmarks.serving.steps import Steps, logging_config, read_steps
 from benchmarks.serving.sweeps import Engine, Point, Setup
 from benchmarks.serving.workload import Workload, send
 
 FORMAT = "vllm-vtw-serving/1"
-TOLD_AT_START = re.compile(r"vtw:|KV cache size|FlashAttention|attention backend|model runner")
-WARM_UP = Workload(requests=2, text=8, output=4)
+TOLD_AT_START = re.compile(
+    r"vtw:|KV cache size|KV cache memory|FlashAttention|attention backend|model runner"
+)
+COUNTED = {
+    "preemptions": "vllm:num_preemptions_total",
+    "prefix_hits": "vllm:prefix_cache_hits_total",  # in tokens
+}
+WARM_UP = Workload(requests=8, text=8, output=8)
 WARM_UP_SEED = 1_000_000
 Side = int | None
 """K; None is stock vLLM."""
@@ -33,72 +39,88 @@ def measure(name: str, setup: Setup, folder: Path, save: Callable[[dict[str, Any
         setup: What to measure.
         folder: For the model and images. Relative, it leaves no trace of this machine in the result.
         save: Takes the result so far.
+
+    Raises:
+        RuntimeError: A request failed.
+        ValueError: A server's log does not tell of its steps.
     """
     model = setup.model.save(folder / "model")
     result: dict[str, Any] = {
         "format": FORMAT,
         **measured_on(),
         "setup": name,
-        "model": asdict(setup.model) | {"layer_parameters": setup.model.layer_parameters},
-        "visual_tokens": setup.model.visual_tokens,
+        "model": asdict(setup.model),
         "slo_milliseconds": dict(setup.slo),
         "environment": dict(setup.env),
         "points": [asdict(point) for point in setup.points],
+        "left_out": {},
         "runs": [],
     }
     total = sum(2 * (1 + len(point.layers)) for point in setup.points)
     began = time.monotonic()
     for engine, points in by_engine(setup.points):
-
-        def start(side: Side, engine: Engine = engine) -> AbstractContextManager[Server]:
-            options = [*setup.options, *engine.options(), "--enable-logging-iteration-details"]
-            if side is not None:
-                vtw = json.dumps({"vtw": {"layer": side}})
-                options += ["--model-impl=vtw", f"--additional-config={vtw}"]
-            env = {"VLLM_LOGGING_CONFIG_PATH": str(logging_config(folder).absolute()), **setup.env}
-            return serving(model, *options, env=env)
-
-        runs: Counter[tuple[int, Side]] = Counter()
-        warm: set[str] = set()
-        for number, side, server in palindromes(points, start, setup.resident):
-            point = setup.points[number]
-            sent: dict[str, Any] = {
-                "url": server.url,
-                "model": model,
-                "pixels": setup.model.pixels,
-                "folder": folder,
-                "slo": setup.slo,
-            }
-            if server.url not in warm:
-                warm.add(server.url)
-                send(WARM_UP, seed=WARM_UP_SEED, **sent)
-            # Both sides are asked the same, and no server is asked the same twice.
-            seed = 2 * number + runs[number, side]
-            runs[number, side] += 1
-            preempted = server.metrics()["vllm:num_preemptions_total"]
-            logged = len(server.log())
-            bench, output = send(point.workload, seed=seed, **sent)
-            result["runs"].append(
-                {
-                    "point": number,
-                    "layer": side,
-                    "seed": seed,
-                    "serve": server.command,
-                    "bench": bench,
-                    "start_up": told_at_start(server.log()),
-                    "output": output,
-                    "steps": asdict(Steps.of(read_steps(server.log()[logged:]))),
-                    "preemptions": server.metrics()["vllm:num_preemptions_total"] - preempted,
-                }
-            )
+        try:
+            for run in runs_of(engine, points, setup, model):
+                result["runs"].append(run)
+                save(result)
+                minutes, seconds = divmod(int(time.monotonic() - began), 60)
+                point, side = setup.points[run["point"]], run["layer"]
+                print(
+                    f"[{len(result['runs'])}/{total}] {minutes}:{seconds:02} {point.sweep} {point.value}, "
+                    f"{'stock' if side is None else f'vtw K = {side}'}: "
+                    f"{run['output']['request_throughput']:.2f} requests/s",
+                    flush=True,
+                )
+        except ServerError as failure:
+            # The other engines' servers may well start: this card may be too small for the one.
+            print(failure, file=sys.stderr)
+            result["left_out"].update({str(number): str(failure) for number, _ in points})
             save(result)
-            minutes, seconds = divmod(int(time.monotonic() - began), 60)
-            print(
-                f"[{len(result['runs'])}/{total}] {minutes}:{seconds:02} {point.sweep} {point.value}, "
-                f"{'stock' if side is None else f'vtw K = {side}'}: "
-                f"{output['request_throughput']:.2f} requests/s",
-                flush=True,
-            )
+
+
+def runs_of(
+    engine: Engine, points: Sequence[tuple[int, Point]], setup: Setup, model: Path
+) -> Iterator[dict[str, Any]]:
+    """The runs of points of one engine."""
+
+    def start(side: Side) -> AbstractContextManager[Server]:
+        options = [*setup.options, *engine.options(), "--enable-logging-iteration-details"]
+        if side is not None:
+            vtw = json.dumps({"vtw": {"layer": side}})
+            options += ["--model-impl=vtw", f"--additional-config={vtw}"]
+        env = {"VLLM_LOGGING_CONFIG_PATH": str(logging_config(model).absolute()), **setup.env}
+        return serving(model, *options, env=env)
+
+    runs: Counter[tuple[int, Side]] = Counter()
+    warm: set[str] = set()
+    for number, side, server in palindromes(points, start, setup.resident):
+        sent: dict[str, Any] = {
+            "url": server.url,
+            "model": model,
+            "pixels": setup.model.pixels,
+            "folder": model.parent,
+            "slo": setup.slo,
+        }
+        if server.url not in warm:
+            warm.add(server.url)
+            send(WARM_UP, seed=WARM_UP_SEED, **sent)
+        # Both sides are asked the same, and no server is asked the same twice.
+        seed = 2 * number + runs[number, side]
+        runs[number, side] += 1
+        before, logged = server.metrics(), len(server.log())
+        bench, output = send(setup.points[number].workload, seed=seed, **sent)
+        after, log = server.metrics(), server.log()
+        yield {
+            "point": number,
+            "layer": side,
+            "seed": seed,
+            "serve": server.command,
+            "bench": bench,
+            "start_up": told_at_start(log),
+            "output": output,
+            "steps": asdict(Steps.of(read_steps(log[logged:]), setup.asynchronous)),
+            **{name: after[metric] - before[metric] for name, metric in COUNTED.items()},
+        }
 
 
 def by_engine(points: Sequence[Point]) -> list[tuple[Engine, list[tuple[int, Point]]]]:
@@ -132,12 +154,11 @@ def palindromes(
                 for side in there_and_back(point.layers):
                     yield number, side, servers[side]
         return
-    for side, turns in groupby(everywhere):
+    for side in everywhere:
         with start(side) as server:
-            for _ in turns:
-                for number, point in points:
-                    if side in (None, *point.layers):
-                        yield number, side, server
+            for number, point in points:
+                if side in (None, *point.layers):
+                    yield number, side, server
 
 
 def told_at_start(log: str) -> list[str]:

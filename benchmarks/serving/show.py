@@ -9,57 +9,62 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib import pyplot as plt
+from benchmarks.serving.compare import LITTLE, Comparison, compare
+from benchmarks.serving.models import Llava
 
-from benchmarks.serving.compare import Comparison, compare
-
-mpl.use("Agg")
-HELPS = 1.1
-"""A ratio of requests answered in a second below which the tables say why it is no higher."""
-Column = tuple[str, Callable[[Comparison], str]]
+Cell = Callable[[Comparison], str]
+Column = tuple[str, Cell]
 
 
-def pair(part: str, metric: str, form: str = "{:.2f}", scale: float = 1) -> Callable[[Comparison], str]:
-    """A cell with stock's mean and the plugin's."""
+def pair(part: str, metric: str, form: str = "{:.2f}", scale: float = 1) -> Cell:
+    """Stock's mean and the plugin's."""
     return lambda one: ", ".join(form.format(scale * value) for value in one.means(part, metric))
 
 
-def speed(one: Comparison) -> str:
-    ratio = one.ratio("output", "request_throughput")
-    return f"**{ratio:.2f}** ({min(one.speeds):.2f} to {max(one.speeds):.2f})"
+def counted(metric: str) -> Cell:
+    """Of all of stock's runs, and of the plugin's."""
+    return lambda one: f"{sum(run[metric] for run in one.stock):g}, {sum(run[metric] for run in one.vtw):g}"
 
 
-def reached(one: Comparison) -> str:
-    return f"{one.ratio('output', 'request_throughput') / one.limits.speed:.2f}"
+def possible(limit: str) -> Cell:
+    """A limit, where the point has them."""
+    return lambda one: "" if one.limits is None else f"{getattr(one.limits, limit):.2f}"
 
 
-def possible_requests(one: Comparison) -> str:
-    return f"{one.limits.requests:.2f}" if one.short_of_memory else "all run"
-
-
-def reached_requests(one: Comparison) -> str:
-    ratio = one.ratio("steps", "mean_running")
-    return f"{ratio / one.limits.requests:.2f}" if one.short_of_memory else ""
-
-
-def faster(seconds: Callable[[Comparison], tuple[float, float]]) -> Callable[[Comparison], str]:
-    """A cell with how many times stock's seconds are the plugin's."""
+def faster(seconds: Callable[[Comparison], tuple[float, float]]) -> Cell:
+    """How many times stock's seconds are the plugin's."""
 
     def cell(one: Comparison) -> str:
         stock, vtw = seconds(one)
-        return f"{stock / vtw:.2f}"
+        return f"{stock / vtw:.2f}" if vtw else ""
 
     return cell
+
+
+def speed(one: Comparison) -> str:
+    return f"**{one.speed:.2f}** ({min(one.speeds):.2f} to {max(one.speeds):.2f})"
+
+
+def reached(one: Comparison) -> str:
+    return "" if one.limits is None else f"{one.speed / one.limits.speed:.2f}"
+
+
+def possible_requests(one: Comparison) -> str:
+    return possible("requests")(one) if one.short_of_memory else "all run"
+
+
+def reached_requests(one: Comparison) -> str:
+    if one.limits is None or not one.short_of_memory:
+        return ""
+    return f"{one.ratio('steps', 'mean_running') / one.limits.requests:.2f}"
 
 
 TABLES: dict[str, list[Column]] = {
     "Requests answered in a second": [
         ("stock, vtw", pair("output", "request_throughput")),
-        ("ratio (by visit)", speed),
-        ("at most", lambda one: f"{one.limits.speed:.2f}"),
+        ("ratio (of each pair of runs)", speed),
+        ("at most", possible("speed")),
         ("reached", reached),
-        ("stock's time in prompts", lambda one: f"{one.prefill_share:.0%}"),
         ("output tokens/s", pair("output", "output_throughput", "{:.1f}")),
         ("goodput, requests/s", pair("output", "request_goodput")),
     ],
@@ -70,29 +75,36 @@ TABLES: dict[str, list[Column]] = {
         ("reached", reached_requests),
         ("most", pair("steps", "most_running", "{:.0f}")),
         ("KV blocks in use, most", pair("steps", "most_kv", "{:.0%}")),
-        ("preemptions", lambda one: ", ".join(f"{value:g}" for value in one.preemptions)),
+        ("preemptions", counted("preemptions")),
+        ("tokens from the prefix cache", counted("prefix_hits")),
     ],
     "Where the time goes": [
         ("prompts, s", lambda one: "{:.1f}, {:.1f}".format(*one.prompt_seconds)),
         ("times as fast", faster(lambda one: one.prompt_seconds)),
-        ("at most", lambda one: f"{one.limits.prefill:.2f}"),
+        ("at most", possible("prefill")),
         ("decoding, s", lambda one: "{:.1f}, {:.1f}".format(*one.decode_seconds)),
         ("times as fast", faster(lambda one: one.decode_seconds)),
-        ("at most", lambda one: f"{one.limits.requests:.2f}"),
+        ("at most", possible("decode")),
         ("waiting for the model, s", pair("steps", "in_model", "{:.1f}")),
         ("steps", pair("steps", "count", "{:.0f}")),
     ],
     "Latency": [
-        ("TTFT in s, median", pair("output", "median_ttft_ms", scale=1e-3)),
-        ("P99", pair("output", "p99_ttft_ms", scale=1e-3)),
-        ("TPOT in ms, median", pair("output", "median_tpot_ms", "{:.0f}")),
-        ("P99", pair("output", "p99_tpot_ms", "{:.0f}")),
-        ("ITL in ms, median", pair("output", "median_itl_ms", "{:.0f}")),
-        ("P99", pair("output", "p99_itl_ms", "{:.0f}")),
-        ("E2EL in s, median", pair("output", "median_e2el_ms", scale=1e-3)),
-        ("P99", pair("output", "p99_e2el_ms", scale=1e-3)),
+        (f"{name} in {unit}, {which}", pair("output", f"{which}_{name.lower()}_ms", form, scale))
+        for name, unit, form, scale in (
+            ("TTFT", "s", "{:.2f}", 1e-3),
+            ("TPOT", "ms", "{:.0f}", 1),
+            ("ITL", "ms", "{:.0f}", 1),
+            ("E2EL", "s", "{:.2f}", 1e-3),
+        )
+        for which in ("mean", "median", "p99")
     ],
 }
+NOTES = (
+    "Pairs are stock vLLM and the plugin: means of two runs each, preemptions and cached tokens sums. "
+    "Requests at once are a mean over the time in which some had not been let in. What is possible at most "
+    "knows of no preemption: where stock vLLM preempts more, more may be reached. Goodput counts requests "
+    "within {slo}."
+)
 
 
 def table(columns: Sequence[Column], compared: Sequence[Comparison]) -> str:
@@ -105,23 +117,25 @@ def table(columns: Sequence[Column], compared: Sequence[Comparison]) -> str:
 def tables(result: dict[str, Any]) -> str:
     """Markdown: what was measured on what, the tables, and why some ratios are low."""
     compared = compare(result)
-    machine, model = result["machine"], result["model"]
-    gpus = f", {', '.join(machine['gpus'])}" if machine["gpus"] else ""
+    machine, model = result["machine"], Llava(**result["model"])
     slo = ", ".join(f"{name.upper()} {value:,g} ms" for name, value in result["slo_milliseconds"].items())
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    hardware = [f"{machine['cores']} cores of {machine['processor']}", *machine["gpus"]]
     text = [
-        f"# {model['name']}, {result['visual_tokens']} visual tokens an image",
+        f"# {model.name}, {model.visual_tokens} visual tokens an image",
         f"`{result['command']}`, {result['when']}, revision {result['revision'] or 'unknown'}, {versions}; "
-        f"{machine['cores']} cores of {machine['processor']}{gpus}.",
-        f"Pairs are stock vLLM and the plugin, means of {len(compared[0].stock)} runs each. Goodput counts "
-        f"requests within {slo}. Requests at once are a mean over the time in which some had not been let "
-        "in. What is possible at most knows of no preemption: where stock vLLM preempts, more may be reached.",
+        f"{', '.join(hardware)}.",
+        NOTES.format(slo=slo),
     ]
     for title, columns in TABLES.items():
         text += [f"## {title}", table(columns, compared)]
-    low = [one for one in compared if one.ratio("output", "request_throughput") < HELPS]
+    low = [f"- {one.label}: {one.reason}." for one in compared if one.speed < LITTLE]
     if low:
-        text += ["## Where it helps little", "\n".join(f"- {one.label}: {one.reason}" for one in low)]
+        text += ["## Where it helps little", "\n".join(low)]
+    if result["left_out"]:
+        points = [result["points"][int(number)] for number in result["left_out"]]
+        labels = "\n".join(f"- {point['sweep']}: {point['value']}" for point in points)
+        text += ["## Left out, as a server did not start", labels]
     return "\n\n".join(text) + "\n"
 
 
@@ -133,20 +147,28 @@ def write_tables(file: Path) -> Path:
 
 def write_plots(file: Path) -> Path:
     """One plot: what was reached beside what is possible, and latencies."""
+    import matplotlib as mpl  # a GPU machine may have none: FILE.json is whole without
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
     compared = compare(json.loads(file.read_text()))[::-1]
     rows = range(len(compared))
     _, (left, middle, right) = plt.subplots(
         1, 3, figsize=(14, 1 + 0.3 * len(compared)), sharey=True, layout="constrained"
     )
-    left.barh(rows, [one.ratio("output", "request_throughput") for one in compared], color="tab:blue")
-    left.plot([one.limits.speed for one in compared], rows, "k|", markersize=12, label="possible")
+    left.barh(rows, [one.speed for one in compared], color="tab:blue")
     left.set_title("requests answered in a second")
     middle.barh(rows, [one.ratio("steps", "mean_running") for one in compared], color="tab:green")
-    short = [row for row in rows if compared[row].short_of_memory]
-    middle.plot(
-        [compared[row].limits.requests for row in short], short, "k|", markersize=12, label="possible"
-    )
     middle.set_title("requests at once")
+    known = [(row, one.limits, one.short_of_memory) for row, one in enumerate(compared) if one.limits]
+    left.plot(
+        [most.speed for _, most, _ in known], [row for row, _, _ in known], "k|", ms=12, label="possible"
+    )
+    short = [(row, most) for row, most, is_short in known if is_short]
+    middle.plot(
+        [most.requests for _, most in short], [row for row, _ in short], "k|", ms=12, label="possible"
+    )
     for metric, style in (("median_ttft_ms", "o"), ("median_tpot_ms", "s"), ("median_e2el_ms", "^")):
         name = metric.split("_")[1].upper()
         right.plot([one.ratio("output", metric) for one in compared], rows, style, label=f"{name}, median")

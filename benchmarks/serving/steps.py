@@ -36,7 +36,7 @@ class Step:
     """One step of the engine.
 
     Attributes:
-        at: When it had ended, in seconds.
+        at: When the server was told that it had ended, in seconds.
         in_model: Seconds that the engine waited for the model. With asynchronous scheduling less than the
             model took.
         prefills: Requests that computed a part of their prompt, for the first time.
@@ -83,9 +83,10 @@ class Steps:
 
     Attributes:
         count: Steps.
-        seconds: From the first one's start to the last one's end.
-        in_model: Seconds of them that the engine waited for the model.
-        prefill: Seconds of them that decoding alone would not have taken.
+        seconds: That they took, without those in which there was nothing to do.
+        in_model: Seconds in which the engine waited for the model.
+        prefill: Seconds that decoding alone would not have taken. What is computed anew for a request that
+            was preempted is among them.
         most_running: Requests in one step.
         mean_running: Requests at once, over the time in which some had not yet been let in.
         most_kv: Share of the KV blocks in use at once.
@@ -100,26 +101,42 @@ class Steps:
     most_kv: float
 
     @classmethod
-    def of(cls, steps: Sequence[Step]) -> "Steps":
+    def of(cls, steps: Sequence[Step], asynchronous: bool) -> "Steps":
+        """Sums up a run.
+
+        Args:
+            steps: Of the run, of which one at least computed a prompt.
+            asynchronous: Whether the engine prepares a step while the model computes the one before. The time
+                from step to step then stands for what a step took, as the server's log has it.
+
+        Raises:
+            ValueError: There are no such steps.
+        """
+        if not any(step.prefills for step in steps):
+            raise ValueError("the server's log tells of no step that computed a prompt")
+        in_model = np.array([step.in_model for step in steps])
         ends = np.array([step.at for step in steps])
-        seconds = np.diff(ends, prepend=ends[0] - steps[0].in_model)
-        decodes = np.array([step.is_decode for step in steps])
+        seconds = np.diff(ends, prepend=ends[0] - in_model[0]) if asynchronous else in_model
         requests = np.array([step.requests for step in steps])
         full = 1 + max(index for index, step in enumerate(steps) if step.prefills)
         return cls(
             count=len(steps),
             seconds=float(seconds.sum()),
-            in_model=sum(step.in_model for step in steps),
-            prefill=float((seconds - _decode_seconds(seconds, decodes, requests))[~decodes].clip(0).sum()),
+            in_model=float(in_model.sum()),
+            prefill=_prefill_seconds(steps, seconds),
             most_running=int(requests.max()),
             mean_running=float(np.average(requests[:full], weights=seconds[:full])),
             most_kv=max(step.kv for step in steps),
         )
 
 
-def _decode_seconds(seconds: np.ndarray, decodes: np.ndarray, requests: np.ndarray) -> np.ndarray:
-    """What each step would have taken to decode: a line through those that did nothing else."""
-    if len(set(requests[decodes])) < 2:
-        return np.full(len(seconds), np.median(seconds[decodes]) if decodes.any() else 0.0)
-    slope, start = np.polyfit(requests[decodes], seconds[decodes], 1)
-    return start + slope * requests
+def _prefill_seconds(steps: Sequence[Step], seconds: np.ndarray) -> float:
+    """Of the steps that did more than decode, what is above a line through those that did nothing else."""
+    requests = np.array([step.decodes for step in steps])
+    decoded = np.array([step.is_decode for step in steps])
+    if len(set(requests[decoded])) > 1:
+        slope, start = np.polyfit(requests[decoded], seconds[decoded], 1)
+        to_decode = start + slope * requests
+    else:
+        to_decode = np.full(len(steps), np.median(seconds[decoded]) if decoded.any() else 0.0)
+    return float((seconds - np.where(requests > 0, to_decode, 0))[~decoded].clip(0).sum())

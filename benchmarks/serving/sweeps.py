@@ -55,6 +55,8 @@ class Setup:
         resident: Whether all servers of an engine run at the same time, one at work and the others idle. It
             saves starting them again, and takes memory for all.
         env: Environment variables of the servers.
+        asynchronous: Whether the engine prepares a step while the model computes the one before, as vLLM does
+            on CUDA.
     """
 
     model: Llava
@@ -63,6 +65,7 @@ class Setup:
     points: tuple[Point, ...]
     resident: bool = False
     env: Mapping[str, str] = field(default_factory=dict)
+    asynchronous: bool = True
 
 
 def vary(sweep: str, workload: Workload, engine: Engine, layer: int, **values: Any) -> list[Point]:
@@ -75,7 +78,7 @@ def vary(sweep: str, workload: Workload, engine: Engine, layer: int, **values: A
 
 
 def small() -> Setup:
-    """On two cores of a CPU: all lengths and the number of KV blocks a quarter of LLaVA-1.5's."""
+    """On two cores of a CPU: all lengths a quarter of LLaVA-1.5's, and KV memory for six requests or so."""
     model, layer = QUARTER, QUARTER.layers // 2
     base = Workload(requests=16, text=8, output=32)
     engine = Engine(kv_mib=168)
@@ -87,6 +90,7 @@ def small() -> Setup:
             "--dtype=float32",
             "--block-size=32",
             "--max-model-len=512",
+            "--max-num-batched-tokens=2048",
             "--enforce-eager",
             '--limit-mm-per-prompt={"image": 4}',
         ),
@@ -97,6 +101,7 @@ def small() -> Setup:
             *vary("words of text", few, engine, layer, text={256: {}}),
             *vary("images a request", few, engine, layer, images={2: {}}),
             *vary("requests at once", base, engine, layer, concurrency={1: {"requests": 4}, 4: {}}),
+            Point("KV memory", "84 MiB", few, Engine(84), (layer,)),
             Point("KV memory", "enough for all", base, Engine(1 * GIB), (layer,)),
             Point(
                 "prefix caching",
@@ -107,8 +112,9 @@ def small() -> Setup:
             ),
         ),
         resident=True,
+        asynchronous=False,
         # By default vLLM leaves a core to the API server, which is half of this machine.
-        env={"VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}"},
+        env={"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0))))},
     )
 
 
@@ -117,6 +123,7 @@ GPU_OPTIONS = (
     "--dtype=bfloat16",
     "--max-model-len=4096",
     "--max-num-seqs=1024",
+    "--max-num-batched-tokens=8192",
     '--limit-mm-per-prompt={"image": 4}',
 )
 GPU_SLO = {"ttft": 5_000, "tpot": 50}

@@ -27,8 +27,8 @@ class Workload:
         output: Tokens of every answer; the end token does not end it.
         images: In each request.
         concurrency: Requests under way at most.
-        questions: About each image. More than one are sent as a set of images of our own, the image first;
-            otherwise `random-mm` draws them, the text first.
+        questions: About each image. More than one are sent as a set of images of our own, the image first
+            and the questions about it apart; otherwise `random-mm` draws them, the text first.
     """
 
     requests: int
@@ -55,6 +55,7 @@ class Workload:
                 *options,
                 "--dataset-name=custom_image",
                 f"--dataset-path={file}",
+                "--custom-ensure-client-side-data",
                 f"--custom-output-len={self.output}",
             ]
         return [

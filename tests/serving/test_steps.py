@@ -74,15 +74,12 @@ def test_reads_what_vllm_logs(tmp_path):
 def test_time_in_prompts_is_what_decoding_does_not_explain(start, slope, prefills, counts):
     at, steps = 100.0, []
     for number, seconds in enumerate(prefills):
-        at += seconds + start + slope * (number + 1)
+        at += seconds + (start + slope * number if number else 0)
         steps.append(Step(at, seconds, prefills=1, decodes=number, tokens=600 + number, kv=0.1))
     for count in counts:
         at += start + slope * count
         steps.append(Step(at, start, prefills=0, decodes=count, tokens=count, kv=0.2))
-    # The first step's beginning is not logged: the engine's waiting for the model stands for all of it.
-    first = start + slope
-    steps[0] = Step(steps[0].at, prefills[0] + first, 1, 0, 600, 0.1)
-    found = Steps.of(steps)
+    found = Steps.of(steps, asynchronous=True)
     assert found.prefill == pytest.approx(sum(prefills), rel=1e-3, abs=1e-6)
     assert found.seconds == pytest.approx(at - 100)
     assert found.most_running == max(len(prefills), *counts)
@@ -96,6 +93,16 @@ def test_requests_at_once_are_counted_while_some_wait():
         Step(5.0, 1.0, prefills=2, decodes=4, tokens=204, kv=0.9),
         Step(9.0, 4.0, prefills=0, decodes=1, tokens=1, kv=0.1),
     ]
-    found = Steps.of(steps)
+    found = Steps.of(steps, asynchronous=False)
     assert found.mean_running == pytest.approx((4 * 1 + 4 * 3 + 6 * 1) / 5)
     assert (found.count, found.in_model) == (4, 9)
+
+
+def test_an_engine_without_work_takes_no_time():
+    steps = [Step(1.0, 1.0, 1, 0, 100, 0.1), Step(101.0, 1.0, 1, 0, 100, 0.1)]
+    assert Steps.of(steps, asynchronous=False).seconds == 2
+
+
+def test_a_log_without_steps_is_an_error():
+    with pytest.raises(ValueError, match="no step"):
+        Steps.of(read_steps("1795.1 INFO something else"), asynchronous=False)
