@@ -10,7 +10,7 @@ from benchmarks.serving.models import Llava
 from vllm_vtw.search.price import Request
 
 Run = Mapping[str, Any]
-LITTLE = 1.1
+LITTLE = 1.2
 """A ratio of requests answered in a second below which there is little to win, or was."""
 
 
@@ -114,14 +114,14 @@ class Comparison:
         request, decoding = self.request, 1 - self.prefill_share
         if self.limits is None:
             return f"{self.prefix_hits:.0%} of the prompts' tokens are in the prefix cache, on either side"
-        if self.limits.speed < LITTLE:
-            visual = request.visual / (request.visual + request.text + request.output)
-            return f"{self.limits.speed:.2f} is possible: {visual:.0%} of a request's tokens are visual"
         if not self.short_of_memory:
             return (
                 f"memory suffices for all requests, so that no more run at once; {decoding:.0%} of stock's "
                 "time is decoding, of which what reads the weights stays"
             )
+        if self.limits.speed < LITTLE:
+            visual = request.visual / (request.visual + request.text + request.output)
+            return f"{self.limits.speed:.2f} is possible: {visual:.0%} of a request's tokens are visual"
         return (
             f"{decoding:.0%} of stock's time is decoding, where a step of "
             f"{self.ratio('steps', 'mean_running'):.2f} times as many requests takes longer"

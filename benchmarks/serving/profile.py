@@ -2,18 +2,19 @@
 
     python -m benchmarks.serving.profile [small | cards | full] [--only TEXT] [--output FILE]
 
-PyTorch's profiler watches an engine that answers a point's requests all at once. On a GPU times are those of
-the kernels that a part started; on a CPU, of the part itself.
+PyTorch's profiler watches an engine that answers up to 32 of a point's requests, all at once.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in the process 
 import numpy as np
 import torch
 from PIL import Image
+from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -34,6 +36,7 @@ from benchmarks.serving.sweeps import SETUPS, Point, Setup
 
 MARK = "part: "
 REST = "the rest"
+MOST_REQUESTS = 32
 
 
 def parts(llm: Any) -> list[tuple[type, str, str]]:
@@ -89,43 +92,56 @@ def mark(owner: type, method: str, part: str) -> None:
     setattr(owner, method, marked)
 
 
-def seconds_by_part(events: list[FunctionEvent], on_gpu: bool) -> dict[str, float]:
-    """Each part's time, without that of the parts inside it."""
-    seconds: dict[str, float] = defaultdict(float)
-    for event in events:
-        if not event.name.startswith(MARK) or event.device_type != torch.autograd.DeviceType.CPU:
-            continue
-        took = (event.device_time_total if on_gpu else event.cpu_time_total) / 1e6
-        seconds[event.name.removeprefix(MARK)] += took
-        around = event.cpu_parent
-        while around is not None and not around.name.startswith(MARK):
-            around = around.cpu_parent
-        if around is not None:
-            seconds[around.name.removeprefix(MARK)] -= took
-    return dict(seconds)
+@dataclass(frozen=True)
+class Seconds:
+    """By part, without what is inside it of another: of the host, and of the kernels that it started."""
+
+    host: dict[str, float]
+    gpu: dict[str, float]
+
+    @classmethod
+    def of(cls, events: Iterable[FunctionEvent]) -> "Seconds":
+        """Sums up what PyTorch's profiler recorded."""
+        host: dict[str, float] = defaultdict(float)
+        gpu: dict[str, float] = defaultdict(float)
+        for event in events:
+            if event.device_type != DeviceType.CPU:
+                continue
+            around = _part_around(event.cpu_parent)
+            if part := _part(event):
+                host[part] += event.cpu_time_total / 1e6
+                if around:
+                    host[around] -= event.cpu_time_total / 1e6
+            for kernel in event.kernels:
+                if not kernel.name.startswith(MARK):  # a mark's own track spans the gaps between kernels
+                    gpu[part or around or REST] += kernel.duration / 1e6
+        return cls(dict(host), dict(gpu))
 
 
-def engine_options(setup: Setup, point: Point, side: Side) -> dict[str, Any]:
-    """`vllm serve`'s options as those of `LLM`."""
+def _part(event: FunctionEvent) -> str:
+    return event.name.removeprefix(MARK) if event.name.startswith(MARK) else ""
+
+
+def _part_around(event: FunctionEvent | None) -> str:
+    while event is not None and not _part(event):
+        event = event.cpu_parent
+    return "" if event is None else _part(event)
+
+
+def profiled(setup: Setup, point: Point, side: Side) -> Seconds:
+    """One engine, in this process."""
+    os.environ.update(setup.env)
+    from vllm import LLM, SamplingParams
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     options = [*setup.options, *point.engine.options()]
     if side is not None:
         options += ["--model-impl=vtw", "--additional-config=" + json.dumps({"vtw": {"layer": side}})]
-    parsed = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(options)
-    names = [
-        option.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for option in options
-    ]
-    return {name: getattr(parsed, name) for name in names}
-
-
-def profiled(setup: Setup, point: Point, side: Side) -> dict[str, float]:
-    """Seconds by part of one engine, in this process."""
-    from vllm import LLM, SamplingParams
-
     with tempfile.TemporaryDirectory() as folder:
-        llm = LLM(model=str(setup.model.save(Path(folder))), **engine_options(setup, point, side))
+        parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+        model = str(setup.model.save(Path(folder)))
+        llm = LLM.from_engine_args(EngineArgs.from_cli_args(parser.parse_args(["--model", model, *options])))
     for part in parts(llm):
         mark(*part)
     workload, pixels = point.workload, setup.model.pixels
@@ -136,18 +152,27 @@ def profiled(setup: Setup, point: Point, side: Side) -> dict[str, float]:
             Image.fromarray(rng.integers(0, 256, (pixels, pixels, 3), dtype=np.uint8))
             for _ in range(workload.images)
         ]
-        text = "the " * workload.text
-        prompt = "USER: " + "<image>\n" * workload.images + text + "ASSISTANT:"
+        prompt = "USER: " + "<image>\n" * workload.images + "the " * workload.text + "ASSISTANT:"
         return {"prompt": prompt, "multi_modal_data": {"image": images}}
 
     answer = SamplingParams(temperature=0, max_tokens=workload.output, ignore_eos=True, detokenize=False)
     llm.generate([request()], answer, use_tqdm=False)
-    requests = [request() for _ in range(workload.requests)]
-    on_gpu = torch.cuda.is_available()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    requests = [request() for _ in range(min(workload.requests, MOST_REQUESTS))]
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     with profile(activities=activities, acc_events=True) as profiler:
         llm.generate(requests, answer, use_tqdm=False)
-    return seconds_by_part(list(profiler.events() or []), on_gpu)
+    return Seconds.of(profiler.events() or [])
+
+
+def table(sides: Mapping[str, Mapping[str, float]]) -> str:
+    """Markdown: the sides' seconds by part, the largest first."""
+    stock, vtw = sides["stock"], sides["vtw"]
+    rows = {part: (stock.get(part, 0), vtw.get(part, 0)) for part in stock.keys() | vtw}
+    rows = dict(sorted(rows.items(), key=lambda row: -max(row[1])))
+    rows["all"] = (sum(stock.values()), sum(vtw.values()))
+    lines = ["| part | stock, s | vtw, s | saved, s |", "| --- | ---: | ---: | ---: |"]
+    lines += [f"| {part} | {ours:.2f} | {its:.2f} | {ours - its:.2f} |" for part, (ours, its) in rows.items()]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -159,27 +184,34 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     arguments = parser.parse_args()
     setup = SETUPS[arguments.setup]()
-    points = [point for point in setup.points if arguments.only in f"{point.sweep} {point.value}"]
+    points = [
+        point
+        for point in setup.points
+        if arguments.only in f"{point.sweep} {point.value}"
+        and not point.workload.concurrency
+        and point.workload.questions == 1
+    ]
     if not points:
-        parser.error(f"no sweep's name or value contains {arguments.only!r}")
-    point, sides = points[0], (None, points[0].layers[len(points[0].layers) // 2])
-    seconds = []
-    for side in sides:
+        parser.error(f"no sweep of requests all at once has {arguments.only!r} in its name or value")
+    point = points[0]
+    layer = point.layers[len(point.layers) // 2]
+    seconds = {}
+    for name, side in (("stock", None), ("vtw", layer)):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            seconds.append(pool.submit(profiled, setup, point, side).result())
-    stock, vtw = seconds
-    print(f"{point.sweep} {point.value}, stock and K = {sides[1]}, seconds:")
-    for part in sorted(stock | vtw, key=lambda part: -(stock | vtw)[part]):
-        print(f"{part:>30} {stock.get(part, 0):8.2f} {vtw.get(part, 0):8.2f}")
-    print(f"{'all':>30} {sum(stock.values()):8.2f} {sum(vtw.values()):8.2f}")
+            seconds[name] = pool.submit(profiled, setup, point, side).result()
+    result = {
+        **measured_on(),
+        "command": f"python -m benchmarks.serving.profile {' '.join(sys.argv[1:])}".strip(),
+        "point": asdict(point),
+        "layer": layer,
+        "seconds": {name: asdict(side) for name, side in seconds.items()},
+    }
+    print(f"{point.sweep} {point.value}, K = {layer}, of the host:\n")
+    print(table({name: side.host for name, side in seconds.items()}))
+    if seconds["stock"].gpu:
+        print("\nOf the GPU:\n")
+        print(table({name: side.gpu for name, side in seconds.items()}))
     if arguments.output:
-        result = {
-            **measured_on(),
-            "setup": arguments.setup,
-            "point": asdict(point),
-            "layer": sides[1],
-            "seconds": {"stock": stock, "vtw": vtw},
-        }
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -25,7 +25,7 @@ COUNTED = {
     "preemptions": "vllm:num_preemptions_total",
     "prefix_hits": "vllm:prefix_cache_hits_total",  # in tokens
 }
-WARM_UP = Workload(requests=8, text=8, output=8)
+WARM_UP = Workload(requests=4, text=8, output=8)
 WARM_UP_SEED = 1_000_000
 Side = int | None
 """K; None is stock vLLM."""

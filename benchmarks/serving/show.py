@@ -179,7 +179,7 @@ def write_plots(file: Path) -> Path:
         axes.set_xlim(left=0)
         axes.set_xlabel("the plugin over stock vLLM")
         axes.grid(axis="x", alpha=0.3)
-        axes.legend()
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
     target = file.with_suffix(".png")
     plt.savefig(target, dpi=110)
     plt.close()

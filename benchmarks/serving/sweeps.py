@@ -96,12 +96,11 @@ def small() -> Setup:
         ),
         {"ttft": 10_000, "tpot": 150},
         (
-            Point("K", "of 16", base, engine, (4, 8, 12)),
-            *vary("output tokens", base, engine, layer, output={4: {}, 16: {}, 64: {}, 128: {"requests": 8}}),
+            Point("K", "of 16", base, engine, (8, 12)),
+            *vary("output tokens", base, engine, layer, output={4: {}, 64: {}, 128: {"requests": 8}}),
             *vary("words of text", few, engine, layer, text={256: {}}),
             *vary("images a request", few, engine, layer, images={2: {}}),
             *vary("requests at once", base, engine, layer, concurrency={1: {"requests": 4}, 4: {}}),
-            Point("KV memory", "84 MiB", few, Engine(84), (layer,)),
             Point("KV memory", "enough for all", base, Engine(1 * GIB), (layer,)),
             Point(
                 "prefix caching",
