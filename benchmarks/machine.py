@@ -10,13 +10,16 @@ from typing import Any
 
 
 def measured_on() -> dict[str, Any]:
-    """When, the machine, the versions and the revision: what every result says of itself."""
+    """When, the machine, the versions and the revision: what every result says of itself.
+
+    Where there is no git, the environment variable `REVISION` says the revision.
+    """
     gpus = printed_by("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {"processor": processor(), "cores": os.cpu_count(), "gpus": gpus.splitlines()},
         "versions": {name: version(name) for name in ("vllm-vtw", "vllm", "torch", "transformers")},
-        "revision": printed_by("git", "describe", "--always", "--dirty"),
+        "revision": printed_by("git", "describe", "--always", "--dirty") or os.environ.get("REVISION", ""),
     }
 
 

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import psutil
 
-START_TIMEOUT = 300.0
+START_TIMEOUT = 600.0
 STOP_TIMEOUT = 10.0
 
 
 class ServerError(Exception):
-    """The server ended before it answered. Its message holds what its log says of it."""
+    """A server did not come up, or failed later. Its message holds what its log says of it."""
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,8 @@
 """Stock vLLM against `--model-impl vtw` at equal KV memory, through vLLM's own `vllm bench serve`."""
+
+import os
+
+# Of the processes that measure; servers set their own.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

@@ -1,24 +1,18 @@
 """Measures stock vLLM against the plugin at equal KV memory.
 
-    python -m benchmarks.serving [small | cards | full] [--output FILE]
+    python -m benchmarks.serving [small | cards | full] [--only TEXT] [--output FILE [--resume]]
 
 `small` takes two cores of a CPU, the others one GPU. Nothing else should run meanwhile.
 """
 
 import argparse
 import json
-import os
+import shlex
 import signal
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-
-from benchmarks.server import ServerError
 from benchmarks.serving.run import measure
 from benchmarks.serving.show import write_plots, write_tables
 from benchmarks.serving.sweeps import SETUPS
@@ -29,28 +23,33 @@ FOLDER = Path(".cache/serving")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("setup", nargs="?", choices=SETUPS, default="small")
-    parser.add_argument("--only", help="measure the sweeps alone whose name or value contains this")
+    parser.add_argument("--only", default="", help="the points alone with this in their label, as in 'K:'")
     parser.add_argument("--output", type=Path, help="JSON file; tables and plots go beside it")
+    parser.add_argument("--resume", action="store_true", help="go on where the output file ends")
     arguments = parser.parse_args()
-    output = arguments.output or FOLDER / f"{'-'.join(filter(None, (arguments.setup, arguments.only)))}.json"
+    output = arguments.output or FOLDER / f"{arguments.setup}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    setup = SETUPS[arguments.setup]()
-    if arguments.only:
-        chosen = [point for point in setup.points if arguments.only in f"{point.sweep} {point.value}"]
-        if not chosen:
-            parser.error(f"no sweep's name or value contains {arguments.only!r}")
-        setup = replace(setup, points=tuple(chosen))
+    command = ["python", "-m", "benchmarks.serving", arguments.setup]
+    command += ["--only", arguments.only] if arguments.only else []
 
     def save(result: dict[str, Any]) -> None:
-        command = f"python -m benchmarks.serving {' '.join(sys.argv[1:])}".strip()
         whole = output.with_suffix(".part")
-        whole.write_text(json.dumps({**result, "command": command}, indent=1) + "\n")
+        whole.write_text(json.dumps({**result, "command": shlex.join(command)}, indent=1) + "\n")
         whole.replace(output)  # what was measured so far outlives an interruption
 
-    measure(arguments.setup, setup, FOLDER, save)
+    try:
+        setup = SETUPS[arguments.setup]().chosen(arguments.only)
+        earlier = json.loads(output.read_text()) if arguments.resume else None
+        result = measure(arguments.setup, setup, FOLDER, save, earlier)
+    except (ValueError, FileNotFoundError) as wrong:
+        parser.error(str(wrong))
+    if not result["runs"]:
+        sys.exit("no server started")
     written = write_tables(output)
     print(written.read_text())
     print(f"{output}, {written}, {write_plots(output)}")
+    if result["left_out"]:
+        sys.exit(f"left out: {', '.join(setup.points[int(number)].label for number in result['left_out'])}")
 
 
 if __name__ == "__main__":
@@ -59,5 +58,3 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)  # `serving` has ended its servers
-    except ServerError as failure:
-        sys.exit(str(failure))

@@ -11,7 +11,7 @@ from vllm_vtw.search.price import Request
 
 Run = Mapping[str, Any]
 LITTLE = 1.2
-"""A ratio of requests answered in a second below which there is little to win, or was."""
+"""Below this ratio of requests answered in a second the tables give a reason."""
 
 
 @dataclass(frozen=True)
@@ -111,31 +111,33 @@ class Comparison:
     @property
     def reason(self) -> str:
         """Why there is little to win."""
-        request, decoding = self.request, 1 - self.prefill_share
         if self.limits is None:
             return f"{self.prefix_hits:.0%} of the prompts' tokens are in the prefix cache, on either side"
+        known = []
         if not self.short_of_memory:
-            return (
-                f"memory suffices for all requests, so that no more run at once; {decoding:.0%} of stock's "
-                "time is decoding, of which what reads the weights stays"
-            )
-        if self.limits.speed < LITTLE:
+            known.append("memory suffices for all requests, so that no more run at once")
+        elif self.limits.speed < LITTLE:
+            request = self.request
             visual = request.visual / (request.visual + request.text + request.output)
-            return f"{self.limits.speed:.2f} is possible: {visual:.0%} of a request's tokens are visual"
-        return (
-            f"{decoding:.0%} of stock's time is decoding, where a step of "
-            f"{self.ratio('steps', 'mean_running'):.2f} times as many requests takes longer"
+            known.append(f"{visual:.0%} of a request's tokens are visual")
+        prompts, decoding = (
+            f"{stock / vtw:.2f} times as fast" if vtw else "none"
+            for stock, vtw in (self.prompt_seconds, self.decode_seconds)
         )
+        known.append(
+            f"prompts, {self.prefill_share:.0%} of stock's time, became {prompts}, decoding {decoding}"
+        )
+        return "; ".join(known)
 
 
 def compare(result: Mapping[str, Any]) -> list[Comparison]:
-    """A comparison for every point and K of which both sides have run equally often."""
+    """A comparison for every point and K of which both sides have had their two turns."""
     compared = []
     for number, point in enumerate(result["points"]):
         runs = [run for run in result["runs"] if run["point"] == number]
         stock = [run for run in runs if run["layer"] is None]
         for layer in point["layers"]:
             vtw = [run for run in runs if run["layer"] == layer]
-            if stock and len(stock) == len(vtw):
+            if len(stock) == len(vtw) == 2:
                 compared.append(Comparison(point, Llava(**result["model"]), layer, stock, vtw))
     return compared

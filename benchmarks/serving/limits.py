@@ -29,8 +29,9 @@ def limits(
     """The limits for requests of one kind and K.
 
     Short of memory, a step of as many more requests takes the same time at best: it reads the weights and a
-    full KV cache. With memory for all, it reads the weights as before and less of the cache. What blocks, the
-    vision tower, sampling and computation in decode steps take, what is reached lacks.
+    full KV cache. With memory for all, it reads the weights as before and less of the cache. Not counted, and
+    so missing from what is reached: blocks that are not full, the vision tower, sampling, and the computation
+    in decode steps.
 
     Args:
         request: Its tokens.

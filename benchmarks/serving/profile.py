@@ -18,9 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in the process that is watched
 
 import numpy as np
@@ -104,8 +101,11 @@ class Seconds:
         """Sums up what PyTorch's profiler recorded."""
         host: dict[str, float] = defaultdict(float)
         gpu: dict[str, float] = defaultdict(float)
+        kernels = 0.0
         for event in events:
             if event.device_type != DeviceType.CPU:
+                # A mark's own track on the GPU spans the gaps between its kernels.
+                kernels += 0 if event.name.startswith(MARK) else event.time_range.elapsed_us() / 1e6
                 continue
             around = _part_around(event.cpu_parent)
             if part := _part(event):
@@ -113,8 +113,10 @@ class Seconds:
                 if around:
                     host[around] -= event.cpu_time_total / 1e6
             for kernel in event.kernels:
-                if not kernel.name.startswith(MARK):  # a mark's own track spans the gaps between kernels
+                if not kernel.name.startswith(MARK):
                     gpu[part or around or REST] += kernel.duration / 1e6
+        if kernels:
+            gpu["of no part"] = kernels - sum(gpu.values())
         return cls(dict(host), dict(gpu))
 
 
@@ -135,9 +137,7 @@ def profiled(setup: Setup, point: Point, side: Side) -> Seconds:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    options = [*setup.options, *point.engine.options()]
-    if side is not None:
-        options += ["--model-impl=vtw", "--additional-config=" + json.dumps({"vtw": {"layer": side}})]
+    options = setup.server_options(point.engine, side)
     with tempfile.TemporaryDirectory() as folder:
         parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
         model = str(setup.model.save(Path(folder)))
@@ -171,29 +171,26 @@ def table(sides: Mapping[str, Mapping[str, float]]) -> str:
     rows = dict(sorted(rows.items(), key=lambda row: -max(row[1])))
     rows["all"] = (sum(stock.values()), sum(vtw.values()))
     lines = ["| part | stock, s | vtw, s | saved, s |", "| --- | ---: | ---: | ---: |"]
-    lines += [f"| {part} | {ours:.2f} | {its:.2f} | {ours - its:.2f} |" for part, (ours, its) in rows.items()]
+    lines += [
+        f"| {part} | {of_stock:.2f} | {of_vtw:.2f} | {of_stock - of_vtw:.2f} |"
+        for part, (of_stock, of_vtw) in rows.items()
+    ]
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("setup", nargs="?", choices=SETUPS, default="small")
-    parser.add_argument(
-        "--only", default="", help="profile the first point whose sweep or value contains this"
-    )
+    parser.add_argument("--only", default="", help="the first point with this in its label")
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     arguments = parser.parse_args()
-    setup = SETUPS[arguments.setup]()
-    points = [
-        point
-        for point in setup.points
-        if arguments.only in f"{point.sweep} {point.value}"
-        and not point.workload.concurrency
-        and point.workload.questions == 1
-    ]
-    if not points:
-        parser.error(f"no sweep of requests all at once has {arguments.only!r} in its name or value")
-    point = points[0]
+    try:
+        setup = SETUPS[arguments.setup]().chosen(arguments.only)
+    except ValueError as wrong:
+        parser.error(str(wrong))
+    point = setup.points[0]
+    if point.workload.concurrency or point.workload.questions > 1:
+        parser.error(f"{point.label!r} does not send its requests all at once, each with its own image")
     layer = point.layers[len(point.layers) // 2]
     seconds = {}
     for name, side in (("stock", None), ("vtw", layer)):
@@ -206,7 +203,7 @@ def main() -> None:
         "layer": layer,
         "seconds": {name: asdict(side) for name, side in seconds.items()},
     }
-    print(f"{point.sweep} {point.value}, K = {layer}, of the host:\n")
+    print(f"{point.label}, K = {layer}, of the host:\n")
     print(table({name: side.host for name, side in seconds.items()}))
     if seconds["stock"].gpu:
         print("\nOf the GPU:\n")

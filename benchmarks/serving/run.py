@@ -6,7 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,18 +31,29 @@ Side = int | None
 """K; None is stock vLLM."""
 
 
-def measure(name: str, setup: Setup, folder: Path, save: Callable[[dict[str, Any]], None]) -> None:
-    """Measures every point twice on every side, and has the result saved after each run.
+def measure(
+    name: str,
+    setup: Setup,
+    folder: Path,
+    save: Callable[[dict[str, Any]], None],
+    earlier: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Measures every point twice on every side.
+
+    What a server does not start for, or fails in, is left out.
 
     Args:
         name: Of the setup.
         setup: What to measure.
         folder: For the model and images. Relative, it leaves no trace of this machine in the result.
-        save: Takes the result so far.
+        save: Takes the result so far, after each run.
+        earlier: A result to go on from: what is missing of an engine is measured anew, whole.
+
+    Returns:
+        The result.
 
     Raises:
-        RuntimeError: A request failed.
-        ValueError: A server's log does not tell of its steps.
+        ValueError: `earlier` is of something else, or a server's log does not tell of its steps.
     """
     model = setup.model.save(folder / "model")
     result: dict[str, Any] = {
@@ -52,63 +63,88 @@ def measure(name: str, setup: Setup, folder: Path, save: Callable[[dict[str, Any
         "model": asdict(setup.model),
         "slo_milliseconds": dict(setup.slo),
         "environment": dict(setup.env),
-        "points": [asdict(point) for point in setup.points],
+        "points": json.loads(json.dumps([asdict(point) for point in setup.points])),
         "left_out": {},
         "runs": [],
     }
+    if earlier is not None:
+        for key in result.keys() - {"when", "left_out", "runs"}:
+            if earlier[key] != result[key]:
+                raise ValueError(f"what was measured before has another {key.replace('_', ' ')}")
+        result["runs"] = earlier["runs"]
     total = sum(2 * (1 + len(point.layers)) for point in setup.points)
     began = time.monotonic()
     for engine, points in by_engine(setup.points):
+        numbers = [number for number, _ in points]
+        before = [run for run in result["runs"] if run["point"] in numbers]
+        if len(before) == sum(2 * (1 + len(point.layers)) for _, point in points):
+            continue
+        result["runs"] = [run for run in result["runs"] if run not in before]
         try:
             for run in runs_of(engine, points, setup, model):
                 result["runs"].append(run)
                 save(result)
                 minutes, seconds = divmod(int(time.monotonic() - began), 60)
-                point, side = setup.points[run["point"]], run["layer"]
+                label = setup.points[run["point"]].label
+                side = "stock" if run["layer"] is None else f"vtw K = {run['layer']}"
                 print(
-                    f"[{len(result['runs'])}/{total}] {minutes}:{seconds:02} {point.sweep} {point.value}, "
-                    f"{'stock' if side is None else f'vtw K = {side}'}: "
-                    f"{run['output']['request_throughput']:.2f} requests/s",
+                    f"[{len(result['runs'])}/{total}] {minutes}:{seconds:02} "
+                    f"{label}, {side}: {run['output']['request_throughput']:.2f} requests/s",
                     flush=True,
                 )
         except ServerError as failure:
-            # The other engines' servers may well start: this card may be too small for the one.
+            # The other engines' servers may well run: this card may be too small for the one.
             print(failure, file=sys.stderr)
-            result["left_out"].update({str(number): str(failure) for number, _ in points})
+            result["runs"] = [run for run in result["runs"] if run["point"] not in numbers]
+            result["left_out"].update({str(number): why(failure) for number in numbers})
             save(result)
+    return result
+
+
+def why(failure: ServerError) -> str:
+    """The last line that names an error."""
+    lines = [line for line in str(failure).splitlines() if "Error: " in line]
+    return re.sub(r"^.*?(\w+Error: )", r"\1", lines[-1]) if lines else str(failure).splitlines()[0]
 
 
 def runs_of(
     engine: Engine, points: Sequence[tuple[int, Point]], setup: Setup, model: Path
 ) -> Iterator[dict[str, Any]]:
-    """The runs of points of one engine."""
+    """The runs of points of one engine.
 
-    def start(side: Side) -> AbstractContextManager[Server]:
-        options = [*setup.options, *engine.options(), "--enable-logging-iteration-details"]
-        if side is not None:
-            vtw = json.dumps({"vtw": {"layer": side}})
-            options += ["--model-impl=vtw", f"--additional-config={vtw}"]
+    Raises:
+        ServerError: A server did not start, or failed.
+    """
+
+    def ask(server: Server, workload: Workload, seed: int) -> tuple[list[str], dict[str, Any]]:
+        try:
+            return send(
+                workload,
+                url=server.url,
+                model=model,
+                pixels=setup.model.pixels,
+                seed=seed,
+                slo=setup.slo,
+                folder=model.parent,
+            )
+        except (RuntimeError, OSError) as failure:
+            raise ServerError(f"{failure}\n{server.complaint()}") from failure
+
+    @contextmanager
+    def start(side: Side) -> Iterator[Server]:
+        options = [*setup.server_options(engine, side), "--enable-logging-iteration-details"]
         env = {"VLLM_LOGGING_CONFIG_PATH": str(logging_config(model).absolute()), **setup.env}
-        return serving(model, *options, env=env)
+        with serving(model, *options, env=env) as server:
+            ask(server, WARM_UP, WARM_UP_SEED)
+            yield server
 
-    runs: Counter[tuple[int, Side]] = Counter()
-    warm: set[str] = set()
+    turns: Counter[tuple[int, Side]] = Counter()
     for number, side, server in palindromes(points, start, setup.resident):
-        sent: dict[str, Any] = {
-            "url": server.url,
-            "model": model,
-            "pixels": setup.model.pixels,
-            "folder": model.parent,
-            "slo": setup.slo,
-        }
-        if server.url not in warm:
-            warm.add(server.url)
-            send(WARM_UP, seed=WARM_UP_SEED, **sent)
         # Both sides are asked the same, and no server is asked the same twice.
-        seed = 2 * number + runs[number, side]
-        runs[number, side] += 1
+        seed = 2 * number + turns[number, side]
+        turns[number, side] += 1
         before, logged = server.metrics(), len(server.log())
-        bench, output = send(setup.points[number].workload, seed=seed, **sent)
+        bench, output = ask(server, setup.points[number].workload, seed)
         after, log = server.metrics(), server.log()
         yield {
             "point": number,

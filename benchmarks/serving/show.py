@@ -4,6 +4,7 @@ python -m benchmarks.serving.show FILE...
 """
 
 import argparse
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from benchmarks.serving.compare import LITTLE, Comparison, compare
 from benchmarks.serving.models import Llava
 
+MADE_FROM = "Source"
 Cell = Callable[[Comparison], str]
 Column = tuple[str, Cell]
 
@@ -103,7 +105,7 @@ NOTES = (
     "Pairs are stock vLLM and the plugin: means of two runs each, preemptions and cached tokens sums. "
     "Requests at once are a mean over the time in which some had not been let in. What is possible at most "
     "knows of no preemption: where stock vLLM preempts more, more may be reached. Goodput counts requests "
-    "within {slo}."
+    "within {slo}. Where scheduling is asynchronous, waiting for the model is less than the model took."
 )
 
 
@@ -134,9 +136,17 @@ def tables(result: dict[str, Any]) -> str:
         text += ["## Where it helps little", "\n".join(low)]
     if result["left_out"]:
         points = [result["points"][int(number)] for number in result["left_out"]]
-        labels = "\n".join(f"- {point['sweep']}: {point['value']}" for point in points)
-        text += ["## Left out, as a server did not start", labels]
+        labels = "\n".join(
+            f"- {point['sweep']}: {point['value']}: {reason}"
+            for point, reason in zip(points, result["left_out"].values(), strict=True)
+        )
+        text += ["## Left out", labels]
     return "\n\n".join(text) + "\n"
+
+
+def digest(file: Path) -> str:
+    """What tells a result from another, in its plot's metadata."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def write_tables(file: Path) -> Path:
@@ -181,7 +191,7 @@ def write_plots(file: Path) -> Path:
         axes.grid(axis="x", alpha=0.3)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
     target = file.with_suffix(".png")
-    plt.savefig(target, dpi=110)
+    plt.savefig(target, dpi=110, metadata={MADE_FROM: digest(file)})
     plt.close()
     return target
 

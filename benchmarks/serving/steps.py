@@ -83,7 +83,7 @@ class Steps:
 
     Attributes:
         count: Steps.
-        seconds: That they took, without those in which there was nothing to do.
+        seconds: That they took.
         in_model: Seconds in which the engine waited for the model.
         prefill: Seconds that decoding alone would not have taken. What is computed anew for a request that
             was preempted is among them.
@@ -107,7 +107,7 @@ class Steps:
         Args:
             steps: Of the run, of which one at least computed a prompt.
             asynchronous: Whether the engine prepares a step while the model computes the one before. The time
-                from step to step then stands for what a step took, as the server's log has it.
+                from step to step then stands for what a step took, but for those that found no request there.
 
         Raises:
             ValueError: There are no such steps.
@@ -116,7 +116,10 @@ class Steps:
             raise ValueError("the server's log tells of no step that computed a prompt")
         in_model = np.array([step.in_model for step in steps])
         ends = np.array([step.at for step in steps])
-        seconds = np.diff(ends, prepend=ends[0] - in_model[0]) if asynchronous else in_model
+        seconds = in_model
+        if asynchronous:
+            idle_before = np.array([True, *(step.kv == 0 for step in steps[:-1])])
+            seconds = np.where(idle_before, in_model, np.diff(ends, prepend=0))
         requests = np.array([step.requests for step in steps])
         full = 1 + max(index for index, step in enumerate(steps) if step.prefills)
         return cls(

@@ -1,5 +1,6 @@
 """What is measured: models, engines, and one thing varied at a time."""
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ class Engine:
     """Options in which the servers of a sweep differ.
 
     Args:
-        kv_mib: KV memory; None for what vLLM takes by itself.
+        kv_mib: KV memory; None for what vLLM takes by itself, which may be other with the plugin.
         prefix_caching: On or off.
     """
 
@@ -33,7 +34,7 @@ class Engine:
 class Point:
     """One workload on one engine, for stock vLLM and for the plugin at each K of `layers`.
 
-    `sweep` names what is varied, `value` says to what; both are what the tables show.
+    `sweep` names what is varied, `value` says to what.
     """
 
     sweep: str
@@ -41,6 +42,10 @@ class Point:
     workload: Workload
     engine: Engine
     layers: tuple[int, ...]
+
+    @property
+    def label(self) -> str:
+        return f"{self.sweep}: {self.value}"
 
 
 @dataclass(frozen=True)
@@ -67,13 +72,39 @@ class Setup:
     env: Mapping[str, str] = field(default_factory=dict)
     asynchronous: bool = True
 
+    def chosen(self, text: str) -> "Setup":
+        """The points alone with `text` in their label.
 
-def vary(sweep: str, workload: Workload, engine: Engine, layer: int, **values: Any) -> list[Point]:
-    """A point for each value of the one field of the workload that is named."""
-    ((name, settings),) = values.items()
+        Raises:
+            ValueError: There is none.
+        """
+        points = tuple(point for point in self.points if text in point.label)
+        if not points:
+            labels = ", ".join(repr(point.label) for point in self.points)
+            raise ValueError(f"{text!r} is in none of {labels}")
+        return replace(self, points=points)
+
+    def server_options(self, engine: Engine, layer: int | None) -> list[str]:
+        """Of `vllm serve`, with the plugin at K = `layer`; None is stock vLLM."""
+        options = [*self.options, *engine.options()]
+        if layer is not None:
+            vtw = json.dumps({"vtw": {"layer": layer}})
+            options += ["--model-impl=vtw", f"--additional-config={vtw}"]
+        return options
+
+
+def vary(
+    sweep: str,
+    workload: Workload,
+    engine: Engine,
+    layer: int,
+    name: str,
+    values: Mapping[int, dict[str, Any]],
+) -> list[Point]:
+    """A point for each value of a field of the workload, with what else of it is another there."""
     return [
         Point(sweep, f"{value:,}", replace(workload, **{name: value}, **more), engine, (layer,))
-        for value, more in settings.items()
+        for value, more in values.items()
     ]
 
 
@@ -97,10 +128,10 @@ def small() -> Setup:
         {"ttft": 10_000, "tpot": 150},
         (
             Point("K", "of 16", base, engine, (8, 12)),
-            *vary("output tokens", base, engine, layer, output={4: {}, 64: {}, 128: {"requests": 8}}),
-            *vary("words of text", few, engine, layer, text={256: {}}),
-            *vary("images a request", few, engine, layer, images={2: {}}),
-            *vary("requests at once", base, engine, layer, concurrency={1: {"requests": 4}, 4: {}}),
+            *vary("output tokens", base, engine, layer, "output", {4: {}, 64: {}, 128: {"requests": 8}}),
+            *vary("words of text", few, engine, layer, "text", {256: {}}),
+            *vary("images a request", few, engine, layer, "images", {2: {}}),
+            *vary("requests at once", base, engine, layer, "concurrency", {1: {"requests": 4}, 4: {}}),
             Point("KV memory", "enough for all", base, Engine(1 * GIB), (layer,)),
             Point(
                 "prefix caching",
@@ -152,15 +183,16 @@ def full() -> Setup:
         GPU_SLO,
         (
             Point("K", "of 32", base, engine, (8, 16, 24)),
-            *vary("output tokens", base, engine, layer, output={16: {}, 64: {}, 256: {}, 512: {}}),
-            *vary("words of text", base, engine, layer, text={256: {}, 1024: {}}),
-            *vary("images a request", base, engine, layer, images={2: {}, 4: {"requests": 128}}),
+            *vary("output tokens", base, engine, layer, "output", {16: {}, 64: {}, 256: {}, 512: {}}),
+            *vary("words of text", base, engine, layer, "text", {256: {}, 1024: {}}),
+            *vary("images a request", base, engine, layer, "images", {2: {}, 4: {"requests": 128}}),
             *vary(
                 "requests at once",
                 base,
                 engine,
                 layer,
-                concurrency={1: {"requests": 16}, 4: {"requests": 64}, 16: {}},
+                "concurrency",
+                {1: {"requests": 16}, 4: {"requests": 64}, 16: {}},
             ),
             *(
                 Point(

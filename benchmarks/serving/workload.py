@@ -78,7 +78,7 @@ def write_image_set(folder: Path, workload: Workload, pixels: int, seed: int) ->
     lines = []
     for number in range(workload.requests):
         picture = folder / f"{number // workload.questions}.png"
-        if not picture.exists():
+        if number % workload.questions == 0:
             Image.fromarray(noise.integers(0, 256, (pixels, pixels, 3), dtype=np.uint8)).save(picture)
         text = " ".join(rng.choices(WORDS, k=workload.text))
         content = [{"type": "image", "image": str(picture)}, {"type": "text", "text": text}]

@@ -15,7 +15,7 @@ from benchmarks.serving.workload import Workload
 from tests.serving.test_results import SCHEMA
 
 TINY = Llava("tiny", 4, 64, 128, 2, 1024, 6, 2, 64)
-PLAIN, CACHING = Engine(kv_mib=1), Engine(kv_mib=1, prefix_caching=True)
+PLAIN, CACHING, TOO_SMALL = Engine(kv_mib=1), Engine(kv_mib=1, prefix_caching=True), Engine(kv_mib=0)
 SETUP = Setup(
     TINY,
     ("--load-format=dummy", "--dtype=float32", "--block-size=32", "--max-model-len=128", "--enforce-eager"),
@@ -23,6 +23,7 @@ SETUP = Setup(
     (
         Point("KV memory", "1 MiB", Workload(requests=8, text=4, output=8), PLAIN, (2,)),
         Point("prefix caching", "2 questions", Workload(8, text=4, output=8, questions=2), CACHING, (2,)),
+        Point("KV memory", "none", Workload(requests=1, text=4, output=8), TOO_SMALL, (2,)),
     ),
     resident=True,
     asynchronous=False,
@@ -33,12 +34,16 @@ SETUP = Setup(
 def test_measures_both_sides(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved: list[str] = []
-    measure("tiny", SETUP, Path("work"), lambda found: saved.append(json.dumps(found)))
+    measured = measure("tiny", SETUP, Path("work"), lambda found: saved.append(json.dumps(found)))
+    assert json.loads(saved[-1]) == json.loads(json.dumps(measured))
     result = {**json.loads(saved[-1]), "command": "none", "revision": "0000000"}
     Draft202012Validator(SCHEMA).validate(result)
-    assert len(saved) == len(result["runs"]) == 8
-    order = [(run["point"], run["layer"]) for run in result["runs"]]
-    assert order == [(point, layer) for point in (0, 1) for layer in (None, 2, 2, None)]
+    assert list(result["left_out"]) == ["2"]
+    assert len(saved) - 1 == len(result["runs"]) == 8
+    order = [(run["point"], run["layer"], run["seed"]) for run in result["runs"]]
+    sides = ((None, 0), (2, 0), (2, 1), (None, 1))
+    assert order == [(point, layer, 2 * point + turn) for point in (0, 1) for layer, turn in sides]
+
     random, repeated = compare(result)
     for run in (*random.stock, *random.vtw):
         assert run["output"]["completed"] == 8
@@ -59,3 +64,9 @@ def test_measures_both_sides(tmp_path, monkeypatch):
     file.write_text(json.dumps(result))
     assert "| prefix caching: 2 questions |" in show.write_tables(file).read_text()
     assert show.write_plots(file).exists()
+
+    # Nothing is left to do but what could not be done.
+    again = measure("tiny", SETUP, Path("work"), lambda found: None, json.loads(saved[-1]))
+    assert again["runs"] == measured["runs"]
+    with pytest.raises(ValueError, match="another points"):
+        measure("tiny", SETUP.chosen("2"), Path("work"), lambda found: None, json.loads(saved[-1]))

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 
 import pytest
 
-from benchmarks.serving.run import by_engine, palindromes
+from benchmarks.server import ServerError
+from benchmarks.serving.run import by_engine, palindromes, why
 from benchmarks.serving.sweeps import SETUPS, Engine, Point
-from benchmarks.serving.workload import Workload
+from benchmarks.serving.workload import Workload, write_image_set
 
 POINTS = [
     (number, Point("sweep", str(number), Workload(1, 1, 1), Engine(1), layers))
@@ -65,7 +66,10 @@ def test_points_can_be_served(name):
         assert workload.requests % workload.questions == 0
         labels.add((point.sweep, point.value))
     assert len(labels) == len(setup.points)
-    assert sum(len(points) for _, points in by_engine(setup.points)) == len(setup.points)
+    for engine, points in by_engine(setup.points):
+        assert all(setup.points[number] is point and point.engine == engine for number, point in points)
+    numbers = [number for _, points in by_engine(setup.points) for number, _ in points]
+    assert sorted(numbers) == list(range(len(setup.points)))
 
 
 def test_small_setup_has_every_sweep_of_the_full_one():
@@ -109,3 +113,32 @@ def test_every_seed_asks_something_else(questions, tmp_path):
     assert not {image for image, _ in one} & {image for image, _ in other}
     assert not {text for _, text in one} & {text for _, text in other}
     assert set(Counter(image for image, _ in one).values()) == {questions}
+
+
+def test_pictures_of_another_size_or_half_written_are_drawn_anew(tmp_path):
+    from PIL import Image
+
+    workload = Workload(requests=4, text=1, output=1, questions=2)
+    write_image_set(tmp_path, workload, 14, seed=3)
+    before = [(tmp_path / f"{number}.png").read_bytes() for number in (0, 1)]
+    (tmp_path / "0.png").write_bytes(b"half a pic")
+    write_image_set(tmp_path, workload, 14, seed=3)
+    assert [(tmp_path / f"{number}.png").read_bytes() for number in (0, 1)] == before
+    write_image_set(tmp_path, workload, 28, seed=3)
+    assert Image.open(tmp_path / "1.png").size == (28, 28)
+
+
+def test_a_choice_of_nothing_is_told():
+    setup = SETUPS["small"]()
+    assert [point.sweep for point in setup.chosen("K:").points] == ["K"]
+    with pytest.raises(ValueError, match="'nothing' is in none of 'K: of 16', "):
+        setup.chosen("nothing")
+
+
+def test_what_a_server_failed_with():
+    log = "vllm serve ended with status 1:\nERROR ...\n  File\n(EngineCore) ValueError: No memory\n end"
+    assert why(ServerError(log)) == "ValueError: No memory"
+    assert (
+        why(ServerError("vllm serve did not answer within 600 s:\n"))
+        == "vllm serve did not answer within 600 s:"
+    )

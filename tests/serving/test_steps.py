@@ -98,9 +98,14 @@ def test_requests_at_once_are_counted_while_some_wait():
     assert (found.count, found.in_model) == (4, 9)
 
 
-def test_an_engine_without_work_takes_no_time():
-    steps = [Step(1.0, 1.0, 1, 0, 100, 0.1), Step(101.0, 1.0, 1, 0, 100, 0.1)]
-    assert Steps.of(steps, asynchronous=False).seconds == 2
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_an_engine_without_work_takes_no_time(asynchronous):
+    steps = [
+        Step(1.0, 1.0, 1, 0, 100, 0.1),
+        Step(2.0, 1.0, 0, 1, 1, 0.0),
+        Step(101.0, 1.0, 1, 0, 100, 0.1),
+    ]
+    assert Steps.of(steps, asynchronous).seconds == 3
 
 
 def test_a_log_without_steps_is_an_error():
