@@ -191,7 +191,7 @@ def main() -> None:
     point = setup.points[0]
     if point.workload.concurrency or point.workload.questions > 1:
         parser.error(f"{point.label!r} does not send its requests all at once, each with its own image")
-    layer = point.layers[len(point.layers) // 2]
+    layer = min(point.layers, key=lambda layer: abs(layer - setup.model.layers / 2))
     seconds = {}
     for name, side in (("stock", None), ("vtw", layer)):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
