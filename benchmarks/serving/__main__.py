@@ -7,12 +7,16 @@
 
 import argparse
 import json
+import re
 import shlex
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.serving.compare import read
 from benchmarks.serving.run import measure
 from benchmarks.serving.show import write_plots, write_tables
 from benchmarks.serving.sweeps import SETUPS
@@ -23,11 +27,14 @@ FOLDER = Path(".cache/serving")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("setup", nargs="?", choices=SETUPS, default="small")
-    parser.add_argument("--only", default="", help="the points alone with this in their label, as in 'K:'")
-    parser.add_argument("--output", type=Path, help="JSON file; tables and plots go beside it")
+    parser.add_argument("--only", default="", help="the points alone with this in their name, as in 'K:'")
+    parser.add_argument("--output", type=Path, help="JSON file, written over; tables and plots go beside it")
     parser.add_argument("--resume", action="store_true", help="go on where the output file ends")
     arguments = parser.parse_args()
-    output = arguments.output or FOLDER / f"{arguments.setup}.json"
+    if arguments.setup != "small" and not torch.cuda.is_available():
+        parser.error(f"{arguments.setup} takes a GPU, and there is none: `small` takes two cores of a CPU")
+    name = "-".join([arguments.setup, *re.findall(r"\w+", arguments.only)])
+    output = arguments.output or FOLDER / f"{name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     command = ["python", "-m", "benchmarks.serving", arguments.setup]
     command += ["--only", arguments.only] if arguments.only else []
@@ -39,9 +46,11 @@ def main() -> None:
 
     try:
         setup = SETUPS[arguments.setup]().chosen(arguments.only)
-        earlier = json.loads(output.read_text()) if arguments.resume else None
+        earlier = read(output) if arguments.resume else None
+        for shown in (output.with_suffix(".md"), output.with_suffix(".png")):
+            shown.unlink(missing_ok=True)  # of an earlier result
         result = measure(arguments.setup, setup, FOLDER, save, earlier)
-    except (ValueError, FileNotFoundError) as wrong:
+    except ValueError as wrong:
         parser.error(str(wrong))
     if not result["runs"]:
         sys.exit("no server started")

@@ -1,7 +1,9 @@
 """Stock vLLM and the plugin at one K, side by side, from a result's runs."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -9,9 +11,30 @@ from benchmarks.serving.limits import Limits, limits
 from benchmarks.serving.models import Llava
 from vllm_vtw.search.price import Request
 
+FORMAT = "vllm-vtw-serving/1"
 Run = Mapping[str, Any]
 LITTLE = 1.2
 """Below this ratio of requests answered in a second the tables give a reason."""
+
+
+def label(sweep: str, value: str, layer: int) -> str:
+    """What a row of the tables is called."""
+    return f"{sweep}: {layer} {value}" if sweep == "K" else f"{sweep}: {value}"
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A result.
+
+    Raises:
+        ValueError: The file is none.
+    """
+    try:
+        result = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(result, dict) or result.get("format") != FORMAT:
+        raise ValueError(f"{file} is no result of `python -m benchmarks.serving`")
+    return result
 
 
 @dataclass(frozen=True)
@@ -34,8 +57,7 @@ class Comparison:
 
     @property
     def label(self) -> str:
-        value = f"{self.layer} {self.point['value']}" if self.point["sweep"] == "K" else self.point["value"]
-        return f"{self.point['sweep']}: {value}"
+        return label(self.point["sweep"], self.point["value"], self.layer)
 
     def means(self, part: str, metric: str) -> tuple[float, float]:
         """Of stock vLLM's runs and of the plugin's."""

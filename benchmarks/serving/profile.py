@@ -1,6 +1,6 @@
 """Says where an engine's time goes, part by part, in stock vLLM and with the plugin.
 
-    python -m benchmarks.serving.profile [small | cards | full] [--only TEXT] [--output FILE]
+    python -m benchmarks.serving.profile [small | cards | full] [--only TEXT...] [--output FILE]
 
 PyTorch's profiler watches an engine that answers up to 32 of a point's requests, all at once.
 """
@@ -9,6 +9,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import shlex
 import sys
 import tempfile
 from collections import defaultdict
@@ -28,6 +29,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.machine import measured_on
+from benchmarks.serving.compare import label
 from benchmarks.serving.run import Side
 from benchmarks.serving.sweeps import SETUPS, Point, Setup
 
@@ -181,33 +183,48 @@ def table(sides: Mapping[str, Mapping[str, float]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("setup", nargs="?", choices=SETUPS, default="small")
-    parser.add_argument("--only", default="", help="the first point with this in its label")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[""],
+        metavar="TEXT",
+        help="for each, the first point with it in its name",
+    )
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     arguments = parser.parse_args()
     try:
-        setup = SETUPS[arguments.setup]().chosen(arguments.only)
+        setup = SETUPS[arguments.setup]()
+        points = [setup.chosen(text).points[0] for text in arguments.only]
     except ValueError as wrong:
         parser.error(str(wrong))
-    point = setup.points[0]
-    if point.workload.concurrency or point.workload.questions > 1:
-        parser.error(f"{point.label!r} does not send its requests all at once, each with its own image")
-    layer = min(point.layers, key=lambda layer: abs(layer - setup.model.layers / 2))
-    seconds = {}
-    for name, side in (("stock", None), ("vtw", layer)):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            seconds[name] = pool.submit(profiled, setup, point, side).result()
+    for point in points:
+        if point.workload.concurrency or point.workload.questions > 1:
+            parser.error(f"{point.label!r} does not send its requests all at once, each with its own image")
     result = {
         **measured_on(),
-        "command": f"python -m benchmarks.serving.profile {' '.join(sys.argv[1:])}".strip(),
-        "point": asdict(point),
-        "layer": layer,
-        "seconds": {name: asdict(side) for name, side in seconds.items()},
+        "command": shlex.join(["python", "-m", "benchmarks.serving.profile", *sys.argv[1:]]),
+        "profiles": [],
     }
-    print(f"{point.label}, K = {layer}, of the host:\n")
-    print(table({name: side.host for name, side in seconds.items()}))
-    if seconds["stock"].gpu:
-        print("\nOf the GPU:\n")
-        print(table({name: side.gpu for name, side in seconds.items()}))
+    for point in points:
+        layer = min(point.layers, key=lambda layer: abs(layer - setup.model.layers / 2))
+        seconds = {}
+        for name, side in (("stock", None), ("vtw", layer)):
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                seconds[name] = pool.submit(profiled, setup, point, side).result()
+        sides = {name: asdict(side) for name, side in seconds.items()}
+        result["profiles"].append(
+            {
+                "row": label(point.sweep, point.value, layer),
+                "point": asdict(point),
+                "layer": layer,
+                "seconds": sides,
+            }
+        )
+        print(f"{label(point.sweep, point.value, layer)}, K = {layer}, of the host:\n")
+        print(table({name: side.host for name, side in seconds.items()}))
+        if seconds["stock"].gpu:
+            print("\nOf the GPU:\n")
+            print(table({name: side.gpu for name, side in seconds.items()}))
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from benchmarks.machine import measured_on
 from benchmarks.server import Server, ServerError, serving
+from benchmarks.serving.compare import FORMAT
 from benchmarks.serving.steps import Steps, logging_config, read_steps
 from benchmarks.serving.sweeps import Engine, Point, Setup
 from benchmarks.serving.workload import Workload, send
 
-FORMAT = "vllm-vtw-serving/1"
 TOLD_AT_START = re.compile(
     r"vtw:|KV cache size|KV cache memory|FlashAttention|attention backend|model runner"
 )
@@ -86,10 +86,9 @@ def measure(
                 save(result)
                 minutes, seconds = divmod(int(time.monotonic() - began), 60)
                 label = setup.points[run["point"]].label
-                side = "stock" if run["layer"] is None else f"vtw K = {run['layer']}"
                 print(
                     f"[{len(result['runs'])}/{total}] {minutes}:{seconds:02} "
-                    f"{label}, {side}: {run['output']['request_throughput']:.2f} requests/s",
+                    f"{label}, {named(run['layer'])}: {run['output']['request_throughput']:.2f} requests/s",
                     flush=True,
                 )
         except ServerError as failure:
@@ -99,6 +98,10 @@ def measure(
             result["left_out"].update({str(number): why(failure) for number in numbers})
             save(result)
     return result
+
+
+def named(side: Side) -> str:
+    return "stock vLLM" if side is None else f"the plugin, K = {side}"
 
 
 def why(failure: ServerError) -> str:
@@ -134,6 +137,7 @@ def runs_of(
     def start(side: Side) -> Iterator[Server]:
         options = [*setup.server_options(engine, side), "--enable-logging-iteration-details"]
         env = {"VLLM_LOGGING_CONFIG_PATH": str(logging_config(model).absolute()), **setup.env}
+        print(f"starting {named(side)}", flush=True)
         with serving(model, *options, env=env) as server:
             ask(server, WARM_UP, WARM_UP_SEED)
             yield server

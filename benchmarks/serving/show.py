@@ -5,12 +5,11 @@ python -m benchmarks.serving.show FILE...
 
 import argparse
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serving.compare import LITTLE, Comparison, compare
+from benchmarks.serving.compare import LITTLE, Comparison, compare, read
 from benchmarks.serving.models import Llava
 
 MADE_FROM = "Source"
@@ -151,7 +150,7 @@ def digest(file: Path) -> str:
 
 def write_tables(file: Path) -> Path:
     target = file.with_suffix(".md")
-    target.write_text(tables(json.loads(file.read_text())))
+    target.write_text(tables(read(file)))
     return target
 
 
@@ -162,10 +161,10 @@ def write_plots(file: Path) -> Path:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    compared = compare(json.loads(file.read_text()))[::-1]
+    compared = compare(read(file))[::-1]
     rows = range(len(compared))
-    _, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(14, 1 + 0.3 * len(compared)), sharey=True, layout="constrained"
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(14, 1.5 + 0.3 * len(compared)), sharey=True, layout="constrained"
     )
     left.barh(rows, [one.speed for one in compared], color="tab:blue")
     left.set_title("requests answered in a second")
@@ -173,12 +172,14 @@ def write_plots(file: Path) -> Path:
     middle.set_title("requests at once")
     known = [(row, one.limits, one.short_of_memory) for row, one in enumerate(compared) if one.limits]
     left.plot(
-        [most.speed for _, most, _ in known], [row for row, _, _ in known], "k|", ms=12, label="possible"
+        [most.speed for _, most, _ in known],
+        [row for row, _, _ in known],
+        "k|",
+        ms=12,
+        label="possible at most",
     )
     short = [(row, most) for row, most, is_short in known if is_short]
-    middle.plot(
-        [most.requests for _, most in short], [row for row, _ in short], "k|", ms=12, label="possible"
-    )
+    middle.plot([most.requests for _, most in short], [row for row, _ in short], "k|", ms=12)
     for metric, style in (("median_ttft_ms", "o"), ("median_tpot_ms", "s"), ("median_e2el_ms", "^")):
         name = metric.split("_")[1].upper()
         right.plot([one.ratio("output", metric) for one in compared], rows, style, label=f"{name}, median")
@@ -189,7 +190,9 @@ def write_plots(file: Path) -> Path:
         axes.set_xlim(left=0)
         axes.set_xlabel("the plugin over stock vLLM")
         axes.grid(axis="x", alpha=0.3)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
+    shown = [axes.get_legend_handles_labels() for axes in (left, right)]
+    handles, names = ([*first, *second] for first, second in zip(*shown, strict=True))
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names))
     target = file.with_suffix(".png")
     plt.savefig(target, dpi=110, metadata={MADE_FROM: digest(file)})
     plt.close()
@@ -200,7 +203,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     for file in parser.parse_args().files:
-        print(write_tables(file), write_plots(file))
+        try:
+            print(write_tables(file), write_plots(file))
+        except ValueError as wrong:
+            parser.error(str(wrong))
 
 
 if __name__ == "__main__":

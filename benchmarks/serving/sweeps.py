@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from benchmarks.serving.compare import label
 from benchmarks.serving.models import LLAVA_7B, QUARTER, Llava
 from benchmarks.serving.workload import Workload
 
@@ -45,7 +46,8 @@ class Point:
 
     @property
     def label(self) -> str:
-        return f"{self.sweep}: {self.value}"
+        """The rows of the tables that it makes."""
+        return ", ".join(dict.fromkeys(label(self.sweep, self.value, layer) for layer in self.layers))
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,12 @@ class Setup:
     asynchronous: bool = True
 
     def chosen(self, text: str) -> "Setup":
-        """The points alone with `text` in their label.
+        """The points alone with `text` in their label, in capitals or not.
 
         Raises:
             ValueError: There is none.
         """
-        points = tuple(point for point in self.points if text in point.label)
+        points = tuple(point for point in self.points if text.lower() in point.label.lower())
         if not points:
             labels = ", ".join(repr(point.label) for point in self.points)
             raise ValueError(f"{text!r} is in none of {labels}")
