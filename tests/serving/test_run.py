@@ -130,8 +130,9 @@ def test_pictures_of_another_size_or_half_written_are_drawn_anew(tmp_path):
 
 def test_a_choice_of_nothing_is_told():
     setup = SETUPS["small"]()
-    assert [point.sweep for point in setup.chosen("K:").points] == ["K"]
-    with pytest.raises(ValueError, match="'nothing' is in none of 'K: of 16', "):
+    for text in ("K:", "k: 8", "K: 12 of 16"):
+        assert [point.sweep for point in setup.chosen(text).points] == ["K"]
+    with pytest.raises(ValueError, match="'nothing' is in none of 'K: 8 of 16, K: 12 of 16', "):
         setup.chosen("nothing")
 
 
