@@ -70,7 +70,7 @@ def test_what_the_second_rank_receives(checkpoint, reference, monkeypatch, layer
         pytest.param(2, {"tensor_parallel_size": 2}, id="tensor"),
         pytest.param(1, PIPELINE, id="pipeline, inside the first rank", marks=pytest.mark.slow),
         pytest.param(2, PIPELINE, id="pipeline, between the ranks"),
-        pytest.param(3, PIPELINE, id="pipeline, inside the second rank"),
+        pytest.param(3, PIPELINE, id="pipeline, inside the second rank", marks=pytest.mark.slow),
     ],
 )
 def test_answers_of_two_workers(checkpoint, reference, layer, options):
