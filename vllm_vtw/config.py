@@ -20,6 +20,8 @@ TEXT_MODELS = ("llama", "mistral", "qwen2")
 SERVED_MODEL_TYPES = ("llava",)
 KEYS = ("layer", "policy", "align")
 SCHEDULER = "vllm_vtw.kv.scheduler.make_scheduler"
+LONGEST_STEP = "vtw_longest_step"
+"""Attribute of vLLM's `ModelConfig`, where the processor of a model can see it: the most tokens of a step."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,13 @@ class VTWConfig:
             raise _error(unknown[0], options[unknown[0]], "unknown key; allowed are " + ", ".join(KEYS))
         if "layer" in options and "policy" in options:
             raise _error("layer", options["layer"], 'give either "layer" or "policy", not both')
-        align = options.get("align", prefix_caching)
+        policy = _policy(options, model)
+        align = options.get("align", prefix_caching and policy.ranking is None)
         if type(align) is not bool:
             raise _error("align", align, "has to be true or false")
-        return cls(_policy(options, model), align)
+        if align and policy.ranking is not None:
+            raise _error("align", align, "has to be false for a policy that ranks visual tokens one by one")
+        return cls(policy, align)
 
     def align_to(self, block_size: int) -> int:
         """Withdrawal goes by so many tokens at once."""

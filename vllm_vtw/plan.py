@@ -5,7 +5,7 @@ import json
 import re
 from typing import Any
 
-from vllm_vtw.capacity import Groups, withdrawn_of_image
+from vllm_vtw.capacity import Groups, visual_held
 from vllm_vtw.checkpoint import VISION_TOWERS, read_config, supported_model
 from vllm_vtw.config import SERVED_MODEL_TYPES, VTWConfig
 
@@ -119,12 +119,13 @@ def plan(
     num_layers = model.num_hidden_layers
     config = VTWConfig.parse(vtw, model, prefix_caching)
     groups = Groups.of(config.policy, num_layers)
-    withdrawn = withdrawn_of_image(tokens_per_image, config.align_to(block_size))
+    align_to = config.align_to(block_size)
     num_tokens = text_tokens + images * tokens_per_image + output_tokens
     if num_tokens == 0:
         raise ValueError("a request of no tokens takes nothing: give it text, an image or an answer")
-    held = [num_tokens, *[num_tokens - images * withdrawn] * len(config.policy.stages)]
-    kept_of_image = [tokens_per_image, *[tokens_per_image - withdrawn] * len(config.policy.stages)]
+    of_text = text_tokens + output_tokens
+    held = [of_text + visual for visual in visual_held(config.policy, images, tokens_per_image, align_to)]
+    kept_of_image = visual_held(config.policy, 1, tokens_per_image, align_to)
 
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     layer_token = 2 * text.num_key_value_heads * head_size * bytes_per_value
@@ -151,6 +152,7 @@ def plan(
         "layers_per_group": groups.width,
         "padding_fraction": groups.padding_fraction,
         "align": config.align,
+        "ranking": config.policy.ranking,
         "block_size": block_size,
         "request": {
             "text_tokens": text_tokens,
@@ -184,6 +186,8 @@ def describe(result: dict[str, Any]) -> str:
     """The same for people."""
     request, needed, fit = result["request"], result["kv_bytes_per_request"], result["max_sequences"]
     how = f"whole blocks of {result['block_size']}" if result["align"] else "every visual token"
+    if result["ranking"]:
+        how = "what the prompt's end attends to least"
     stages = [
         f"  layers {stage['first_layer']} to {stage['last_layer']} hold {stage['tokens_held']} tokens"
         for stage in result["stages"]

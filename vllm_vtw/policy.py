@@ -1,10 +1,13 @@
 """What is withdrawn and from which layer on: pure data, and the policy file that carries it."""
 
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import pairwise
+from math import ceil
 from typing import Any
 
 FORMAT = "vllm-vtw-policy/1"
+RANKING = "last-token-attention"
 MODEL_KEYS = ("model_type", "num_hidden_layers", "hidden_size")
 
 
@@ -14,6 +17,10 @@ class Stage:
 
     layer: int
     keep: float
+
+    def kept(self, visual_tokens: int) -> int:
+        """How many of a request's visual tokens stay: those that are ranked highest."""
+        return ceil(Fraction(str(self.keep)) * visual_tokens)  # 0.1 of 30 is 3, but not in floating point
 
 
 @dataclass(frozen=True)
@@ -44,12 +51,17 @@ class Policy:
         made_for = content.get("model")
         if made_for != model:
             raise ValueError(f"made for another model: {made_for}; this one is {model}")
-        if content.get("ranking") is not None or content.get("gate") is not None:
-            raise ValueError("'ranking' and 'gate' have to be null: this version withdraws all visual tokens")
+        if content.get("gate") is not None:
+            raise ValueError("'gate' has to be null: this version has no exit per request")
         stages = content.get("stages")
         if not isinstance(stages, list):
             raise ValueError("'stages' has to be a list")
-        return cls(cls._checked(stages, model["num_hidden_layers"]))
+        policy = cls(cls._checked(stages, model["num_hidden_layers"]))
+        ranking = content.get("ranking")
+        if ranking != policy.ranking:
+            found = f"'ranking' = {ranking!r}: has to be {policy.ranking!r}"
+            raise ValueError(f"{found}, as {'a' if policy.ranking else 'no'} stage keeps some visual tokens")
+        return policy
 
     @staticmethod
     def _checked(stages: list[Any], num_hidden_layers: int) -> tuple[Stage, ...]:
@@ -63,15 +75,33 @@ class Policy:
             if type(layer) is not int or not least <= layer < num_hidden_layers:
                 most = num_hidden_layers - 1
                 raise ValueError(f"{where}['layer'] = {layer!r}: has to be an integer from {least} to {most}")
-            if type(keep) not in (int, float) or keep != 0:
-                raise ValueError(f"{where}['keep'] = {keep!r}: this version supports 0 only")
+            if type(keep) not in (int, float) or not 0 <= keep < 1:
+                raise ValueError(f"{where}['keep'] = {keep!r}: has to be a number from 0 on, less than 1")
+            if checked and keep > checked[-1].keep:
+                raise ValueError(f"{where}['keep'] = {keep!r}: more than before, where tokens left for good")
             checked.append(Stage(layer, float(keep)))
         return tuple(checked)
 
     def to_file(self, model: dict[str, Any]) -> dict[str, Any]:
         """The policy as the JSON object of a policy file."""
         stages = [{"layer": stage.layer, "keep": stage.keep} for stage in self.stages]
-        return {"format": FORMAT, "model": model, "stages": stages, "ranking": None, "gate": None}
+        return {
+            "format": FORMAT,
+            "model": model,
+            "stages": stages,
+            "ranking": self.ranking,
+            "gate": None,
+        }
+
+    @property
+    def ranking(self) -> str | None:
+        """What visual tokens are ranked by; None where no stage keeps some of them and not others."""
+        return RANKING if any(stage.keep > 0 for stage in self.stages) else None
+
+    @property
+    def keeps(self) -> tuple[float, ...]:
+        """The fraction of visual tokens that every stage holds, stage 0 included."""
+        return (1.0, *(stage.keep for stage in self.stages))
 
     def segments(self, num_hidden_layers: int) -> list[range]:
         """The decoder layers of every stage, stage 0 included."""

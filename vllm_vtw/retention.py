@@ -2,7 +2,8 @@
 
 import sys
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -11,8 +12,29 @@ import numpy.typing as npt
 
 from vllm_vtw.policy import Policy
 
+VISUAL = ("image", "video")
 Span = tuple[int, int]
 """A half-open range of prompt positions, `start <= position < stop`."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What a request's ranked stages choose from.
+
+    Attributes:
+        start: Where the prompt's first picture begins. From here to its end a prompt is computed in one step.
+        stop: The prompt's length. Its last token's attention ranks.
+        candidates: Spans of the visual tokens that may leave, ascending.
+    """
+
+    start: int
+    stop: int
+    candidates: tuple[Span, ...]
+
+    @property
+    def visual_tokens(self) -> int:
+        """How many the candidates are."""
+        return sum(stop - start for start, stop in self.candidates)
 
 
 class Retention:
@@ -21,12 +43,23 @@ class Retention:
     The tokens at `withdrawn` positions are never stored; every other token is. The *rank* of a retained
     token, its place in the stage's row, is the number of retained tokens before it: `count(position)`.
 
+    But where tokens are ranked, only their number is known before the prompt is computed: `withdrawn` is the
+    first candidates, which stand for those that leave. As the prompt is computed in one step from its first
+    picture on, every count after a step is right; which positions are held the model finds out.
+
     Args:
         withdrawn: Spans of withdrawn prompt positions, ascending, neither empty nor overlapping.
         shareable: So many tokens, at the start, any request that begins with the same ones retains alike.
+        ranking: Where `withdrawn` says how many leave, and not which.
     """
 
-    def __init__(self, withdrawn: Sequence[Span] = (), shareable: int = sys.maxsize) -> None:
+    def __init__(
+        self,
+        withdrawn: Sequence[Span] = (),
+        shareable: int = sys.maxsize,
+        ranking: Ranking | None = None,
+    ) -> None:
+        self.withdrawn = tuple(withdrawn)
         self._starts = [start for start, _ in withdrawn]
         self._stops = [stop for _, stop in withdrawn]
         assert all(start < stop for start, stop in withdrawn)
@@ -36,6 +69,7 @@ class Retention:
             start - before for start, before in zip(self._starts, self._withdrawn_before[:-1], strict=True)
         ]
         self.shareable = shareable
+        self.ranking = ranking
         self.num_withdrawn = self._withdrawn_before[-1]
         """Tokens of the whole request that the stage never holds."""
         self.settled_at = self._stops[-1] if withdrawn else 0
@@ -68,7 +102,7 @@ def visual_spans(mm_features: Iterable[Any]) -> list[Span]:
     return [
         (first, last + 1)
         for feature in mm_features
-        if feature.modality in ("image", "video")
+        if feature.modality in VISUAL
         for first, last in feature.mm_position.extract_embeds_range()
     ]
 
@@ -107,5 +141,30 @@ def request_retentions(
         num_prompt_tokens: Length of the prompt as it came, also when a preempted request is resumed.
         align_to: 1 to withdraw by tokens, the KV block size to withdraw by whole blocks.
     """
-    retention = prompt_retention(visual_spans(mm_features), num_prompt_tokens, align_to)
-    return (retention,) * len(policy.stages)
+    if policy.ranking is None:
+        retention = prompt_retention(visual_spans(mm_features), num_prompt_tokens, align_to)
+        return (retention,) * len(policy.stages)
+    return tuple(_ranked_retentions(policy, list(mm_features), num_prompt_tokens))
+
+
+def _ranked_retentions(
+    policy: Policy, mm_features: Sequence[Any], num_prompt_tokens: int
+) -> Iterator[Retention]:
+    everything = prompt_retention(visual_spans(mm_features), num_prompt_tokens, align_to=1)
+    if not everything.num_withdrawn:
+        yield from (Retention() for _ in policy.stages)
+        return
+    start = min(feature.mm_position.offset for feature in mm_features if feature.modality in VISUAL)
+    ranking = Ranking(start, num_prompt_tokens, everything.withdrawn)
+    for stage in policy.stages:
+        leaving = everything.num_withdrawn - stage.kept(everything.num_withdrawn)
+        yield Retention(list(_first(leaving, everything.withdrawn)), start, ranking)
+
+
+def _first(count: int, spans: Iterable[Span]) -> Iterator[Span]:
+    """The spans of the first `count` positions of `spans`."""
+    for start, stop in spans:
+        if count <= 0:
+            return
+        yield start, min(stop, start + count)
+        count -= stop - start

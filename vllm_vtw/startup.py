@@ -6,7 +6,7 @@ from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
 from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from vllm_vtw.config import KEYS, SCHEDULER, TEXT_MODELS, Model, VTWConfig
+from vllm_vtw.config import KEYS, LONGEST_STEP, SCHEDULER, TEXT_MODELS, Model, VTWConfig
 
 
 def vtw_config(vllm_config: VllmConfig) -> VTWConfig:
@@ -48,7 +48,11 @@ class VTWModelConfig(VerifyAndUpdateConfig):
             **(vllm_config.additional_config or {}),
             "vtw": config.resolved(_model(vllm_config)),
         }
-        vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+        scheduler = vllm_config.scheduler_config
+        scheduler.scheduler_cls = SCHEDULER
+        if config.policy.ranking is not None:
+            refuse_with_ranking(vllm_config)
+            setattr(vllm_config.model_config, LONGEST_STEP, scheduler.max_num_batched_tokens)
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
@@ -56,6 +60,13 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
     refused = list(_refusals(vllm_config))
     if refused:
         raise ValueError("--model-impl vtw cannot serve this configuration:\n- " + "\n- ".join(refused))
+
+
+def refuse_with_ranking(vllm_config: VllmConfig) -> None:
+    """Raises a ValueError that names every option in the way of a policy that ranks, where there is one."""
+    refused = list(_refusals_with_ranking(vllm_config))
+    if refused:
+        raise ValueError("--model-impl vtw cannot rank visual tokens here:\n- " + "\n- ".join(refused))
 
 
 def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
@@ -120,3 +131,21 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
         yield "stages need KV cache groups of their own: remove --disable-hybrid-kv-cache-manager"
     if scheduler.scheduler_cls not in (None, SCHEDULER):
         yield f"the scheduler is the plugin's own: remove --scheduler-cls {scheduler.scheduler_cls}"
+
+
+def _refusals_with_ranking(vllm_config: VllmConfig) -> Iterator[str]:
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    if parallel.pipeline_parallel_size > 1:
+        yield (
+            "the next pipeline rank is not told which tokens were chosen: use --tensor-parallel-size, not "
+            "--pipeline-parallel-size"
+        )
+    if cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
+        yield f"keys are ranked as they were computed: remove --kv-cache-dtype {cache.cache_dtype}"
+    scheduler = vllm_config.scheduler_config
+    if (
+        scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
+    ) < scheduler.max_num_batched_tokens:
+        yield "a prompt is computed in one step: set --max-num-batched-tokens, not --max-num-scheduled-tokens"
+    if scheduler.long_prefill_token_threshold > 0:
+        yield "a prompt is computed in one step: remove --long-prefill-token-threshold"

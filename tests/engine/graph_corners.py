@@ -17,6 +17,7 @@ from tests.engine.engines import (
     running,
     scheduler_of,
 )
+from tests.engine.test_ranked import assert_ranked, written
 from vllm_vtw.models.graph_inputs import GraphInputs
 
 LAYERS, LAYER = 4, 2
@@ -74,6 +75,22 @@ def test_graphs_are_replayed(checkpoint, reference, taken, align, async_scheduli
     # Some batches had a graph of more tokens, or were too large for one.
     assert any(size < batch for size, batch in taken)
     assert any(size == batch for size, batch in taken)
+
+
+def test_ranked_prompts_choose_between_graphs(checkpoint, reference, taken, tmp_path):
+    schedule = {1: 0.6, 3: 0.05}
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    asks = [ask for ask in SHAPES if ask.name in ("no image", "one in the middle", "first", "nothing else")]
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    options = ENGINE | {"max_num_batched_tokens": 160}
+    with running(folder, written(tmp_path, schedule, MODEL), **options) as llm:
+        outputs = llm.generate([ask.to_vllm(oracle) for ask in asks], params, use_tqdm=False)
+    for ask, output in zip(asks, outputs, strict=True):
+        assert_ranked(oracle, ask, output, schedule)
+    assert static_graphs.replays["FULL", 8] > 0
+    # What stays of a prompt may have a graph where the prompt has none.
+    assert any(size < batch for size, batch in taken)
 
 
 def test_graphs_of_mixed_batches_become_piecewise(checkpoint, reference, taken):

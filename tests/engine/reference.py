@@ -1,10 +1,11 @@
 """The oracle: a plain transformers forward that drops visual tokens at a layer.
 
 It shares no code with the package. What is visual it sees from the token ids, and which blocks `align`
-withdraws from going through them one by one.
+withdraws from going through them one by one. For schedules that rank, it looks at attention written out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
 
 import torch
@@ -58,30 +59,76 @@ class Reference:
         A dropped token's row comes from the state that it left with.
         """
         text = self.model.model.language_model
-        ids = torch.tensor(token_ids)
-        hidden = text.embed_tokens(ids)
-        if image_embeds:
-            visual = torch.cat(list(image_embeds))
-            # The answer may say `<image>` too: only the prompt's are pictures.
-            hidden[torch.nonzero(ids == self.image_token).flatten()[: len(visual)]] = visual
-        positions = torch.arange(len(ids))
+        hidden = self._embedded(token_ids, image_embeds)
+        positions = torch.arange(len(hidden))
         kept = ~torch.tensor(dropped)
         result = torch.empty_like(hidden)
-        for index, block in enumerate(text.layers):
+        for index in range(len(text.layers)):
             if index == layer:
                 result[~kept] = hidden[~kept]
                 hidden, positions = hidden[kept], positions[kept]
-            mask = torch.full((len(hidden), len(hidden)), float("-inf")).triu(1)
-            rotary = text.rotary_emb(hidden[None], positions[None])
-            out = block(
-                hidden[None],
-                attention_mask=mask[None, None],
-                position_ids=positions[None],
-                position_embeddings=rotary,
-            )
-            hidden = out[0]
+            hidden, _ = self._layer(index, hidden, positions)
         if layer < len(text.layers):
             result[kept] = hidden
         else:
             result = hidden
         return self.model.lm_head(text.norm(result))
+
+    @torch.no_grad()
+    def ranked_logits(
+        self,
+        token_ids: Sequence[int],
+        image_embeds: Sequence[torch.Tensor],
+        schedule: Mapping[int, float],
+        num_prompt_tokens: int,
+    ) -> torch.Tensor:
+        """Logits of the tokens from the prompt's last one on, shape `(tokens, vocabulary)`.
+
+        Args:
+            token_ids: Of prompt and answer.
+            image_embeds: As of `embeds`.
+            schedule: By layer: the fraction of visual tokens that goes on from there.
+            num_prompt_tokens: Of `token_ids`.
+        """
+        last = num_prompt_tokens - 1
+        here = list(range(len(token_ids)))
+        visual = [position for position in here[:last] if token_ids[position] == self.image_token]
+        everything = len(visual)
+        hidden, weights = self._embedded(token_ids, image_embeds), torch.empty(0)
+        for index in range(len(self.model.model.language_model.layers)):
+            if index in schedule:
+                few = Decimal(str(schedule[index])) * everything
+                got = dict(zip(here, weights[:, here.index(last)].mean(0).tolist(), strict=True))
+                visual.sort(key=lambda position: (-got[position], position))
+                leaving = set(visual[int(few.to_integral_value(ROUND_CEILING)) :])
+                visual = [position for position in visual if position not in leaving]
+                hidden = hidden[[position not in leaving for position in here]]
+                here = [position for position in here if position not in leaving]
+            hidden, weights = self._layer(index, hidden, torch.tensor(here))
+        return self.model.lm_head(self.model.model.language_model.norm(hidden[here.index(last) :]))
+
+    def _embedded(self, token_ids: Sequence[int], image_embeds: Sequence[torch.Tensor]) -> torch.Tensor:
+        ids = torch.tensor(token_ids)
+        hidden = self.model.model.language_model.embed_tokens(ids)
+        if image_embeds:
+            visual = torch.cat(list(image_embeds))
+            # The answer may say `<image>` too: only the prompt's are pictures.
+            hidden[torch.nonzero(ids == self.image_token).flatten()[: len(visual)]] = visual
+        return hidden
+
+    def _layer(
+        self, index: int, hidden: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's output, and its attention weights, shape `(heads, tokens, tokens)`."""
+        text = self.model.model.language_model
+        block, seen = text.layers[index], []
+        mask = torch.full((len(hidden), len(hidden)), float("-inf")).triu(1)
+        hook = block.self_attn.register_forward_hook(lambda module, args, output: seen.append(output[1][0]))
+        out = block(
+            hidden[None],
+            attention_mask=mask[None, None],
+            position_ids=positions[None],
+            position_embeddings=text.rotary_emb(hidden[None], positions[None]),
+        )
+        hook.remove()
+        return out[0], seen[0]

@@ -23,11 +23,12 @@ BFLOAT16_MARGIN = 0.1
 
 @pytest.mark.parametrize(
     ("backbone", "dtype"),
-    [(backbone, "float32") for backbone in TEXT_CONFIGS]
-    + [
-        ("llama", "bfloat16"),
-        pytest.param("mistral", "bfloat16", marks=pytest.mark.slow),
-        pytest.param("qwen2", "bfloat16", marks=pytest.mark.slow),
+    [
+        pytest.param(
+            backbone, dtype, marks=() if (backbone, dtype) == ("llama", "float32") else pytest.mark.slow
+        )
+        for backbone in TEXT_CONFIGS
+        for dtype in ("float32", "bfloat16")
     ],
 )
 def test_answers_of_compiled_segments(checkpoint, reference, monkeypatch, tmp_path, backbone, dtype):

@@ -16,6 +16,7 @@ from benchmarks.small_llava import SmallLlava
 from tests.engine.engines import A, Ask, assert_follows, held_blocks, running, scheduler_of, step_until
 from vllm_vtw.cli import main
 from vllm_vtw.kv.spec import StageSpec
+from vllm_vtw.policy import Policy, Stage
 
 TEXT, OUTPUT, BLOCK_SIZE = 60, 68, 32
 MEMORY = 6 << 20
@@ -101,6 +102,16 @@ def test_an_engine_holds_what_was_planned(checkpoint, reference, layer, caching)
     ids = outputs["0"].outputs[0].token_ids
     align_to = BLOCK_SIZE if caching else 1
     assert_follows(oracle, ask, outputs["0"].prompt_token_ids, ids, layer, align_to)
+
+
+def test_a_ranked_policy_is_planned(checkpoint, tmp_path):
+    folder, file = checkpoint(MODEL), tmp_path / "policy.json"
+    policy = Policy((Stage(1, 0.5), Stage(3, 0.001), Stage(4, 0.0)))
+    shape = {"model_type": "llava", "num_hidden_layers": MODEL.layers, "hidden_size": MODEL.hidden}
+    file.write_text(json.dumps(policy.to_file(shape)))
+    plan = planned(folder, "--policy", str(file), "--images", "3", "--prompt-tokens", "60")
+    assert [stage["tokens_held"] for stage in plan["stages"]] == [188 + held for held in (300, 150, 1, 0)]
+    assert "what the prompt's end attends to least" in vtw_plan(str(folder), "--policy", str(file))[1]
 
 
 @pytest.mark.parametrize(

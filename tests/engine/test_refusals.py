@@ -56,6 +56,20 @@ OPTIONS = [
 ]
 
 
+RANKED = {
+    "format": "vllm-vtw-policy/1",
+    "model": {"model_type": "llava", "num_hidden_layers": MODEL.layers, "hidden_size": MODEL.hidden},
+    "stages": [{"layer": 3, "keep": 0.5}],
+    "ranking": "last-token-attention",
+}
+WITH_RANKING = [
+    ({"pipeline_parallel_size": 2}, "use --tensor-parallel-size, not --pipeline-parallel-size"),
+    ({"kv_cache_dtype": "fp8"}, "remove --kv-cache-dtype fp8"),
+    ({"max_num_scheduled_tokens": 64}, "set --max-num-batched-tokens, not --max-num-scheduled-tokens"),
+    ({"long_prefill_token_threshold": 64}, "remove --long-prefill-token-threshold"),
+]
+
+
 def configure(folder: Path, **options):
     defaults = {"model_impl": "vtw", "dtype": "float32", "max_model_len": 512, "enforce_eager": True}
     return EngineArgs(model=str(folder), **(defaults | options)).create_engine_config()
@@ -65,6 +79,14 @@ def configure(folder: Path, **options):
 def test_an_option(checkpoint, options, message):
     with pytest.raises(ValueError, match=message):
         configure(checkpoint(MODEL), **options)
+
+
+@pytest.mark.parametrize(("options", "message"), WITH_RANKING, ids=lambda value: next(iter(value), "")[:40])
+def test_an_option_that_only_ranking_refuses(checkpoint, options, message):
+    folder = checkpoint(MODEL)
+    configure(folder, **options)
+    with pytest.raises(ValueError, match=f"cannot rank visual tokens here:\n- .*{message}"):
+        configure(folder, additional_config={"vtw": {"policy": RANKED}}, **options)
 
 
 def test_a_draft_model(checkpoint):

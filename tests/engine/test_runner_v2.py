@@ -27,7 +27,8 @@ def run(plugin: str, corner: str) -> None:
 @pytest.mark.parametrize(
     "corner",
     [
-        "test_blocks.py::test_several_stages",
+        pytest.param("test_blocks.py::test_several_stages", marks=slow),
+        pytest.param("test_ranked.py::test_every_request_shape[four stages]", marks=slow),
         pytest.param(f"{PARITY}[K1of8-tokens-2heads-llama-64]", marks=slow),
         pytest.param(f"{PARITY}[K4of8-blocks-1heads-qwen2-8192]", marks=slow),
         pytest.param(f"{PREEMPTED}[False]", marks=slow),
@@ -42,6 +43,7 @@ def test_corner(corner):
     "corner",
     [
         f"{GRAPHS}[True-False]",
+        "graph_corners.py::test_ranked_prompts_choose_between_graphs",
         pytest.param("graph_corners.py", marks=slow),  # all of them
     ],
 )

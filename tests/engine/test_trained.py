@@ -1,5 +1,6 @@
-"""Answers that mean something: the shipped model's, in full and withdrawn after half of its layers."""
+"""Answers that mean something: the shipped model's in full, withdrawn at half of its layers, and ranked."""
 
+import json
 import sys
 from itertools import islice
 from unittest.mock import patch
@@ -7,6 +8,7 @@ from unittest.mock import patch
 from benchmarks.quality.calibration import write_data
 from benchmarks.quality.evaluate import TIE, answers, own_answer
 from benchmarks.quality.model import CHECKPOINT, LAYERS
+from benchmarks.quality.schedules import largest_gap
 from benchmarks.quality.tasks import TASKS, samples
 from tests.engine.engines import running
 from vllm_vtw.cli import main
@@ -35,3 +37,21 @@ def test_counting_survives_half_of_the_layers_and_reading_does_not(reference, tm
     assert min(full.values()) >= SAMPLES - 1, full
     assert cut["counting"] >= SAMPLES - 1, cut
     assert max(cut["ocr"], cut["caption"]) <= 1, cut
+
+
+def test_a_searched_schedule_is_served_as_it_was_searched(tmp_path):
+    """Its stages rank, and the engine's answers are those of the reference under the same stages."""
+    data = write_data(tmp_path, list(TASKS), SAMPLES)
+    options = [f"--data={data}", f"--out={tmp_path / 'out'}", "--max-tokens=8", "--max-token-change=0.1"]
+    with patch.object(sys, "argv", ["vtw", "gsearch", str(CHECKPOINT), *options, "--max-answer-kl=0.3"]):
+        main()
+    file = tmp_path / "out" / "policy.json"
+    stages = {stage["layer"]: stage["keep"] for stage in json.loads(file.read_text())["stages"]}
+    assert len(stages) >= 2
+    assert any(0 < keep < 1 for keep in stages.values())
+    asked = [sample for task in TASKS for sample in islice(samples("validation", task), SAMPLES)]
+    with running(CHECKPOINT, {"policy": str(file)}) as llm:
+        given = answers(llm, asked)
+    assert largest_gap(stages, list(zip(asked, given, strict=True))) < TIE
+    wrong = sum(answer.text != question.answer for (_, question), answer in zip(asked, given, strict=True))
+    assert wrong <= len(asked) // 3

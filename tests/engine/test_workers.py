@@ -7,6 +7,7 @@ from vllm import SamplingParams
 
 from benchmarks.small_llava import SmallLlava
 from tests.engine.engines import SHAPES, assert_follows, logprobs_of, running
+from tests.engine.test_ranked import assert_ranked, written
 from vllm_vtw.models.received import KEYS, Received
 
 LAYERS = 4
@@ -44,6 +45,7 @@ def rows_received(worker) -> list[int]:
     return worker.rows_received
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layer", "kept_only"), [(2, True), (3, False)])
 def test_what_the_second_rank_receives(checkpoint, reference, monkeypatch, layer, kept_only):
     """Past the withdrawal layer no row of a withdrawn token, but where its state is asked for."""
@@ -67,7 +69,7 @@ def test_what_the_second_rank_receives(checkpoint, reference, monkeypatch, layer
 @pytest.mark.parametrize(
     ("layer", "options"),
     [
-        pytest.param(2, {"tensor_parallel_size": 2}, id="tensor"),
+        pytest.param(2, {"tensor_parallel_size": 2}, id="tensor", marks=pytest.mark.slow),
         pytest.param(1, PIPELINE, id="pipeline, inside the first rank", marks=pytest.mark.slow),
         pytest.param(2, PIPELINE, id="pipeline, between the ranks"),
         pytest.param(3, PIPELINE, id="pipeline, inside the second rank", marks=pytest.mark.slow),
@@ -88,3 +90,15 @@ def test_answers_of_two_workers(checkpoint, reference, layer, options):
             if prompt[position] != oracle.image_token:
                 given = output.prompt_logprobs[position][prompt[position]].logprob
                 assert math.isclose(given, expected[position - 1, prompt[position]], abs_tol=1e-3)
+
+
+def test_heads_on_two_workers_rank_alike(checkpoint, reference, tmp_path):
+    schedule = {1: 0.6, 3: 0.2}
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    short = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    options = {"tensor_parallel_size": 2, "max_num_batched_tokens": 320, "max_num_seqs": 4}
+    with running(folder, written(tmp_path, schedule, MODEL), **options) as llm:
+        outputs = llm.generate([ask.to_vllm(oracle) for ask in ASKS], short, use_tqdm=False)
+    for ask, output in zip(ASKS, outputs, strict=True):
+        assert_ranked(oracle, ask, output, schedule)

@@ -206,4 +206,4 @@ def test_a_backend_that_is_not_supported_is_refused(step):
     torch.nn.Module.__init__(attention)
     attention.attn_backend = SimpleNamespace(get_name=lambda: "FLASHINFER")
     with pytest.raises(ValueError, match="backend FLASHINFER: set --attention-backend to one of FLASH_ATTN"):
-        StageAttention.adopt(attention, 1, step)
+        StageAttention.adopt(attention, 1, 0.0, step)

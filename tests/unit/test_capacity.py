@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.strategies import Prompt
-from vllm_vtw.capacity import MAX_GROUPS, Groups, layers_per_group, withdrawn_of_image
+from vllm_vtw.capacity import GROUPS_PER_STAGE, Groups, layers_per_group, visual_held, withdrawn_of_image
 from vllm_vtw.policy import Policy, Stage
 
 
@@ -14,7 +14,9 @@ from vllm_vtw.policy import Policy, Stage
 def policies(draw: st.DrawFn) -> tuple[Policy, int]:
     num_layers = draw(st.integers(1, 40))
     layers = draw(st.sets(st.integers(1, num_layers - 1), max_size=4)) if num_layers > 1 else set()
-    return Policy(tuple(Stage(layer, 0.0) for layer in sorted(layers))), num_layers
+    keeps = draw(st.lists(st.sampled_from([0.0, 0.2, 0.5, 0.9]), min_size=len(layers), max_size=len(layers)))
+    stages = zip(sorted(layers), sorted(keeps, reverse=True), strict=True)
+    return Policy(tuple(Stage(layer, keep) for layer, keep in stages)), num_layers
 
 
 @given(policies())
@@ -25,8 +27,9 @@ def test_every_layer_is_in_one_group_of_its_stage(given_policy):
         sizes = [layers for of, layers in zip(groups.stages, groups.layers, strict=True) if of == stage]
         assert sum(sizes) == len(segment)
         assert max(sizes) - min(sizes) <= 1
-    assert len(groups.stages) <= max(MAX_GROUPS, len(policy.stages) + 1)
-    assert groups.width == layers_per_group([len(segment) for segment in policy.segments(num_layers)])
+    assert len(groups.stages) <= GROUPS_PER_STAGE * max(2, len(policy.stages) + 1)
+    sizes = [len(segment) for segment in policy.segments(num_layers)]
+    assert groups.width == layers_per_group(sizes, policy.keeps)
 
 
 @given(st.integers(2, 40), st.data())
@@ -40,7 +43,7 @@ def test_no_other_split_takes_less(num_layers: int, data: st.DataObject):
         return width * (2 * first + second)
 
     chosen = groups.width * (2 * groups.stages.count(0) + groups.stages.count(1))
-    counts = [n for n in product(range(1, MAX_GROUPS), repeat=2) if sum(n) <= MAX_GROUPS]
+    counts = [n for n in product(range(1, 4), repeat=2) if sum(n) <= 4]
     assert chosen == min(taken(*count) for count in counts)
 
 
@@ -64,8 +67,18 @@ def test_an_image_withdraws_at_least_what_is_said(tokens: int, align_to: int, st
 
 
 def test_where_padding_takes_more_than_withdrawal_saves():
-    worse = [k for k in range(1, 33) if Groups.of(Policy.withdraw_at(k, 32), 32).takes_more_than_stock]
+    policies = {k: Policy.withdraw_at(k, 32) for k in range(1, 33)}
+    worse = [k for k, policy in policies.items() if Groups.of(policy, 32).takes_more_than_stock(policy)]
     assert worse == [28, 29, 30, 31]
+    keeps_most = Policy((Stage(8, 0.95), Stage(31, 0.9)))
+    assert Groups.of(keeps_most, 32).takes_more_than_stock(keeps_most)
+
+
+def test_what_ranked_stages_hold():
+    ranked = Policy((Stage(8, 0.5), Stage(16, 0.1), Stage(24, 0.0)))
+    assert visual_held(ranked, 3, 15, 1) == [45, 23, 5, 0]
+    assert visual_held(Policy.withdraw_at(8, 32), 3, 15, 4) == [45, 9]
+    assert Groups.of(ranked, 32).layers == (8, 8, 8, 8)
 
 
 def test_blocks_of_a_request():

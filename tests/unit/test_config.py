@@ -4,6 +4,8 @@ import json
 import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vllm_vtw.config import Model, VTWConfig
 from vllm_vtw.policy import Policy, Stage
@@ -15,6 +17,10 @@ POLICY = {
     "stages": [{"layer": 3, "keep": 0.0}, {"layer": 5, "keep": 0}],
     "ranking": None,
     "gate": None,
+}
+RANKED = {
+    "stages": [{"layer": 3, "keep": 0.5}, {"layer": 5, "keep": 0.1}],
+    "ranking": "last-token-attention",
 }
 
 
@@ -88,15 +94,24 @@ def test_wrong_options(options, message):
             "not a policy file: expected a JSON object with 'format': 'vllm-vtw-policy/1'",
         ),
         ({"model": {"model_type": "llava", "num_hidden_layers": 32, "hidden_size": 64}}, "for another model"),
-        ({"ranking": "last-token-attention"}, "'ranking' and 'gate' have to be null"),
-        ({"gate": {}}, "'ranking' and 'gate' have to be null"),
+        (
+            {"ranking": "last-token-attention"},
+            "'ranking' = 'last-token-attention': has to be None, as no stage",
+        ),
+        (RANKED | {"ranking": None}, "'ranking' = None: has to be 'last-token-attention', as a stage"),
+        ({"gate": {}}, "'gate' has to be null"),
         ({"stages": None}, "'stages' has to be a list"),
         ({"stages": [{"layer": 3}]}, "'stages'[0] has to have exactly the keys 'layer' and 'keep'"),
         ({"stages": [{"layer": 0, "keep": 0}]}, "'stages'[0]['layer'] = 0: has to be an integer from 1 to 7"),
         ({"stages": [{"layer": 8, "keep": 0}]}, "'stages'[0]['layer'] = 8: has to be an integer from 1 to 7"),
         ({"stages": [{"layer": 5, "keep": 0}, {"layer": 3, "keep": 0}]}, "an integer from 6 to 7"),
-        ({"stages": [{"layer": 3, "keep": 0.5}]}, "'stages'[0]['keep'] = 0.5: this version supports 0 only"),
-        ({"stages": [{"layer": 3, "keep": False}]}, "'keep'] = False: this version supports 0 only"),
+        ({"stages": [{"layer": 3, "keep": 1}]}, "'keep'] = 1: has to be a number from 0 on, less than 1"),
+        ({"stages": [{"layer": 3, "keep": -0.1}]}, "'keep'] = -0.1: has to be a number from 0 on"),
+        ({"stages": [{"layer": 3, "keep": False}]}, "'keep'] = False: has to be a number from 0 on"),
+        (
+            {"stages": [{"layer": 3, "keep": 0.2}, {"layer": 5, "keep": 0.3}]},
+            "'keep'] = 0.3: more than before",
+        ),
     ],
 )
 def test_wrong_policies(change, message, tmp_path):
@@ -105,3 +120,24 @@ def test_wrong_policies(change, message, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)) as refusal:
         parse({"policy": str(file)})
     assert str(file) in str(refusal.value)
+
+
+def test_a_ranked_policy(tmp_path):
+    file = tmp_path / "policy.json"
+    file.write_text(json.dumps(POLICY | RANKED))
+    config = parse({"policy": str(file)})
+    assert config.policy.ranking == "last-token-attention"
+    assert config.policy.keeps == (1, 0.5, 0.1)
+    assert parse(config.resolved(SMALL)) == config
+    # It goes by tokens, prefix caching or not.
+    assert not VTWConfig.parse({"policy": str(file)}, SMALL, prefix_caching=True).align
+    with pytest.raises(
+        ValueError, match=re.escape('["align"] = True: has to be false for a policy that ranks')
+    ):
+        parse({"policy": str(file), "align": True})
+
+
+@given(st.integers(0, 1000), st.integers(0, 5000))
+def test_the_number_of_tokens_that_stay_is_exact(thousandths: int, tokens: int):
+    """Of the fraction as it is written: 0.1 of 30 is 3."""
+    assert Stage(1, thousandths / 1000).kept(tokens) == -(-thousandths * tokens // 1000)

@@ -1,12 +1,13 @@
 """The step plan against going through a batch token by token."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.strategies import ALIGNMENTS, Prompt, prompts
-from vllm_vtw.retention import Retention
-from vllm_vtw.worker.plan import Batch, Rows, plan_stage
+from vllm_vtw.retention import Ranking, Retention
+from vllm_vtw.worker.plan import Batch, Rows, candidates, plan_stage
 
 
 @st.composite
@@ -70,3 +71,25 @@ def test_decoding_withdraws_nothing_more():
     assert plan.settled
     assert plan.withdrawal is None
     assert plan.withdrawn.tolist() == [48, 0]
+
+
+def ranked(leaving: int) -> Retention:
+    return Retention([(5, 5 + leaving)], 5, Ranking(5, 20, ((5, 12), (15, 18))))
+
+
+def test_prompts_that_rank_are_told():
+    rows = Rows.of([(Retention(),), (ranked(4),), (ranked(4),), (ranked(4),), (Retention([(2, 6)]),)])
+    # Text alone; the text before the picture; from there to the end; decoding; a picture that is not ranked.
+    batch = Batch(rows, np.array([0, 0, 5, 30, 0]), np.cumsum([0, 4, 5, 15, 1, 8]))
+    plan = plan_stage(batch, 1)
+    assert plan.withdrawal is not None
+    assert plan.withdrawal.ranked == (2,)
+    assert plan.withdrawal.query_start_loc.tolist() == [0, 4, 9, 20, 21, 25]
+    mask = candidates(batch, plan.withdrawal.ranked)
+    assert np.flatnonzero(mask).tolist() == [*range(9, 16), *range(19, 22)]
+
+
+def test_a_ranked_prompt_is_not_cut():
+    for computed, scheduled in ((0, 19), (6, 14)):
+        with pytest.raises(AssertionError, match="a ranked prompt was cut"):
+            plan_stage(Batch(Rows.of([(ranked(4),)]), np.array([computed]), np.array([0, scheduled])), 1)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from vllm.multimodal.inputs import PlaceholderRange
 
 from tests.unit.strategies import ALIGNMENTS, Prompt, prompts
-from vllm_vtw.policy import Policy
+from vllm_vtw.policy import Policy, Stage
 from vllm_vtw.retention import request_retentions, visual_spans
 
 
@@ -91,3 +91,28 @@ def test_every_stage_past_the_first_has_a_retention():
     assert request_retentions(Policy(()), features, 10, 1) == ()
     (only,) = request_retentions(Policy.withdraw_at(4, 8), features, 10, 1)
     assert only.keep(0, 10).tolist() == [True] * 2 + [False] * 4 + [True] * 4
+
+
+@given(prompts(), st.lists(st.sampled_from([0.0, 0.1, 0.5, 0.99]), min_size=1, max_size=3))
+def test_ranked_stages_promise_a_number(prompt: Prompt, keeps: list[float]):
+    keeps.sort(reverse=True)
+    policy = Policy(tuple(Stage(layer, keep) for layer, keep in enumerate([0.995, *keeps], 1)))
+    features = [feature("image", start, stop - start) for start, stop in prompt.spans]
+    retentions = request_retentions(policy, features, prompt.length, 16)
+    leaving = prompt.length - len(prompt.held(prompt.length, 1))
+    before = 0
+    for stage, retention in zip(policy.stages, retentions, strict=True):
+        assert retention.num_withdrawn == leaving - stage.kept(leaving) >= before
+        before = retention.num_withdrawn
+        if not leaving:
+            assert retention.ranking is None
+            continue
+        ranking = retention.ranking
+        assert ranking is not None
+        assert (ranking.start, ranking.stop) == (prompt.spans[0][0], prompt.length)
+        assert sum(stop - start for start, stop in ranking.candidates) == leaving
+        # No step ends between the first picture and the end, and no other request shares what is there.
+        assert retention.shareable == ranking.start
+        assert retention.count(ranking.start) == ranking.start
+        for generated in (0, 7):
+            assert retention.count(prompt.length + generated) == prompt.length + generated - before

@@ -35,7 +35,7 @@ def install() -> None:
         layers: dict[KVCacheSpec, list[str]] = defaultdict(list)
         for name, spec in kv_cache_spec.items():
             layers[spec].append(name)
-        size = choose([len(names) for names in layers.values()])
+        size = choose(list(layers), [len(names) for names in layers.values()])
         groups = []
         for names in layers.values():
             count = -(-len(names) // size)

@@ -7,7 +7,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.encoder_budget import MultiModalBudget
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from vllm_vtw.capacity import Groups, withdrawn_of_image
+from vllm_vtw.capacity import Groups, visual_held
 from vllm_vtw.config import VTWConfig
 from vllm_vtw.kv.spec import StageSpec
 
@@ -26,18 +26,17 @@ def log_startup(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config:
     budget = MultiModalBudget(vllm_config, MULTIMODAL_REGISTRY)
     tokens = budget.mm_max_toks_per_item.get("image", 0)
     block_size = vllm_config.cache_config.block_size
-    withdrawn = withdrawn_of_image(tokens, config.align_to(block_size))
-    held = groups.width * sum(tokens - withdrawn if stage else tokens for stage in groups.stages)
+    by_stage = visual_held(config.policy, 1, tokens, config.align_to(block_size))
+    held = groups.width * sum(by_stage[stage] for stage in groups.stages)
     bytes_per_token = specs[0].page_size_bytes / block_size
     logger.info(
-        "vtw: withdrawing %s at layer K = %d of L = %d; KV cache groups%s: %s; "
+        "vtw: withdrawing %s of L = %d; KV cache groups%s: %s; "
         "an image of %d tokens takes about %.2f MiB of KV cache, %.2f MiB in stock vLLM%s",
-        "whole blocks of visual tokens" if config.align else "every visual token",
-        stages[0].layer if stages else num_layers,
+        _withdrawal(config, num_layers),
         num_layers,
         " of the first pipeline rank" if vllm_config.parallel_config.pipeline_parallel_size > 1 else "",
         " + ".join(
-            f"{layers} layers ({'text' if stage else 'all'})"
+            f"{layers} layers ({_held(config.policy.keeps[stage])})"
             for stage, layers in zip(groups.stages, groups.layers, strict=True)
         ),
         tokens,
@@ -45,15 +44,28 @@ def log_startup(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config:
         sum(groups.layers) * tokens * bytes_per_token / 2**20,
         ", on each rank" if vllm_config.parallel_config.tensor_parallel_size > 1 else "",
     )
-    if stages and groups.takes_more_than_stock:
+    if stages and groups.takes_more_than_stock(config.policy):
         logger.warning(
             "vtw: at this layer, padding of KV cache groups takes more memory than withdrawal saves: "
             "`vtw plan MODEL --layer K` shows what others take"
         )
-    if stages and config.align and withdrawn < tokens / 2:
+    if stages and config.align and by_stage[-1] > tokens / 2:
         logger.warning(
             "vtw: blocks of %d tokens leave little of an image of %d tokens to withdraw by whole blocks: "
             'take a smaller --block-size, or set "align": false',
             block_size,
             tokens,
         )
+
+
+def _withdrawal(config: VTWConfig, num_layers: int) -> str:
+    stages = config.policy.stages
+    if config.policy.ranking is not None:
+        parts = (f"{stage.keep:.3g} of all stay from layer {stage.layer} on" for stage in stages)
+        return f"visual tokens, the least attended to by the end of the prompt, {', '.join(parts)}"
+    what = "whole blocks of visual tokens" if config.align else "every visual token"
+    return f"{what} at layer K = {stages[0].layer if stages else num_layers}"
+
+
+def _held(keep: float) -> str:
+    return {1.0: "all", 0.0: "text"}.get(keep, f"text and {keep:.3g} of the visual tokens")

@@ -14,8 +14,8 @@ from vllm.v1.request import Request
 from vllm_vtw.kv.manager import RequestHashes, StageManager
 from vllm_vtw.kv.report import log_startup
 from vllm_vtw.kv.statistics import Statistics
-from vllm_vtw.retention import Retention, request_retentions
-from vllm_vtw.startup import refuse_unsupported, vtw_config
+from vllm_vtw.retention import Ranking, Retention, request_retentions
+from vllm_vtw.startup import refuse_unsupported, refuse_with_ranking, vtw_config
 
 logger = logging.getLogger("vllm.vtw")
 
@@ -32,6 +32,8 @@ class VTWScheduler(Scheduler):
         super().__init__(vllm_config, kv_cache_config, **options)
         config = vtw_config(vllm_config)
         self.policy = config.policy
+        if self.policy.ranking is not None:
+            refuse_with_ranking(vllm_config)
         self.align_to = config.align_to(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
         self.retentions: dict[str, tuple[Retention, ...]] = {}
         managers = self.kv_cache_manager.coordinator.single_type_managers
@@ -59,8 +61,29 @@ class VTWScheduler(Scheduler):
                 "send the whole prompt at once",
                 request.request_id,
             )
-            # vLLM's set of requests that end with an error after the step at hand.
-            self.encoder_cache_mismatch_reqs.add(request.request_id)
+            self._end_with_error(request)
+        ranking = self.retentions[request.request_id][0].ranking if self.policy.ranking else None
+        if ranking is not None and not self._fits_a_step(request, ranking):
+            logger.error(
+                "vtw: request %s has %d tokens from its first image on, too many to be ranked in one step: "
+                "raise --max-num-batched-tokens",
+                request.request_id,
+                ranking.stop - ranking.start,
+            )
+            self._end_with_error(request)
+
+    def _fits_a_step(self, request: Request, ranking: Ranking) -> bool:
+        """Whether a step ever takes a prompt from its first picture on, and the encoder's cache its pictures.
+
+        What came through the model's processor has been asked the first already.
+        """
+        pictures = sum(request.get_num_encoder_embeds(index) for index in range(len(request.mm_features)))
+        most = min(self.max_num_encoder_input_tokens, self.encoder_cache_manager.cache_size)
+        return ranking.stop - ranking.start <= self.max_num_scheduled_tokens and pictures <= most
+
+    def _end_with_error(self, request: Request) -> None:
+        # vLLM's set of requests that end with an error after the step at hand.
+        self.encoder_cache_mismatch_reqs.add(request.request_id)
 
     def schedule(self, *args: Any, **options: Any) -> SchedulerOutput:
         """vLLM's step, with the pictures that it leaves out because the cache covers them: model runner V1 is
@@ -71,6 +94,32 @@ class VTWScheduler(Scheduler):
             for new in output.scheduled_new_reqs:
                 new.mm_features = self.requests[new.req_id].mm_features
         return output
+
+    def _try_schedule_encoder_inputs(
+        self,
+        request: Request,
+        num_computed_tokens: int,
+        num_new_tokens: int,
+        encoder_compute_budget: int,
+        *args: Any,
+        **options: Any,
+    ) -> tuple[list[int], int, int, list[int], list[int]]:
+        """vLLM's choice, which may leave out tokens of the step, where it takes all that a ranked prompt has
+        from its first picture on, or nothing of that."""
+        ranking = self.retentions[request.request_id][0].ranking if self.policy.ranking else None
+        if ranking is not None and num_computed_tokens <= ranking.start:
+            before = ranking.start - num_computed_tokens
+            if num_computed_tokens + num_new_tokens < ranking.stop:
+                num_new_tokens = min(num_new_tokens, before)
+        given = (request, num_computed_tokens, num_new_tokens, encoder_compute_budget)
+        chosen: tuple[list[int], int, int, list[int], list[int]]
+        chosen = super()._try_schedule_encoder_inputs(*given, *args, **options)
+        if ranking is None or not ranking.start < num_computed_tokens + chosen[1] < ranking.stop:
+            return chosen
+        # Holding on to those of its pictures that are in the encoder's cache, it could wait for room for the
+        # others that another request holds on to likewise.
+        self.encoder_cache_manager.free(request)
+        return [], before, encoder_compute_budget, [], []
 
     def make_stats(self, *args: Any, **options: Any) -> SchedulerStats | None:
         """vLLM's statistics, and the plugin's in a field that vLLM's loggers read with LoRA only, which is

@@ -3,15 +3,15 @@
 Whatever process handles such a spec has imported this module, by unpickling it if not otherwise.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace_as
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from vllm_vtw.capacity import layers_per_group
+from vllm_vtw import capacity
 from vllm_vtw.kv import groups
 from vllm_vtw.kv.manager import StageManager
 
@@ -25,15 +25,20 @@ class StageSpec(AttentionSpec):
     """
 
     stage: int
-    layers_per_group: ClassVar = staticmethod(layers_per_group)
-    """How vLLM is to split the layers of all stages into groups."""
+    keep: float = 0.0
+    """The fraction of visual tokens that the stage holds."""
 
     @classmethod
-    def like(cls, spec: FullAttentionSpec, stage: int) -> "StageSpec":
+    def like(cls, spec: FullAttentionSpec, stage: int, keep: float = 0.0) -> "StageSpec":
         """The spec of `stage` with the layout of the model's own layers."""
-        return replace_as(
-            spec, cls, drop=("sliding_window", "attention_chunk_size", "non_causal"), stage=stage
-        )
+        dropped = ("sliding_window", "attention_chunk_size", "non_causal")
+        return replace_as(spec, cls, drop=dropped, stage=stage, keep=keep)
+
+    @staticmethod
+    def layers_per_group(specs: Sequence[KVCacheSpec], counts: Sequence[int]) -> int:
+        """How vLLM is to split the layers of all stages into groups, `counts[i]` of them with `specs[i]`."""
+        keeps = [spec.keep if isinstance(spec, StageSpec) else 1.0 for spec in specs]
+        return capacity.layers_per_group(counts, keeps)
 
     @property
     def uses_slot_mapping(self) -> bool:

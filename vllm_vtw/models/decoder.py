@@ -15,6 +15,7 @@ from vllm_vtw.models.received import EXIT_STATES, received_rows
 from vllm_vtw.models.segment import Segment, compiled_segment
 from vllm_vtw.policy import Policy
 from vllm_vtw.worker.backend import StageAttention
+from vllm_vtw.worker.ranking import rank_behind
 from vllm_vtw.worker.step import CurrentStep, StageStep
 
 
@@ -50,7 +51,10 @@ class StagedDecoder:
             self.segments[stage] = compiled_segment(vllm_config, stage, own, norm)
             if stage > 0:
                 for layer in own:
-                    StageAttention.adopt(layer.self_attn.attn, stage, step)
+                    StageAttention.adopt(layer.self_attn.attn, stage, policy.keeps[stage], step)
+        if policy.ranking is not None:
+            for stage, border in enumerate(borders, 1):
+                rank_behind(text_model.layers[border - 1].self_attn.attn, stage, step)
         self.graph_inputs = GraphInputs(vllm_config, step.device)
 
     def __call__(

@@ -6,16 +6,25 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_vtw.models.decoder import StagedDecoder
+from vllm_vtw.models.prompt_limit import limited
 from vllm_vtw.models.received import received_buffers
 from vllm_vtw.startup import vtw_config
 from vllm_vtw.worker import v1
 from vllm_vtw.worker.step import CurrentStep
 
+VLLM_PROCESSING = LlavaForConditionalGeneration._processor_factory
 
+
+@MULTIMODAL_REGISTRY.register_processor(
+    limited(VLLM_PROCESSING.processor),
+    info=VLLM_PROCESSING.info,
+    dummy_inputs=VLLM_PROCESSING.dummy_inputs,
+)
 class VTWLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     """vLLM's LLaVA, weights and processing unchanged, on a staged decoder."""
 

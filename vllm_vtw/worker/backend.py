@@ -91,10 +91,11 @@ class StageAttention(Attention):
     """An attention layer of a stage past the first. vLLM asks it for its backend and its KV-cache spec."""
 
     stage: int
+    keep: float
     step: CurrentStep
 
     @classmethod
-    def adopt(cls, attention: Attention, stage: int, step: CurrentStep) -> None:
+    def adopt(cls, attention: Attention, stage: int, keep: float, step: CurrentStep) -> None:
         """Turns a layer that the model has built into one of `stage`.
 
         The model's classes build their attention themselves, each with its own arguments; changing the
@@ -112,7 +113,7 @@ class StageAttention(Attention):
             )
         attention.__class__ = cls
         assert isinstance(attention, cls)
-        attention.stage, attention.step = stage, step
+        attention.stage, attention.keep, attention.step = stage, keep, step
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return stage_backend(super().get_attn_backend())
@@ -120,4 +121,4 @@ class StageAttention(Attention):
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         spec = super().get_kv_cache_spec(vllm_config)
         assert isinstance(spec, FullAttentionSpec)
-        return StageSpec.like(spec, self.stage)
+        return StageSpec.like(spec, self.stage, self.keep)

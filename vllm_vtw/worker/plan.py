@@ -1,6 +1,6 @@
 """The step plan: for a batch and a stage, the tokens that stay and how far each moves up in its row."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -91,12 +91,15 @@ class Withdrawal:
         left: Indices of the others, shape `(left,)`.
         shifts: Withdrawn tokens of the same request before each token of the batch, shape `(tokens,)`.
         query_start_loc: Where each row's tokens start among the kept, shape `(rows + 1,)`.
+        ranked: Rows whose prompt ranks its visual tokens in this step. What is `kept` and `left` of them is
+            right in number, and stands for tokens that are chosen later.
     """
 
     kept: IntArray
     left: IntArray
     shifts: Int32Array
     query_start_loc: IntArray
+    ranked: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -128,12 +131,17 @@ def plan_stage(batch: Batch, stage: int) -> StagePlan:
     withdrawn = withdrawn.copy()
     starts = batch.query_start_loc
     keep = np.ones(starts[-1], dtype=bool)
-    chunks = []
+    chunks, ranked = [], []
     for row in unsettled:
         retention = batch.rows.retentions[row][stage - 1]
         start = int(batch.num_computed[row])
         tokens = slice(starts[row], starts[row + 1])
         stop = start + int(tokens.stop - tokens.start)
+        if retention.ranking is not None and stop > retention.ranking.start:
+            assert start <= retention.ranking.start < retention.ranking.stop <= stop, (
+                "a ranked prompt was cut"
+            )
+            ranked.append(int(row))
         keep[tokens] = retention.keep(start, stop)
         withdrawn[row] = stop - retention.count(stop)
         chunks.append((tokens, start - retention.count(start)))
@@ -145,5 +153,19 @@ def plan_stage(batch: Batch, stage: int) -> StagePlan:
         left = ~keep[tokens]
         shifts[tokens] = before + np.cumsum(left) - left
     kept_before = np.concatenate(([0], np.cumsum(keep)))
-    withdrawal = Withdrawal(np.flatnonzero(keep), np.flatnonzero(~keep), shifts, kept_before[starts])
+    withdrawal = Withdrawal(
+        np.flatnonzero(keep), np.flatnonzero(~keep), shifts, kept_before[starts], tuple(ranked)
+    )
     return StagePlan(withdrawn, settled=False, withdrawal=withdrawal)
+
+
+def candidates(batch: Batch, ranked: Iterable[int]) -> npt.NDArray[np.bool_]:
+    """For each token of the batch, whether it is one of those that the prompts of rows `ranked` rank."""
+    mask = np.zeros(batch.query_start_loc[-1], dtype=bool)
+    for row in ranked:
+        ranking = batch.rows.retentions[row][0].ranking
+        assert ranking is not None
+        in_batch = int(batch.query_start_loc[row]) - int(batch.num_computed[row])
+        for start, stop in ranking.candidates:
+            mask[in_batch + start : in_batch + stop] = True
+    return mask

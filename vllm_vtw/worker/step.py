@@ -8,7 +8,8 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_vtw.worker.buffers import Front, Slots
-from vllm_vtw.worker.plan import Batch, Rows, StagePlan, plan_stage
+from vllm_vtw.worker.plan import Batch, Rows, StagePlan, candidates, plan_stage
+from vllm_vtw.worker.ranking import RankedPrompt, chosen
 
 
 class StageStep:
@@ -18,10 +19,11 @@ class StageStep:
         kept: Indices in the batch of the tokens that the stage computes, shape `(kept,)`; None for all.
         gather: Indices of the same tokens among those of the stage before; None when both compute the same.
         num_tokens: How many they are.
+        ranked: Prompts of which `choose` has to say what stays, before anything is gathered.
 
     Args:
         plan: The stage's plan.
-        before: The plan of the stage before.
+        before: The stage before, past the first.
         withdrawn: `plan.withdrawn` on the device.
         batch: The requests.
         fixed_shape: A CUDA graph replays the step: withdrawn tokens are computed with the others, and only
@@ -31,7 +33,7 @@ class StageStep:
     def __init__(
         self,
         plan: StagePlan,
-        before: StagePlan | None,
+        before: "StageStep | None",
         withdrawn: torch.Tensor,
         batch: Batch,
         fixed_shape: bool,
@@ -41,6 +43,7 @@ class StageStep:
         self._least_withdrawn = int(plan.withdrawn.min())
         self.kept: torch.Tensor | None = None
         self.gather: torch.Tensor | None = None
+        self.ranked: tuple[RankedPrompt, ...] = ()
         self.num_tokens = int(batch.query_start_loc[-1])
         self._starts_cpu: np.ndarray | None = None
         self._not_stored: torch.Tensor | None = None
@@ -54,16 +57,66 @@ class StageStep:
         self._shifts = async_tensor_h2d(plan.withdrawal.shifts, device)
         if fixed_shape:
             assert batch.is_one_token_each, "a chunk of several tokens cannot be cut in a graph"
+            assert not plan.withdrawal.ranked
             self._not_stored = async_tensor_h2d(plan.withdrawal.left, device)
             return
         self.kept = async_tensor_h2d(plan.withdrawal.kept, device)
-        self.gather = self.kept
-        if before is not None and before.withdrawal is not None:
-            self.gather = _gather(plan.withdrawal.kept, before.withdrawal.kept, device)
         self._shifts = self._shifts[self.kept]
+        self.gather = self.kept
+        self._kept_before = None if before is None else before.kept
+        if before is not None and before.plan.withdrawal is not None:
+            kept_before = before.plan.withdrawal.kept
+            if len(kept_before) == len(self.kept):
+                self.kept, self.gather = before.kept, None  # what was chosen for it
+            else:
+                gather = np.searchsorted(kept_before, plan.withdrawal.kept)
+                self.gather = async_tensor_h2d(gather, device)
         self.num_tokens = len(plan.withdrawal.kept)
         self._starts_cpu = plan.withdrawal.query_start_loc.astype(np.int32)
         self._starts = async_tensor_h2d(self._starts_cpu, device)
+
+    def expect_choices(self, batch: Batch, stage: int, starts_before: np.ndarray, mask: torch.Tensor) -> None:
+        """Prepares for what ranked prompts will choose.
+
+        Args:
+            batch: The requests.
+            stage: This stage.
+            starts_before: Where each row's tokens start among those of the stage before, shape `(rows + 1,)`.
+            mask: Which tokens of the batch are ranked, shape `(tokens,)`.
+        """
+        assert self.plan.withdrawal is not None
+        if self.gather is None:
+            return
+        starts = self.plan.withdrawal.query_start_loc
+        self._mask = mask
+        self.ranked = tuple(
+            RankedPrompt.of(
+                batch.rows.retentions[row],
+                stage,
+                row,
+                int(batch.num_computed[row]),
+                slice(int(starts_before[row]), int(starts_before[row + 1])),
+                slice(int(starts[row]), int(starts[row + 1])),
+            )
+            for row in self.plan.withdrawal.ranked
+        )
+
+    def choose(self, prompt: RankedPrompt, attention: torch.Tensor) -> None:
+        """Settles which tokens of a ranked prompt stay.
+
+        Args:
+            prompt: One of `ranked`.
+            attention: That its tokens got, as many as the stage before computes, float32.
+        """
+        assert self.kept is not None
+        assert self.gather is not None
+        before, kept = prompt.before, prompt.kept
+        in_batch = torch.arange(before.start, before.stop, device=attention.device)
+        if self._kept_before is not None:
+            in_batch = self._kept_before[before]
+        order = chosen(attention, self._mask[in_batch], kept.stop - kept.start)
+        self.kept[kept] = in_batch[order]
+        self.gather[kept] = before.start + order
 
     def begin_again(self) -> None:
         """Forgets where the tokens of the step before lay; the plan is the same as long as rows decode."""
@@ -125,12 +178,6 @@ class StageStep:
         return seen
 
 
-def _gather(kept: np.ndarray, kept_before: np.ndarray, device: torch.device) -> torch.Tensor | None:
-    if len(kept) == len(kept_before):
-        return None
-    return async_tensor_h2d(np.searchsorted(kept_before, kept), device)
-
-
 class CurrentStep:
     """What the step being prepared, or run, means for each stage past the first.
 
@@ -176,14 +223,26 @@ class CurrentStep:
             self._rows = batch.rows
             self._num_withdrawn = async_tensor_h2d(batch.rows.num_withdrawn, self.device)
         self.prompt_logprobs = batch.rows.prompt_logprobs
-        stages = []
-        before: StagePlan | None = None
+        stages: list[StageStep] = []
         for index in range(self.num_stages):
             plan = plan_stage(batch, index + 1)
             withdrawn = (
                 self._num_withdrawn[index] if plan.settled else async_tensor_h2d(plan.withdrawn, self.device)
             )
+            before = stages[-1] if stages else None
             stages.append(StageStep(plan, before, withdrawn, batch, fixed_shape))
-            before = plan
         self.stages = stages
+        self._expect_choices(batch, stages)
         self._decoding = batch.rows if batch.is_one_token_each and batch.is_settled else None
+
+    def _expect_choices(self, batch: Batch, stages: Sequence[StageStep]) -> None:
+        leaving = [(number, stage.plan.withdrawal) for number, stage in enumerate(stages, 1)]
+        withdrawals = [(number, withdrawal) for number, withdrawal in leaving if withdrawal is not None]
+        ranked = {row for _, withdrawal in withdrawals for row in withdrawal.ranked}
+        if not ranked:
+            return
+        mask = async_tensor_h2d(candidates(batch, ranked), self.device)
+        starts = batch.query_start_loc
+        for number, withdrawal in withdrawals:
+            stages[number - 1].expect_choices(batch, number, starts, mask)
+            starts = withdrawal.query_start_loc
