@@ -1,4 +1,4 @@
-"""Runs `vtw calibrate` in this process."""
+"""Runs the commands that search, in this process."""
 
 import io
 import json
@@ -24,10 +24,14 @@ class Ended(NamedTuple):
 
 
 def calibrate(data: Path, out: Path, *options: str, model: Path = CHECKPOINT) -> Ended:
+    return vtw("calibrate", str(model), "--data", str(data), "--out", str(out), *options)
+
+
+def vtw(*command: str) -> Ended:
+    """Of `vtw` with these arguments."""
     stdout, stderr = io.StringIO(), io.StringIO()
-    command = ["vtw", "calibrate", str(model), "--data", str(data), "--out", str(out), *options]
     status = 0
-    with redirect_stdout(stdout), redirect_stderr(stderr), patch.object(sys, "argv", command):
+    with redirect_stdout(stdout), redirect_stderr(stderr), patch.object(sys, "argv", ["vtw", *command]):
         try:
             main()
         except SystemExit as end:

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_vtw.config import Model
+from vllm_vtw.policy import Policy
 from vllm_vtw.search.criteria import Curve, Difference, answer_layer, default_eta, first_token_layer
-from vllm_vtw.search.price import Request, kv_share, prefill_flops
+from vllm_vtw.search.price import Price, Request
 
 LOGITS = st.floats(-8, 8, width=32)
 KLS = st.floats(0, 5)
@@ -94,9 +95,9 @@ def test_flops_are_the_published_ones():
     """VTW's paper: LLaVA-1.5-7B at K = 16, 8.48 to 4.68 TFLOPs."""
     hidden, inner = 4096, 11008
     layer = 4 * hidden**2 + 3 * hidden * inner
-    request = Request(visual=576, text=64, output=0)
-    assert prefill_flops(32, 32, request, layer, hidden) == pytest.approx(8.48e12, rel=0.02)
-    assert prefill_flops(16, 32, request, layer, hidden) == pytest.approx(4.68e12, rel=0.02)
+    price = Price(32, layer, hidden, Request(visual=576, text=64, output=0))
+    assert price.prefill_flops(Policy(())) == pytest.approx(8.48e12, rel=0.02)
+    assert price.prefill_flops(Policy.withdraw_at(16, 32)) == pytest.approx(4.68e12, rel=0.02)
 
 
 @given(
@@ -108,7 +109,8 @@ def test_flops_are_the_published_ones():
 )
 def test_kv_memory_is_the_limit_and_padding(layer, visual, text, output, num_layers):
     layer = min(layer, num_layers)
-    found = kv_share(layer, num_layers, Request(visual, text, output))
+    price = Price(num_layers, 1, 1, Request(visual, text, output))
+    found = price.kv_share(Policy.withdraw_at(layer, num_layers))
     rest = text + output
     limit = (layer * (visual + rest) + (num_layers - layer) * rest) / (num_layers * (visual + rest))
     assert found >= limit - 1e-9
@@ -124,5 +126,6 @@ def test_kv_memory_is_the_limit_and_padding(layer, visual, text, output, num_lay
     [(15, 32, 17, 1), (20, 32, 12, 2), (11, 12, 4, 3)],
 )
 def test_padding_is_paid(layer, num_layers, room, whole):
-    found = kv_share(layer, num_layers, Request(visual=576, text=64, output=128))
+    price = Price(num_layers, 1, 1, Request(visual=576, text=64, output=128))
+    found = price.kv_share(Policy.withdraw_at(layer, num_layers))
     assert found == pytest.approx(room * (whole * 768 + 192) / (num_layers * 768))

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from vllm_vtw.config import Model
+from vllm_vtw.policy import Policy
 from vllm_vtw.search.criteria import Curve, Difference, answer_layer, first_token_layer
 from vllm_vtw.search.data import BadSampleError, Sample
 from vllm_vtw.search.llava import Llava
-from vllm_vtw.search.price import Request, kv_share, prefill_flops
+from vllm_vtw.search.price import STOCK, Price, Request
 from vllm_vtw.search.progress import Measured, Progress, Settings
 
 
@@ -115,10 +116,8 @@ def result(
             for name in ("visual_tokens", "text_tokens", "output_tokens")
         )
     )
-
-    def flops(layer: int) -> float:
-        return prefill_flops(layer, num_layers, request, llava.layer_parameters, model.hidden_size)
-
+    price = Price(num_layers, llava.layer_parameters, model.hidden_size, request)
+    policies = [Policy.withdraw_at(layer, num_layers) for layer in layers]
     return {
         "model": model.as_dict(),
         "made": _made(settings, measured),
@@ -148,9 +147,9 @@ def result(
             }
             for task, by_layer in curves.items()
         },
-        "kv_share": [kv_share(layer, num_layers, request) for layer in layers],
-        "prefill_flops_share": [flops(layer) / flops(num_layers) for layer in layers],
-        "prefill_flops": flops(num_layers),
+        "kv_share": [price.kv_share(policy) for policy in policies],
+        "prefill_flops_share": [price.flops_share(policy) for policy in policies],
+        "prefill_flops": price.prefill_flops(STOCK),
     }
 
 

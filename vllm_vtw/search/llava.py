@@ -24,7 +24,8 @@ class Answered:
         logits: Those it was chosen by, shape `(O, vocabulary)`, float32.
         states: By layer, what the layer gets, shape `(T + O - 1, hidden)` each.
         positions: Of the rows, shape `(T + O - 1,)`.
-        visual_tokens: How many rows of the prompt are left out.
+        embedded: What layer 0 gets of all tokens, shape `(prompt + O - 1, hidden)`.
+        is_visual: Which of them are left out of `states`, shape `(prompt + O - 1,)`.
         cut: It did not end by itself.
     """
 
@@ -32,8 +33,13 @@ class Answered:
     logits: torch.Tensor
     states: list[torch.Tensor]
     positions: torch.Tensor
-    visual_tokens: int
+    embedded: torch.Tensor
+    is_visual: torch.Tensor
     cut: bool
+
+    @property
+    def visual_tokens(self) -> int:
+        return int(self.is_visual.sum())
 
     @property
     def text_tokens(self) -> int:
@@ -188,7 +194,8 @@ class Llava:
             logits=logits,
             states=states,
             positions=positions[rows],
-            visual_tokens=int((~kept).sum()),
+            embedded=torch.cat([of_prompt[0][0], *(step[0][0] for step in of_answer)]),
+            is_visual=~rows,
             cut=int(said[-1]) not in self.ends,
         )
 

@@ -1,9 +1,11 @@
-"""What a withdrawal layer leaves to be paid: shares of stock's KV memory and of the decoder's work."""
+"""What a policy leaves to be paid: of stock's KV memory and of the decoder's work."""
 
 from dataclasses import dataclass
 
 from vllm_vtw.capacity import Groups
 from vllm_vtw.policy import Policy
+
+STOCK = Policy(())
 
 
 @dataclass(frozen=True)
@@ -15,23 +17,51 @@ class Request:
     output: float
 
 
-def kv_share(layer: int, num_layers: int, request: Request) -> float:
-    """KV memory with withdrawal over that without, the padding of KV-cache groups included, blocks not."""
-    groups = Groups.of(Policy.withdraw_at(layer, num_layers), num_layers)
-    text = request.text + request.output
-    held = (request.visual + text, text)
-    return groups.width * sum(held[stage] for stage in groups.stages) / (num_layers * held[0])
+@dataclass(frozen=True)
+class Price:
+    """What policies take of a decoder's work and of the KV memory.
 
-
-def prefill_flops(
-    layer: int, num_layers: int, request: Request, layer_parameters: int, hidden_size: int
-) -> float:
-    """Floating-point operations of the decoder's layers over a prompt.
-
-    As in the papers: two for every weight and token, and attention over all pairs of tokens.
+    Attributes:
+        num_layers: Of the decoder.
+        layer_parameters: Of one of them.
+        hidden_size: Of their states.
+        request: A request's tokens.
+        work_weight: What a share of the work costs, where the same share of the memory costs 1.
     """
 
-    def of_layer(tokens: float) -> float:
-        return 2 * layer_parameters * tokens + 4 * hidden_size * tokens**2
+    num_layers: int
+    layer_parameters: int
+    hidden_size: int
+    request: Request
+    work_weight: float = 1.0
 
-    return layer * of_layer(request.visual + request.text) + (num_layers - layer) * of_layer(request.text)
+    def layer_flops(self, keep: float) -> float:
+        """Floating-point operations over a prompt, of a layer that gets the fraction `keep` of visual tokens.
+
+        As in the papers: two for every weight and token, and attention over all pairs of tokens.
+        """
+        tokens = keep * self.request.visual + self.request.text
+        return 2 * self.layer_parameters * tokens + 4 * self.hidden_size * tokens**2
+
+    def prefill_flops(self, policy: Policy) -> float:
+        """Floating-point operations of the decoder's layers over a prompt."""
+        segments = zip(policy.keeps, policy.segments(self.num_layers), strict=True)
+        return sum(len(layers) * self.layer_flops(keep) for keep, layers in segments)
+
+    def layer_held(self, keep: float) -> float:
+        """Tokens that a layer holds of a whole request, with the fraction `keep` of visual tokens."""
+        return keep * self.request.visual + self.request.text + self.request.output
+
+    def flops_share(self, policy: Policy) -> float:
+        """Of stock's `prefill_flops`."""
+        return self.prefill_flops(policy) / self.prefill_flops(STOCK)
+
+    def kv_share(self, policy: Policy) -> float:
+        """Of stock's KV memory for a request, the padding of KV-cache groups included, blocks not."""
+        groups = Groups.of(policy, self.num_layers)
+        held = sum(self.layer_held(policy.keeps[stage]) for stage in groups.stages)
+        return groups.width * held / (self.num_layers * self.layer_held(1))
+
+    def cost(self, policy: Policy) -> float:
+        """Of both shares."""
+        return self.work_weight * self.flops_share(policy) + self.kv_share(policy)

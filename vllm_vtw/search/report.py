@@ -1,20 +1,14 @@
-"""The report of a calibration: one HTML file with its plots inside."""
+"""The report of a calibration."""
 
-import io
-from collections.abc import Callable, Sequence
-from importlib.resources import files
+from collections.abc import Sequence
 from typing import Any
 
-import matplotlib as mpl
-from jinja2 import Environment, select_autoescape
-from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+
+from vllm_vtw.search.page import MARKERS, Draw, by_layer, page
 
 # Values below are drawn there: a logarithmic axis has no 0.
 LEAST_KL = 1e-6
-MARKERS = "osD^vP*Xdh<>"
 COLOURS = {"answer": "tab:green", "first-token": "tab:red"}
 
 
@@ -25,12 +19,10 @@ def html(result: dict[str, Any], command: str | None) -> str:
         result: As `result.json` has it.
         command: How to serve the chosen K, where it can be served.
     """
-    environment = Environment(autoescape=select_autoescape(default=True), trim_blocks=True)
-    template = environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
-    return template.render(result=result, command=command, plots=[Markup(plot) for plot in _plots(result)])
+    return page("report.html", _plots(result), result=result, command=command)
 
 
-def _plots(result: dict[str, Any]) -> list[str]:
+def _plots(result: dict[str, Any]) -> dict[str, Draw]:
     layers, budget, curves = result["layers"], result["budget"], result["curves"]
 
     def first_token(axes: Axes) -> None:
@@ -66,28 +58,21 @@ def _plots(result: dict[str, Any]) -> list[str]:
         "Answer criterion: other tokens": token_change,
         "What is paid": price,
     }
-    # Labels are users' words: a dollar begins no formula, and, behind a space, an underscore hides none.
-    with mpl.rc_context({"svg.fonttype": "none", "text.parse_math": False}):
-        return [_svg(title, draw, result) for title, draw in titles.items()]
+    return {title: _marked(draw, result) for title, draw in titles.items()}
+
+
+def _marked(draw: Draw, result: dict[str, Any]) -> Draw:
+    """Over values of K, with those that were chosen."""
+
+    def both(axes: Axes) -> None:
+        draw(axes)
+        for criterion, layer in result["layer"].items():
+            if layer is not None:
+                axes.axvline(layer, color=COLOURS[criterion], alpha=0.5, label=f"K, {criterion} criterion")
+        by_layer(axes, "K: visual tokens withdrawn after this many of the decoder's layers")
+
+    return both
 
 
 def _visible(values: Sequence[float]) -> list[float]:
     return [max(value, LEAST_KL) for value in values]
-
-
-def _svg(title: str, draw: Callable[[Axes], None], result: dict[str, Any]) -> str:
-    figure = Figure(figsize=(6.4, 4))
-    axes = figure.add_subplot()
-    draw(axes)
-    for criterion, layer in result["layer"].items():
-        if layer is not None:
-            axes.axvline(layer, color=COLOURS[criterion], alpha=0.5, label=f"K, {criterion} criterion")
-    axes.set_title(title)
-    axes.set_xlabel("K: visual tokens withdrawn after this many of the decoder's layers")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    file = io.StringIO()
-    figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
-    text = file.getvalue()
-    return text[text.index("<svg") :]

@@ -32,9 +32,31 @@ def notes(result: dict[str, Any], criterion: str, unseen: Collection[str]) -> li
             f"At K = {layer} the padding of vLLM's KV-cache groups takes more memory than withdrawal saves: "
             "allow more, or serve without withdrawal."
         )
+    said += of_data(result, most, unseen)
+    published = [layer for layer in layers if layer >= FIRST_LAYER]
+    if not published or published != list(range(FIRST_LAYER, published[-1] + 1)):
+        looked_at = ", ".join(map(str, published)) or "none"
+        said.append(
+            f"As published, the first-token criterion looks at every K from {FIRST_LAYER} on; "
+            f"here it looked at {looked_at}."
+        )
+    return said
+
+
+def of_data(result: dict[str, Any], most: float | None, unseen: Collection[str]) -> list[str]:
+    """What a search's result does not say for its data, whatever was searched.
+
+    Args:
+        result: With `tasks`, `made` and `model`.
+        most: The share of tokens that might change, where that was a budget.
+        unseen: Tasks without a good sample.
+    """
+    said = []
     # No change in n tokens leaves a share of 3/n possible, at 95%.
-    few = [f"{task} ({n['tokens']})" for task, n in result["tasks"].items() if 0 < most * n["tokens"] < 3]
-    if few:
+    few = [
+        f"{task} ({n['tokens']})" for task, n in result["tasks"].items() if most and most * n["tokens"] < 3
+    ]
+    if most and few:
         said.append(
             f"Too few tokens of answers to tell {100 * most:g}% changed from none, which takes "
             f"{ceil(3 / most)}: {', '.join(few)}. A larger --limit adds samples, where the data has more."
@@ -44,13 +66,6 @@ def notes(result: dict[str, Any], criterion: str, unseen: Collection[str]) -> li
     cut = [f"{task} ({n['cut']} of {n['samples']})" for task, n in result["tasks"].items() if n["cut"]]
     if cut:
         said.append(f"Answers cut at --max-tokens {result['made']['max_tokens']}: {', '.join(cut)}.")
-    published = [layer for layer in layers if layer >= FIRST_LAYER]
-    if not published or published != list(range(FIRST_LAYER, published[-1] + 1)):
-        looked_at = ", ".join(map(str, published)) or "none"
-        said.append(
-            f"As published, the first-token criterion looks at every K from {FIRST_LAYER} on; "
-            f"here it looked at {looked_at}."
-        )
     if result["model"]["model_type"] not in SERVED_MODEL_TYPES:
         said.append(f"This version of --model-impl vtw does not serve {result['model']['model_type']} yet.")
     return said
