@@ -107,14 +107,14 @@ def answers(llm: "LLM", asked: Sequence[Sample]) -> list[Answer]:
     ]
 
 
-def answers_withdrawn(checkpoint: Path, layer: int, asked: Sequence[Sample]) -> list[Answer]:
-    """Of an engine that withdraws after `layer`; of stock vLLM where that is the last."""
+def engine_answers(checkpoint: Path, vtw: dict[str, Any] | None, asked: Sequence[Sample]) -> list[Answer]:
+    """Of an engine with the plugin where `vtw` gives its options, and of stock vLLM elsewhere."""
     from vllm import LLM
 
-    vtw: dict[str, Any] = {}
-    if layer < LAYERS:
-        vtw = {"model_impl": "vtw", "additional_config": {"vtw": {"layer": layer, "align": False}}}
-    llm = LLM(model=str(checkpoint), **OPTIONS, **vtw)
+    plugin: dict[str, Any] = {}
+    if vtw is not None:
+        plugin = {"model_impl": "vtw", "additional_config": {"vtw": vtw}}
+    llm = LLM(model=str(checkpoint), **OPTIONS, **plugin)
     try:
         return answers(llm, asked)
     finally:
@@ -242,7 +242,8 @@ def main() -> None:
     for layer in options.layers:
         print(f"K = {layer} of {LAYERS}", flush=True)
         started = time.monotonic()
-        given = answers_withdrawn(options.checkpoint, layer, asked)
+        vtw = {"layer": layer, "align": False} if layer < LAYERS else None
+        given = engine_answers(options.checkpoint, vtw, asked)
         results.append(Result(layer, score(asked, given), round(time.monotonic() - started, 1)))
         if options.check:
             from tests.engine.reference import Reference

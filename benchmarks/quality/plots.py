@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
@@ -47,4 +49,17 @@ def plot_layers(right: Mapping[int, dict[str, float]], path: Path) -> None:
         axes.plot(ks, [100 * right[k][task] for k in ks], style, label=task)
     axes.set_xticks(ks, [f"{k}\n(stock)" if k == LAYERS else str(k) for k in ks])
     axes.set_xlabel("K: visual tokens withdrawn after this many of the decoder's layers")
+    _finish(axes, path)
+
+
+def plot_schedules(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Accuracy, mean over tasks, over the decoder's work; methods by their marker."""
+    _, axes = plt.subplots(figsize=(8, 5))
+    kinds: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        point = 100 * row["prefill_flops_share"], 100 * mean(row["engine"]["right"].values())
+        kinds.setdefault(row["schedule"].split(",")[0], []).append(point)
+    for marker, (kind, points) in zip("*osD^v", kinds.items(), strict=False):
+        axes.plot(*zip(*sorted(points), strict=True), marker, label=kind, markersize=8)
+    axes.set_xlabel("decoder's work on a prompt (% of stock vLLM)")
     _finish(axes, path)

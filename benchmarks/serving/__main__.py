@@ -1,8 +1,8 @@
 """Measures stock vLLM against the plugin at equal KV memory.
 
-    python -m benchmarks.serving [small | cards | full] [--only TEXT] [--output FILE [--resume]]
+    python -m benchmarks.serving [small | schedule | cards | full] [--only TEXT] [--output FILE [--resume]]
 
-`small` takes two cores of a CPU, the others one GPU. Nothing else should run meanwhile.
+`small` and `schedule` take two cores of a CPU, the others one GPU. Nothing else should run meanwhile.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from benchmarks.serving.show import write_plots, write_tables
 from benchmarks.serving.sweeps import SETUPS
 
 FOLDER = Path(".cache/serving")
+ON_GPU = ("cards", "full")
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file, written over; tables and plots go beside it")
     parser.add_argument("--resume", action="store_true", help="go on where the output file ends")
     arguments = parser.parse_args()
-    if arguments.setup != "small" and not torch.cuda.is_available():
+    if arguments.setup in ON_GPU and not torch.cuda.is_available():
         parser.error(f"{arguments.setup} takes a GPU, and there is none: `small` takes two cores of a CPU")
     name = "-".join([arguments.setup, *re.findall(r"\w+", arguments.only)])
     output = arguments.output or FOLDER / f"{name}.json"

@@ -1,4 +1,4 @@
-"""Stock vLLM and the plugin at one K, side by side, from a result's runs."""
+"""Stock vLLM and the plugin with one policy, side by side, from a result's runs."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,17 +9,27 @@ from typing import Any
 
 from benchmarks.serving.limits import Limits, limits
 from benchmarks.serving.models import Llava
+from vllm_vtw.policy import Policy, Stage
 from vllm_vtw.search.price import Request
 
-FORMAT = "vllm-vtw-serving/1"
+FORMAT = "vllm-vtw-serving/2"
 Run = Mapping[str, Any]
 LITTLE = 1.2
 """Below this ratio of requests answered in a second the tables give a reason."""
 
 
-def label(sweep: str, value: str, layer: int) -> str:
+def named(policy: Policy) -> str:
+    """A policy in few words."""
+    if policy.ranking is None:
+        return f"K = {policy.stages[0].layer}"
+    return "keep " + ", ".join(f"{stage.keep:g} from layer {stage.layer}" for stage in policy.stages)
+
+
+def label(sweep: str, value: str, policy: Policy) -> str:
     """What a row of the tables is called."""
-    return f"{sweep}: {layer} {value}" if sweep == "K" else f"{sweep}: {value}"
+    if sweep == "K":
+        return f"K: {policy.stages[0].layer} {value}"
+    return f"{sweep}: {named(policy)}" if sweep == "schedule" else f"{sweep}: {value}"
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -44,20 +54,20 @@ class Comparison:
     Args:
         point: As in the result.
         model: As in the result.
-        layer: K.
+        policy: The plugin's.
         stock: Runs of stock vLLM.
         vtw: Runs of the plugin.
     """
 
     point: Mapping[str, Any]
     model: Llava
-    layer: int
+    policy: Policy
     stock: Sequence[Run]
     vtw: Sequence[Run]
 
     @property
     def label(self) -> str:
-        return label(self.point["sweep"], self.point["value"], self.layer)
+        return label(self.point["sweep"], self.point["value"], self.policy)
 
     def means(self, part: str, metric: str) -> tuple[float, float]:
         """Of stock vLLM's runs and of the plugin's."""
@@ -128,7 +138,9 @@ class Comparison:
         if self.point["engine"]["prefix_caching"]:
             return None
         running = self.means("steps", "mean_running")[0]
-        return limits(self.request, self.model, self.layer, self.prefill_share, running, self.short_of_memory)
+        return limits(
+            self.request, self.model, self.policy, self.prefill_share, running, self.short_of_memory
+        )
 
     @property
     def reason(self) -> str:
@@ -153,13 +165,14 @@ class Comparison:
 
 
 def compare(result: Mapping[str, Any]) -> list[Comparison]:
-    """A comparison for every point and K of which both sides have had their two turns."""
+    """A comparison for every point and policy of which both sides have had their two turns."""
     compared = []
     for number, point in enumerate(result["points"]):
         runs = [run for run in result["runs"] if run["point"] == number]
-        stock = [run for run in runs if run["layer"] is None]
-        for layer in point["layers"]:
-            vtw = [run for run in runs if run["layer"] == layer]
+        stock = [run for run in runs if run["policy"] is None]
+        for policy in point["policies"]:
+            vtw = [run for run in runs if run["policy"] == policy]
             if len(stock) == len(vtw) == 2:
-                compared.append(Comparison(point, Llava(**result["model"]), layer, stock, vtw))
+                stages = tuple(Stage(**stage) for stage in policy["stages"])
+                compared.append(Comparison(point, Llava(**result["model"]), Policy(stages), stock, vtw))
     return compared

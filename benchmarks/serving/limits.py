@@ -3,7 +3,8 @@
 from dataclasses import dataclass, replace
 
 from benchmarks.serving.models import Llava
-from vllm_vtw.search.price import Request, kv_share, prefill_flops
+from vllm_vtw.policy import Policy
+from vllm_vtw.search.price import Request
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,14 @@ class Limits:
 
 
 def limits(
-    request: Request, model: Llava, layer: int, prefill_share: float, running: float, short_of_memory: bool
+    request: Request,
+    model: Llava,
+    policy: Policy,
+    prefill_share: float,
+    running: float,
+    short_of_memory: bool,
 ) -> Limits:
-    """The limits for requests of one kind and K.
+    """The limits for requests of one kind and a policy.
 
     Short of memory, a step of as many more requests takes the same time at best: it reads the weights and a
     full KV cache. With memory for all, it reads the weights as before and less of the cache. Not counted, and
@@ -36,22 +42,18 @@ def limits(
     Args:
         request: Its tokens.
         model: Its decoder's shape.
-        layer: K.
+        policy: What is withdrawn.
         prefill_share: The part of stock's time that computes prompts, from 0 to 1.
         running: Requests at once in stock vLLM.
         short_of_memory: Whether stock vLLM had requests wait for KV memory.
     """
     # A request holds its whole answer only at its end: over its decode steps, half of it.
     middle = replace(request, output=request.output / 2)
-    share = kv_share(layer, model.layers, middle)
-    stock, vtw = (
-        prefill_flops(k, model.layers, request, model.layer_parameters, model.hidden)
-        for k in (model.layers, layer)
-    )
+    share = model.price(middle).kv_share(policy)
     decode = 1 / share
     if not short_of_memory:
         weights = model.layers * model.layer_parameters + model.vocab * model.hidden
         cache = running * (middle.visual + middle.text + middle.output) * model.layers * 2 * model.hidden
         decode = (weights + cache) / (weights + share * cache)
-    prefill = stock / vtw
+    prefill = 1 / model.price(request).flops_share(policy)
     return Limits(1 / share, prefill, decode, 1 / (prefill_share / prefill + (1 - prefill_share) / decode))

@@ -5,10 +5,12 @@ Speed and memory depend on a model's shape alone, so `--load-format dummy` measu
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from benchmarks.small_llava import CORPUS, PATCH_SIZE, make_processor, make_tokenizer
+from vllm_vtw.search.price import Price, Request
 
 MAX_POSITIONS = 4096
 
@@ -41,6 +43,15 @@ class Llava:
     def layer_parameters(self) -> int:
         """Of a decoder layer."""
         return 4 * self.hidden**2 + 3 * self.hidden * self.intermediate
+
+    @property
+    def served_as(self) -> dict[str, Any]:
+        """What a policy file says of the model."""
+        return {"model_type": "llava", "num_hidden_layers": self.layers, "hidden_size": self.hidden}
+
+    def price(self, request: Request) -> Price:
+        """Of policies, for requests of one kind."""
+        return Price(self.layers, self.layer_parameters, self.hidden, request)
 
     def save(self, folder: Path) -> Path:
         """Writes all but weights to `folder` and returns it."""

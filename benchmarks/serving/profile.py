@@ -29,7 +29,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.machine import measured_on
-from benchmarks.serving.compare import label
+from benchmarks.serving.compare import label, named
 from benchmarks.serving.run import Side
 from benchmarks.serving.sweeps import SETUPS, Point, Setup
 
@@ -139,8 +139,8 @@ def profiled(setup: Setup, point: Point, side: Side) -> Seconds:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    options = setup.server_options(point.engine, side)
     with tempfile.TemporaryDirectory() as folder:
+        options = setup.server_options(point.engine, side, Path(folder))
         parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
         model = str(setup.model.save(Path(folder)))
         llm = LLM.from_engine_args(EngineArgs.from_cli_args(parser.parse_args(["--model", model, *options])))
@@ -206,21 +206,21 @@ def main() -> None:
         "profiles": [],
     }
     for point in points:
-        layer = min(point.layers, key=lambda layer: abs(layer - setup.model.layers / 2))
+        policy = min(point.policies, key=lambda one: abs(one.stages[0].layer - setup.model.layers / 2))
         seconds = {}
-        for name, side in (("stock", None), ("vtw", layer)):
+        for name, side in (("stock", None), ("vtw", policy)):
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 seconds[name] = pool.submit(profiled, setup, point, side).result()
         sides = {name: asdict(side) for name, side in seconds.items()}
         result["profiles"].append(
             {
-                "row": label(point.sweep, point.value, layer),
+                "row": label(point.sweep, point.value, policy),
                 "point": asdict(point),
-                "layer": layer,
+                "policy": asdict(policy),
                 "seconds": sides,
             }
         )
-        print(f"{label(point.sweep, point.value, layer)}, K = {layer}, of the host:\n")
+        print(f"{label(point.sweep, point.value, policy)}, {named(policy)}, of the host:\n")
         print(table({name: side.host for name, side in seconds.items()}))
         if seconds["stock"].gpu:
             print("\nOf the GPU:\n")

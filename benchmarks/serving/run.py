@@ -13,10 +13,11 @@ from typing import Any
 
 from benchmarks.machine import measured_on
 from benchmarks.server import Server, ServerError, serving
-from benchmarks.serving.compare import FORMAT
+from benchmarks.serving.compare import FORMAT, named
 from benchmarks.serving.steps import Steps, logging_config, read_steps
 from benchmarks.serving.sweeps import Engine, Point, Setup
 from benchmarks.serving.workload import Workload, send
+from vllm_vtw.policy import Policy
 
 TOLD_AT_START = re.compile(
     r"vtw:|KV cache size|KV cache memory|FlashAttention|attention backend|model runner"
@@ -27,8 +28,8 @@ COUNTED = {
 }
 WARM_UP = Workload(requests=4, text=8, output=8)
 WARM_UP_SEED = 1_000_000
-Side = int | None
-"""K; None is stock vLLM."""
+Side = Policy | None
+"""None is stock vLLM."""
 
 
 def measure(
@@ -72,23 +73,23 @@ def measure(
             if earlier[key] != result[key]:
                 raise ValueError(f"what was measured before has another {key.replace('_', ' ')}")
         result["runs"] = earlier["runs"]
-    total = sum(2 * (1 + len(point.layers)) for point in setup.points)
+    total = sum(2 * (1 + len(point.policies)) for point in setup.points)
     began = time.monotonic()
     for engine, points in by_engine(setup.points):
         numbers = [number for number, _ in points]
         before = [run for run in result["runs"] if run["point"] in numbers]
-        if len(before) == sum(2 * (1 + len(point.layers)) for _, point in points):
+        if len(before) == sum(2 * (1 + len(point.policies)) for _, point in points):
             continue
         result["runs"] = [run for run in result["runs"] if run not in before]
         try:
-            for run in runs_of(engine, points, setup, model):
+            for side, run in runs_of(engine, points, setup, model):
                 result["runs"].append(run)
                 save(result)
                 minutes, seconds = divmod(int(time.monotonic() - began), 60)
                 label = setup.points[run["point"]].label
                 print(
                     f"[{len(result['runs'])}/{total}] {minutes}:{seconds:02} "
-                    f"{label}, {named(run['layer'])}: {run['output']['request_throughput']:.2f} requests/s",
+                    f"{label}, {side_named(side)}: {run['output']['request_throughput']:.2f} requests/s",
                     flush=True,
                 )
         except ServerError as failure:
@@ -100,8 +101,8 @@ def measure(
     return result
 
 
-def named(side: Side) -> str:
-    return "stock vLLM" if side is None else f"the plugin, K = {side}"
+def side_named(side: Side) -> str:
+    return "stock vLLM" if side is None else f"the plugin, {named(side)}"
 
 
 def why(failure: ServerError) -> str:
@@ -112,8 +113,8 @@ def why(failure: ServerError) -> str:
 
 def runs_of(
     engine: Engine, points: Sequence[tuple[int, Point]], setup: Setup, model: Path
-) -> Iterator[dict[str, Any]]:
-    """The runs of points of one engine.
+) -> Iterator[tuple[Side, dict[str, Any]]]:
+    """The runs of points of one engine, each with its side.
 
     Raises:
         ServerError: A server did not start, or failed.
@@ -135,9 +136,9 @@ def runs_of(
 
     @contextmanager
     def start(side: Side) -> Iterator[Server]:
-        options = [*setup.server_options(engine, side), "--enable-logging-iteration-details"]
+        options = [*setup.server_options(engine, side, model.parent), "--enable-logging-iteration-details"]
         env = {"VLLM_LOGGING_CONFIG_PATH": str(logging_config(model).absolute()), **setup.env}
-        print(f"starting {named(side)}", flush=True)
+        print(f"starting {side_named(side)}", flush=True)
         with serving(model, *options, env=env) as server:
             ask(server, WARM_UP, WARM_UP_SEED)
             yield server
@@ -150,17 +151,20 @@ def runs_of(
         before, logged = server.metrics(), len(server.log())
         bench, output = ask(server, setup.points[number].workload, seed)
         after, log = server.metrics(), server.log()
-        yield {
-            "point": number,
-            "layer": side,
-            "seed": seed,
-            "serve": server.command,
-            "bench": bench,
-            "start_up": told_at_start(log),
-            "output": output,
-            "steps": asdict(Steps.of(read_steps(log[logged:]), setup.asynchronous)),
-            **{name: after[metric] - before[metric] for name, metric in COUNTED.items()},
-        }
+        yield (
+            side,
+            {
+                "point": number,
+                "policy": side and asdict(side),
+                "seed": seed,
+                "serve": server.command,
+                "bench": bench,
+                "start_up": told_at_start(log),
+                "output": output,
+                "steps": asdict(Steps.of(read_steps(log[logged:]), setup.asynchronous)),
+                **{name: after[metric] - before[metric] for name, metric in COUNTED.items()},
+            },
+        )
 
 
 def by_engine(points: Sequence[Point]) -> list[tuple[Engine, list[tuple[int, Point]]]]:
@@ -182,22 +186,22 @@ def palindromes(
     by point where all servers are resident, otherwise all points at each start of a server.
     """
 
-    def there_and_back(layers: Iterable[int]) -> list[Side]:
-        sides = [None, *sorted(set(layers))]
+    def there_and_back(policies: Iterable[Policy]) -> list[Side]:
+        sides = [None, *dict.fromkeys(policies)]
         return [*sides, *reversed(sides)]
 
-    everywhere = there_and_back(layer for _, point in points for layer in point.layers)
+    everywhere = there_and_back(policy for _, point in points for policy in point.policies)
     if resident:
         with ExitStack() as stack:
             servers = {side: stack.enter_context(start(side)) for side in dict.fromkeys(everywhere)}
             for number, point in points:
-                for side in there_and_back(point.layers):
+                for side in there_and_back(point.policies):
                     yield number, side, servers[side]
         return
     for side in everywhere:
         with start(side) as server:
             for number, point in points:
-                if side in (None, *point.layers):
+                if side in (None, *point.policies):
                     yield number, side, server
 
 

@@ -4,11 +4,15 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from benchmarks.serving.compare import label
+from benchmarks.serving.compare import label, named
 from benchmarks.serving.models import LLAVA_7B, QUARTER, Llava
 from benchmarks.serving.workload import Workload
+from vllm_vtw.policy import Policy
+from vllm_vtw.search.price import Request
+from vllm_vtw.search.schedule import FIRST_LAYER, merged
 
 GIB = 1 << 10
 
@@ -33,7 +37,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Point:
-    """One workload on one engine, for stock vLLM and for the plugin at each K of `layers`.
+    """One workload on one engine, for stock vLLM and for the plugin with each of `policies`.
 
     `sweep` names what is varied, `value` says to what.
     """
@@ -42,12 +46,12 @@ class Point:
     value: str
     workload: Workload
     engine: Engine
-    layers: tuple[int, ...]
+    policies: tuple[Policy, ...]
 
     @property
     def label(self) -> str:
         """The rows of the tables that it makes."""
-        return ", ".join(dict.fromkeys(label(self.sweep, self.value, layer) for layer in self.layers))
+        return ", ".join(dict.fromkeys(label(self.sweep, self.value, policy) for policy in self.policies))
 
 
 @dataclass(frozen=True)
@@ -86,33 +90,60 @@ class Setup:
             raise ValueError(f"{text!r} is in none of {labels}")
         return replace(self, points=points)
 
-    def server_options(self, engine: Engine, layer: int | None) -> list[str]:
-        """Of `vllm serve`, with the plugin at K = `layer`; None is stock vLLM."""
+    def server_options(self, engine: Engine, policy: Policy | None, folder: Path) -> list[str]:
+        """Of `vllm serve`, with the plugin and a policy, whose file goes to `folder`; None is stock vLLM."""
         options = [*self.options, *engine.options()]
-        if layer is not None:
-            vtw = json.dumps({"vtw": {"layer": layer}})
-            options += ["--model-impl=vtw", f"--additional-config={vtw}"]
-        return options
+        if policy is None:
+            return options
+        vtw: dict[str, Any] = {"layer": policy.stages[0].layer}
+        if policy.ranking is not None:
+            file = folder / f"{named(policy).replace(' ', '-')}.json"
+            file.write_text(json.dumps(policy.to_file(self.model.served_as)))
+            vtw = {"policy": str(file)}
+        return [*options, "--model-impl=vtw", f"--additional-config={json.dumps({'vtw': vtw})}"]
 
 
 def vary(
     sweep: str,
     workload: Workload,
     engine: Engine,
-    layer: int,
+    policy: Policy,
     name: str,
     values: Mapping[int, dict[str, Any]],
 ) -> list[Point]:
     """A point for each value of a field of the workload, with what else of it is another there."""
     return [
-        Point(sweep, f"{value:,}", replace(workload, **{name: value}, **more), engine, (layer,))
+        Point(sweep, f"{value:,}", replace(workload, **{name: value}, **more), engine, (policy,))
         for value, more in values.items()
     ]
 
 
+PUBLISHED = (
+    *[1.0] * 2,
+    *(0.65, 0.64, 0.62, 0.62, 0.62, 0.5, 0.5, 0.5, 0.5, 0.485),
+    *[0.235] * 4,
+    *[0.18] * 3,
+    *[0.07] * 6,
+    *(0.06, 0.04, 0.04, 0.04, 0.03, 0.03, 0.03),
+)
+"""G-Search's schedule for LLaVA-1.5-7B, the fraction of each layer, read off its paper's figure, which leaves
+out the last."""
+
+
+def published_beside_vtw(model: Llava, workload: Workload) -> tuple[Policy, ...]:
+    """`PUBLISHED` in four stages, and VTW at no more of the decoder's work."""
+    request = Request(model.visual_tokens, workload.text, workload.output)
+    price = model.price(request)
+    keeps = PUBLISHED[:: len(PUBLISHED) // model.layers]
+    policy = merged([*PUBLISHED[:FIRST_LAYER], *keeps[FIRST_LAYER:]], 4, price)
+    most = price.flops_share(policy)
+    vtw = [Policy.withdraw_at(layer, model.layers) for layer in range(1, model.layers)]
+    return policy, max((one for one in vtw if price.flops_share(one) <= most), key=price.flops_share)
+
+
 def small() -> Setup:
     """On two cores of a CPU: all lengths a quarter of LLaVA-1.5's, and KV memory for six requests or so."""
-    model, layer = QUARTER, QUARTER.layers // 2
+    model, half = QUARTER, Policy.withdraw_at(8, QUARTER.layers)
     base = Workload(requests=16, text=8, output=32)
     engine = Engine(kv_mib=168)
     few = replace(base, requests=8)
@@ -129,18 +160,18 @@ def small() -> Setup:
         ),
         {"ttft": 10_000, "tpot": 150},
         (
-            Point("K", "of 16", base, engine, (8, 12)),
-            *vary("output tokens", base, engine, layer, "output", {4: {}, 64: {}, 128: {"requests": 8}}),
-            *vary("words of text", few, engine, layer, "text", {256: {}}),
-            *vary("images a request", few, engine, layer, "images", {2: {}}),
-            *vary("requests at once", base, engine, layer, "concurrency", {1: {"requests": 4}, 4: {}}),
-            Point("KV memory", "enough for all", base, Engine(1 * GIB), (layer,)),
+            Point("K", "of 16", base, engine, (half, Policy.withdraw_at(12, model.layers))),
+            *vary("output tokens", base, engine, half, "output", {4: {}, 64: {}, 128: {"requests": 8}}),
+            *vary("words of text", few, engine, half, "text", {256: {}}),
+            *vary("images a request", few, engine, half, "images", {2: {}}),
+            *vary("requests at once", base, engine, half, "concurrency", {1: {"requests": 4}, 4: {}}),
+            Point("KV memory", "enough for all", base, Engine(1 * GIB), (half,)),
             Point(
                 "prefix caching",
                 "4 questions an image",
                 replace(base, questions=4),
                 replace(engine, prefix_caching=True),
-                (layer,),
+                (half,),
             ),
         ),
         resident=True,
@@ -148,6 +179,14 @@ def small() -> Setup:
         # By default vLLM leaves a core to the API server, which is half of this machine.
         env={"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0))))},
     )
+
+
+def schedule() -> Setup:
+    """As `small`: a ranked schedule, and VTW for no more of the decoder's work."""
+    setup = small()
+    k, *_ = setup.points
+    policies = published_beside_vtw(setup.model, k.workload)
+    return replace(setup, points=(replace(k, sweep="schedule", value="", policies=policies),))
 
 
 GPU_OPTIONS = (
@@ -166,52 +205,52 @@ CARDS = {"24 GB": 5.6, "40 GB": 19.0, "80 GB": 52.5}
 
 def cards() -> Setup:
     """LLaVA-1.5-7B's shape on one GPU, in the KV memory that it has on cards of several sizes."""
+    half = Policy.withdraw_at(16, LLAVA_7B.layers)
     workloads = (GPU_BASE, replace(GPU_BASE, requests=512), replace(GPU_BASE, requests=1024))
     points = [
-        Point("KV memory", f"{card} card", workload, Engine(int(gib * GIB)), (16,))
+        Point("KV memory", f"{card} card", workload, Engine(int(gib * GIB)), (half,))
         for (card, gib), workload in zip(CARDS.items(), workloads, strict=True)
     ]
-    whole = Point("KV memory", "whole card", replace(GPU_BASE, requests=1536), Engine(None), (16,))
+    whole = Point("KV memory", "whole card", replace(GPU_BASE, requests=1536), Engine(None), (half,))
     return Setup(LLAVA_7B, GPU_OPTIONS, GPU_SLO, (*points, whole))
 
 
 def full() -> Setup:
     """LLaVA-1.5-7B's shape on one GPU: one thing varied at a time."""
-    base, engine, layer = GPU_BASE, Engine(8 * GIB), 16
+    base, engine, half = GPU_BASE, Engine(8 * GIB), Policy.withdraw_at(16, LLAVA_7B.layers)
     memory = {8: 256, 16: 512, 24: 512, 40: 1024, 80: 1536}
     return Setup(
         LLAVA_7B,
         GPU_OPTIONS,
         GPU_SLO,
         (
-            Point("K", "of 32", base, engine, (8, 16, 24)),
-            *vary("output tokens", base, engine, layer, "output", {16: {}, 64: {}, 256: {}, 512: {}}),
-            *vary("words of text", base, engine, layer, "text", {256: {}, 1024: {}}),
-            *vary("images a request", base, engine, layer, "images", {2: {}, 4: {"requests": 128}}),
+            Point("K", "of 32", base, engine, tuple(Policy.withdraw_at(k, 32) for k in (8, 16, 24))),
+            Point("schedule", "", base, engine, published_beside_vtw(LLAVA_7B, base)),
+            *vary("output tokens", base, engine, half, "output", {16: {}, 64: {}, 256: {}, 512: {}}),
+            *vary("words of text", base, engine, half, "text", {256: {}, 1024: {}}),
+            *vary("images a request", base, engine, half, "images", {2: {}, 4: {"requests": 128}}),
             *vary(
                 "requests at once",
                 base,
                 engine,
-                layer,
+                half,
                 "concurrency",
                 {1: {"requests": 16}, 4: {"requests": 64}, 16: {}},
             ),
             *(
-                Point(
-                    "KV memory", f"{gib} GiB", replace(base, requests=requests), Engine(gib * GIB), (layer,)
-                )
+                Point("KV memory", f"{gib} GiB", replace(base, requests=requests), Engine(gib * GIB), (half,))
                 for gib, requests in memory.items()
             ),
-            Point("KV memory", "whole card", replace(base, requests=1536), Engine(None), (layer,)),
+            Point("KV memory", "whole card", replace(base, requests=1536), Engine(None), (half,)),
             Point(
                 "prefix caching",
                 "4 questions an image",
                 replace(base, questions=4),
                 replace(engine, prefix_caching=True),
-                (layer,),
+                (half,),
             ),
         ),
     )
 
 
-SETUPS = {"small": small, "cards": cards, "full": full}
+SETUPS = {"small": small, "schedule": schedule, "cards": cards, "full": full}

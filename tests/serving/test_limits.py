@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from benchmarks.serving.limits import limits
 from benchmarks.serving.models import LLAVA_7B
+from vllm_vtw.policy import Policy
 from vllm_vtw.search.price import Request
 
 REQUESTS = st.builds(Request, st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 1000))
@@ -13,7 +14,7 @@ SHARES = st.floats(0, 1)
 
 
 def of(request: Request, layer: int, prefill_share: float = 0.5, short_of_memory: bool = True):
-    return limits(request, LLAVA_7B, layer, prefill_share, 20, short_of_memory)
+    return limits(request, LLAVA_7B, Policy.withdraw_at(layer, 32), prefill_share, 20, short_of_memory)
 
 
 def test_as_published():

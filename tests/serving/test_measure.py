@@ -13,17 +13,21 @@ from benchmarks.serving.run import measure
 from benchmarks.serving.sweeps import Engine, Point, Setup
 from benchmarks.serving.workload import Workload
 from tests.serving.test_results import SCHEMA
+from vllm_vtw.policy import Policy
 
 TINY = Llava("tiny", 4, 64, 128, 2, 1024, 6, 2, 64)
+POLICY = Policy.withdraw_at(2, TINY.layers)
 PLAIN, CACHING, TOO_SMALL = Engine(kv_mib=1), Engine(kv_mib=1, prefix_caching=True), Engine(kv_mib=0)
 SETUP = Setup(
     TINY,
     ("--load-format=dummy", "--dtype=float32", "--block-size=32", "--max-model-len=128", "--enforce-eager"),
     {"ttft": 60_000, "tpot": 10_000},
     (
-        Point("KV memory", "1 MiB", Workload(requests=8, text=4, output=8), PLAIN, (2,)),
-        Point("prefix caching", "2 questions", Workload(8, text=4, output=8, questions=2), CACHING, (2,)),
-        Point("KV memory", "none", Workload(requests=1, text=4, output=8), TOO_SMALL, (2,)),
+        Point("KV memory", "1 MiB", Workload(requests=8, text=4, output=8), PLAIN, (POLICY,)),
+        Point(
+            "prefix caching", "2 questions", Workload(8, text=4, output=8, questions=2), CACHING, (POLICY,)
+        ),
+        Point("KV memory", "none", Workload(requests=1, text=4, output=8), TOO_SMALL, (POLICY,)),
     ),
     resident=True,
     asynchronous=False,
@@ -40,9 +44,10 @@ def test_measures_both_sides(tmp_path, monkeypatch):
     Draft202012Validator(SCHEMA).validate(result)
     assert list(result["left_out"]) == ["2"]
     assert len(saved) - 1 == len(result["runs"]) == 8
-    order = [(run["point"], run["layer"], run["seed"]) for run in result["runs"]]
-    sides = ((None, 0), (2, 0), (2, 1), (None, 1))
-    assert order == [(point, layer, 2 * point + turn) for point in (0, 1) for layer, turn in sides]
+    order = [(run["point"], run["policy"], run["seed"]) for run in result["runs"]]
+    vtw = {"stages": [{"layer": 2, "keep": 0.0}]}
+    sides = ((None, 0), (vtw, 0), (vtw, 1), (None, 1))
+    assert order == [(point, policy, 2 * point + turn) for point in (0, 1) for policy, turn in sides]
 
     random, repeated = compare(result)
     for run in (*random.stock, *random.vtw):

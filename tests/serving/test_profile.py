@@ -7,6 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.serving.profile import Seconds, mark, table
 from tests.serving.test_measure import SETUP
+from vllm_vtw.policy import Policy
 
 
 class Engine:
@@ -55,7 +56,7 @@ def test_profiles_an_engine():
 
     point = SETUP.points[0]
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        seconds = pool.submit(profiled, SETUP, point, 2).result()
+        seconds = pool.submit(profiled, SETUP, point, Policy.withdraw_at(2, 4)).result()
     assert seconds.host.keys() == {
         "the rest",
         "scheduler",

@@ -2,24 +2,27 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
 from PIL import Image
 
 from benchmarks.serving import show
-from benchmarks.serving.compare import compare, read
+from benchmarks.serving.compare import compare, named, read
+from vllm_vtw.policy import Policy
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = json.loads((ROOT / "benchmarks/serving/result.schema.json").read_text())
 PROFILE = ROOT / "benchmarks/results/serving-cpu-profile.json"
 RESULTS = sorted({*(ROOT / "benchmarks/results").glob("serving-*.json")} - {PROFILE})
-CPU = ROOT / "benchmarks/results/serving-cpu.json"
+CPU, SCHEDULE = (ROOT / f"benchmarks/results/serving-cpu{what}.json" for what in ("", "-schedule"))
 
 
 def test_there_are_results():
-    assert CPU in RESULTS
+    assert {CPU, SCHEDULE} <= set(RESULTS)
 
 
 @pytest.fixture(params=RESULTS, ids=lambda file: file.stem)
@@ -35,9 +38,11 @@ def test_results_are_as_the_schema_says(file):
 def test_every_point_ran_twice_on_each_side_with_the_same_requests(file):
     result = json.loads(file.read_text())
     compared = compare(result)
-    wanted = {(n, k) for n, point in enumerate(result["points"]) for k in point["layers"]}
-    found = {(result["points"].index(one.point), one.layer) for one in compared}
-    assert found == {(n, k) for n, k in wanted if str(n) not in result["left_out"]}
+    wanted = [(n, policy) for n, point in enumerate(result["points"]) for policy in point["policies"]]
+    found = [(result["points"].index(one.point), asdict(one.policy)) for one in compared]
+    assert json.loads(json.dumps(found)) == [
+        [n, one] for n, one in wanted if str(n) not in result["left_out"]
+    ]
     for one in compared:
         assert [run["seed"] for run in one.stock] == [run["seed"] for run in one.vtw]
         assert len({run["seed"] for run in one.stock}) == len(one.stock) == 2
@@ -46,13 +51,19 @@ def test_every_point_ran_twice_on_each_side_with_the_same_requests(file):
             assert stock["output"]["total_output_tokens"] == vtw["output"]["total_output_tokens"]
 
 
+def options_of(policy: Policy) -> dict[str, Any]:
+    if policy.ranking is None:
+        return {"layer": policy.stages[0].layer}
+    return {"policy": f".cache/serving/{named(policy).replace(' ', '-')}.json"}
+
+
 def test_servers_differ_in_nothing_but_the_plugin(file):
     def options(run) -> set[str]:
         command = run["serve"]
         return set(command) - {command[command.index("--port") + 1]}
 
     for one in compare(json.loads(file.read_text())):
-        vtw = {"--model-impl=vtw", "--additional-config=" + json.dumps({"vtw": {"layer": one.layer}})}
+        vtw = {"--model-impl=vtw", "--additional-config=" + json.dumps({"vtw": options_of(one.policy)})}
         for ours, theirs in zip(one.vtw, one.stock, strict=True):
             assert options(ours) - vtw == options(theirs)
             assert vtw <= options(ours)
@@ -75,7 +86,7 @@ def test_readme_says_what_was_measured():
     number, numbers = r"([\d.]+)", r"([\d.]+), ([\d.]+)"
     row = rf"^\| ([^|]+) \| {numbers} \| \*\*{number}\*\* \| ([\d.]*) \| ([\d.]*) \| {numbers} \|$"
     rows = re.findall(row, readme, re.M)
-    compared = {one.label: one for one in compare(json.loads(CPU.read_text()))}
+    compared = {one.label: one for file in (CPU, SCHEDULE) for one in compare(json.loads(file.read_text()))}
     assert {label for label, *_ in rows} == compared.keys()
     for label, stock, vtw, ratio, limit, reached, *at_once in rows:
         one = compared[label]

@@ -4,24 +4,28 @@ import argparse
 import json
 from collections import Counter
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from benchmarks.server import ServerError
-from benchmarks.serving.run import by_engine, palindromes, why
+from benchmarks.serving.run import Side, by_engine, palindromes, why
 from benchmarks.serving.sweeps import SETUPS, Engine, Point
 from benchmarks.serving.workload import Workload, write_image_set
+from vllm_vtw.policy import Policy
+from vllm_vtw.search.price import Request
 
+FOUR, EIGHT = (Policy.withdraw_at(layer, 16) for layer in (4, 8))
 POINTS = [
-    (number, Point("sweep", str(number), Workload(1, 1, 1), Engine(1), layers))
-    for number, layers in ((3, (8, 4)), (5, (8,)))
+    (number, Point("sweep", str(number), Workload(1, 1, 1), Engine(1), policies))
+    for number, policies in ((3, (EIGHT, FOUR)), (5, (EIGHT,)))
 ]
 
 
 @pytest.mark.parametrize("resident", [True, False])
 def test_there_and_back(resident):
-    started: list[int | None] = []
-    running: set[int | None] = set()
+    started: list[Side] = []
+    running: set[Side] = set()
     most = 0
 
     @contextmanager
@@ -42,12 +46,12 @@ def test_there_and_back(resident):
     assert not running
     for number, point in POINTS:
         sides = [side for of, side in turns if of == number]
-        assert sides == [None, *sorted(point.layers), *sorted(point.layers, reverse=True), None]
+        assert sides == [None, *point.policies, *reversed(point.policies), None]
     if resident:
-        assert (most, started) == (3, [None, 4, 8])
+        assert (most, started) == (3, [None, EIGHT, FOUR])
         assert [number for number, _ in turns] == [3] * 6 + [5] * 4
     else:
-        assert (most, started) == (1, [None, 4, 8, 8, 4, None])
+        assert (most, started) == (1, [None, EIGHT, FOUR, FOUR, EIGHT, None])
 
 
 @pytest.mark.parametrize("name", SETUPS)
@@ -62,7 +66,9 @@ def test_points_can_be_served(name):
         tokens = workload.images * setup.model.visual_tokens + workload.text + template + workload.output
         assert tokens <= int(options["max-model-len"])
         assert workload.images <= images
-        assert all(0 < layer < setup.model.layers for layer in point.layers)
+        model = setup.model.served_as
+        for policy in point.policies:
+            assert Policy.from_file(policy.to_file(model), model) == policy
         assert workload.requests % workload.questions == 0
         labels.add((point.sweep, point.value))
     assert len(labels) == len(setup.points)
@@ -73,9 +79,31 @@ def test_points_can_be_served(name):
 
 
 def test_small_setup_has_every_sweep_of_the_full_one():
-    assert {point.sweep for point in SETUPS["small"]().points} == {
-        point.sweep for point in SETUPS["full"]().points
-    }
+    on_cpu = [*SETUPS["small"]().points, *SETUPS["schedule"]().points]
+    assert {point.sweep for point in on_cpu} == {point.sweep for point in SETUPS["full"]().points}
+
+
+@pytest.mark.parametrize("name", ["schedule", "full"])
+def test_vtw_takes_no_more_work_than_the_schedule_beside_it(name):
+    setup = SETUPS[name]()
+    (point,) = (point for point in setup.points if point.sweep == "schedule")
+    ranked, vtw = point.policies
+    model, workload = setup.model, point.workload
+    request = Request(model.visual_tokens, workload.text, workload.output)
+    price = model.price(request)
+    assert (len(ranked.stages), ranked.ranking, vtw.ranking) == (3, "last-token-attention", None)
+    most = price.flops_share(ranked)
+    assert most - 1 / model.layers < price.flops_share(vtw) <= most
+    assert price.kv_share(ranked) < 1
+
+
+def test_a_ranked_policy_is_served_from_its_file(tmp_path):
+    setup = SETUPS["schedule"]()
+    ranked, vtw = setup.points[0].policies
+    option = setup.server_options(setup.points[0].engine, ranked, tmp_path)[-1]
+    file = json.loads(option.partition("=")[2])["vtw"]["policy"]
+    assert Policy.from_file(json.loads(Path(file).read_text()), setup.model.served_as) == ranked
+    assert '{"layer": ' in setup.server_options(setup.points[0].engine, vtw, tmp_path)[-1]
 
 
 @pytest.mark.parametrize("questions", [1, 4])
