@@ -83,6 +83,8 @@ class Groups:
 def visual_held(policy: Policy, images: int, tokens_per_image: int, align_to: int) -> list[int]:
     """Visual tokens that each stage holds of a request whose images stand between texts.
 
+    Where gates decide: of one that leaves at the first of them.
+
     Args:
         policy: What is withdrawn.
         images: Of the request.

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,13 @@ TEXT_MODELS = ("llama", "mistral", "qwen2")
 SERVED_MODEL_TYPES = ("llava",)
 KEYS = ("layer", "policy", "align")
 SCHEDULER = "vllm_vtw.kv.scheduler.make_scheduler"
+WORKER = "vllm_vtw.worker.process.GatedWorker"
 LONGEST_STEP = "vtw_longest_step"
 """Attribute of vLLM's `ModelConfig`, where the processor of a model can see it: the most tokens of a step."""
+EXITS = "vtw_exits"
+"""Attribute by which scheduler and workers tell each other what gates decided, by request the first stage
+without its visual tokens: of vLLM's `SchedulerOutput`, about requests that begin or resume, and of its
+`ModelRunnerOutput`."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +74,11 @@ class VTWConfig:
         if "layer" in options and "policy" in options:
             raise _error("layer", options["layer"], 'give either "layer" or "policy", not both')
         policy = _policy(options, model)
-        align = options.get("align", prefix_caching and policy.ranking is None)
+        align = options.get("align", prefix_caching and not policy.depends_on_question)
         if type(align) is not bool:
             raise _error("align", align, "has to be true or false")
-        if align and policy.ranking is not None:
-            raise _error("align", align, "has to be false for a policy that ranks visual tokens one by one")
+        if align and policy.depends_on_question:
+            raise _error("align", align, "has to be false for a policy that ranks visual tokens or has gates")
         return cls(policy, align)
 
     def align_to(self, block_size: int) -> int:
@@ -127,6 +132,10 @@ def _read_policy(source: Any, model: Model) -> Policy:
     else:
         raise _error("policy", source, "has to be the path of a policy file")
     try:
-        return Policy.from_file(content, model.as_dict())
+        policy = Policy.from_file(content, model.as_dict())
     except ValueError as error:
         raise _error("policy", source, str(error)) from error
+    if policy.gate is None or isinstance(source, dict):
+        return policy
+    weights = (Path(source).parent / policy.gate.weights).resolve()
+    return replace(policy, gate=replace(policy.gate, weights=str(weights)))

@@ -6,7 +6,7 @@ A server of any model imports this module, so it imports nothing that hooks into
 from collections.abc import Sequence
 from typing import Any
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import SchedulerStats
@@ -14,6 +14,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm_vtw.config import SCHEDULER
 
 REQUESTS, WITHDRAWN_TOKENS, KV_BLOCKS, KV_BLOCKS_SAVED = "requests", "withdrawn_tokens", "kv_blocks", "saved"
+EXIT_LAYER = "exit_layer"
 LABELS = ["model_name", "engine"]
 
 
@@ -27,14 +28,28 @@ class WithdrawalMetrics(AggregateStatLoggerBase):
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: Sequence[int]) -> None:
         self.withdraws = vllm_config.scheduler_config.scheduler_cls == SCHEDULER
+        self.vllm_config = vllm_config
         self.model_name = vllm_config.model_config.served_model_name
         self.counters: dict[str, Counter] = {}
         self.gauges: dict[str, Gauge] = {}
+        self.exit_layers: Histogram | None = None
 
     def log_engine_initialized(self) -> None:
         """Makes the metrics. Before, vLLM's own logger takes everything named `vllm:` out of the registry."""
         if not self.withdraws:
             return
+        from vllm_vtw.startup import vtw_config
+
+        policy = vtw_config(self.vllm_config).policy
+        if policy.gate is not None:
+            num_layers = self.vllm_config.model_config.hf_text_config.num_hidden_layers
+            self.exit_layers = Histogram(
+                "vllm:vtw_exit_layer",
+                "The layer from which on gates withdrew a request's visual tokens; the number of layers "
+                "where they did not.",
+                LABELS,
+                buckets=[*(stage.layer for stage in policy.stages), num_layers],
+            )
         self.counters = {
             REQUESTS: Counter(
                 "vllm:vtw_requests",
@@ -75,6 +90,11 @@ class WithdrawalMetrics(AggregateStatLoggerBase):
             return
         for key, value in scheduler_stats.waiting_lora_adapters.items():
             name, _, label = key.partition("/")
+            if name == EXIT_LAYER:
+                assert self.exit_layers is not None
+                for _ in range(value):
+                    self.exit_layers.labels(self.model_name, str(engine_idx)).observe(int(label))
+                continue
             labels = [self.model_name, str(engine_idx), *([label] if label else [])]
             if name in self.counters:
                 self.counters[name].labels(*labels).inc(value)

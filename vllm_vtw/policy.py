@@ -1,9 +1,9 @@
 """What is withdrawn and from which layer on: pure data, and the policy file that carries it."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
-from math import ceil
+from math import ceil, isfinite
 from typing import Any
 
 FORMAT = "vllm-vtw-policy/1"
@@ -24,10 +24,29 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Gate:
+    """Gates before every stage past the first, which decide in a prompt when its visual tokens leave.
+
+    DyVTE (arXiv 2411.19628). What has not left by the last border stays.
+
+    Attributes:
+        weights: A safetensors file, in a policy file from its folder on.
+        sha256: Of that file.
+        thresholds: By stage: visual tokens leave where the second logit is above the first by more.
+            Published: 0.
+    """
+
+    weights: str
+    sha256: str
+    thresholds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Policy:
     """The stages past the first, from shallow to deep. Stage 0 holds every token and is not listed."""
 
     stages: tuple[Stage, ...]
+    gate: Gate | None = None
 
     @classmethod
     def withdraw_at(cls, layer: int, num_hidden_layers: int) -> "Policy":
@@ -51,12 +70,12 @@ class Policy:
         made_for = content.get("model")
         if made_for != model:
             raise ValueError(f"made for another model: {made_for}; this one is {model}")
-        if content.get("gate") is not None:
-            raise ValueError("'gate' has to be null: this version has no exit per request")
         stages = content.get("stages")
         if not isinstance(stages, list):
             raise ValueError("'stages' has to be a list")
         policy = cls(cls._checked(stages, model["num_hidden_layers"]))
+        if content.get("gate") is not None:
+            policy = replace(policy, gate=policy._checked_gate(content["gate"]))
         ranking = content.get("ranking")
         if ranking != policy.ranking:
             found = f"'ranking' = {ranking!r}: has to be {policy.ranking!r}"
@@ -82,6 +101,23 @@ class Policy:
             checked.append(Stage(layer, float(keep)))
         return tuple(checked)
 
+    def _checked_gate(self, gate: Any) -> Gate:
+        if not isinstance(gate, dict) or set(gate) != {"weights", "sha256", "thresholds"}:
+            raise ValueError("'gate' has to have exactly the keys 'weights', 'sha256' and 'thresholds'")
+        if not self.stages or any(stage.keep for stage in self.stages):
+            raise ValueError("'stages' of a 'gate' are where it may let all visual tokens leave: 'keep' is 0")
+        for key in ("weights", "sha256"):
+            if not isinstance(gate[key], str):
+                raise ValueError(f"'gate'['{key}'] = {gate[key]!r}: has to be a string")
+        thresholds = gate["thresholds"]
+        if (
+            not isinstance(thresholds, list)
+            or len(thresholds) != len(self.stages)
+            or not all(type(threshold) in (int, float) and isfinite(threshold) for threshold in thresholds)
+        ):
+            raise ValueError(f"'gate'['thresholds'] = {thresholds!r}: has to be a number for every stage")
+        return Gate(gate["weights"], gate["sha256"], tuple(map(float, thresholds)))
+
     def to_file(self, model: dict[str, Any]) -> dict[str, Any]:
         """The policy as the JSON object of a policy file."""
         stages = [{"layer": stage.layer, "keep": stage.keep} for stage in self.stages]
@@ -90,7 +126,7 @@ class Policy:
             "model": model,
             "stages": stages,
             "ranking": self.ranking,
-            "gate": None,
+            "gate": self.gate and asdict(self.gate) | {"thresholds": list(self.gate.thresholds)},
         }
 
     @property
@@ -99,8 +135,13 @@ class Policy:
         return RANKING if any(stage.keep > 0 for stage in self.stages) else None
 
     @property
+    def depends_on_question(self) -> bool:
+        """Whether what is withdrawn is known only when a prompt is computed, from its first picture on."""
+        return self.ranking is not None or self.gate is not None
+
+    @property
     def keeps(self) -> tuple[float, ...]:
-        """The fraction of visual tokens that every stage holds, stage 0 included."""
+        """The fraction of visual tokens that every stage holds at least, stage 0 included."""
         return (1.0, *(stage.keep for stage in self.stages))
 
     def segments(self, num_hidden_layers: int) -> list[range]:

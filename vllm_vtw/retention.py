@@ -18,23 +18,32 @@ Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Ranking:
-    """What a request's ranked stages choose from.
+class Question:
+    """A prompt from its first picture on, computed in one step, as what leaves depends on all of it.
 
     Attributes:
-        start: Where the prompt's first picture begins. From here to its end a prompt is computed in one step.
+        start: Where the prompt's first picture begins.
         stop: The prompt's length. Its last token's attention ranks.
         candidates: Spans of the visual tokens that may leave, ascending.
+        text_start: Where the text behind the last picture begins.
+        gated: Whether gates read that text and decide when all candidates leave; otherwise they are ranked.
     """
 
     start: int
     stop: int
     candidates: tuple[Span, ...]
+    text_start: int
+    gated: bool
 
     @property
     def visual_tokens(self) -> int:
         """How many the candidates are."""
         return sum(stop - start for start, stop in self.candidates)
+
+    @property
+    def text_tokens(self) -> int:
+        """How many come after the last picture."""
+        return self.stop - self.text_start
 
 
 class Retention:
@@ -47,17 +56,19 @@ class Retention:
     first candidates, which stand for those that leave. As the prompt is computed in one step from its first
     picture on, every count after a step is right; which positions are held the model finds out.
 
+    And where gates decide, nothing is `withdrawn` until they have: see `decided`.
+
     Args:
         withdrawn: Spans of withdrawn prompt positions, ascending, neither empty nor overlapping.
         shareable: So many tokens, at the start, any request that begins with the same ones retains alike.
-        ranking: Where `withdrawn` says how many leave, and not which.
+        question: Where it is not known yet which tokens leave.
     """
 
     def __init__(
         self,
         withdrawn: Sequence[Span] = (),
         shareable: int = sys.maxsize,
-        ranking: Ranking | None = None,
+        question: Question | None = None,
     ) -> None:
         self.withdrawn = tuple(withdrawn)
         self._starts = [start for start, _ in withdrawn]
@@ -69,7 +80,7 @@ class Retention:
             start - before for start, before in zip(self._starts, self._withdrawn_before[:-1], strict=True)
         ]
         self.shareable = shareable
-        self.ranking = ranking
+        self.question = question
         self.num_withdrawn = self._withdrawn_before[-1]
         """Tokens of the whole request that the stage never holds."""
         self.settled_at = self._stops[-1] if withdrawn else 0
@@ -141,24 +152,47 @@ def request_retentions(
         num_prompt_tokens: Length of the prompt as it came, also when a preempted request is resumed.
         align_to: 1 to withdraw by tokens, the KV block size to withdraw by whole blocks.
     """
-    if policy.ranking is None:
-        retention = prompt_retention(visual_spans(mm_features), num_prompt_tokens, align_to)
-        return (retention,) * len(policy.stages)
-    return tuple(_ranked_retentions(policy, list(mm_features), num_prompt_tokens))
-
-
-def _ranked_retentions(
-    policy: Policy, mm_features: Sequence[Any], num_prompt_tokens: int
-) -> Iterator[Retention]:
-    everything = prompt_retention(visual_spans(mm_features), num_prompt_tokens, align_to=1)
-    if not everything.num_withdrawn:
-        yield from (Retention() for _ in policy.stages)
-        return
+    mm_features = list(mm_features)
+    if policy.depends_on_question:
+        align_to = 1
+    spans = visual_spans(mm_features)
+    everything = prompt_retention(spans, num_prompt_tokens, align_to)
+    if not policy.depends_on_question or not everything.num_withdrawn:
+        return (everything,) * len(policy.stages)
     start = min(feature.mm_position.offset for feature in mm_features if feature.modality in VISUAL)
-    ranking = Ranking(start, num_prompt_tokens, everything.withdrawn)
+    gated = policy.gate is not None
+    text_start = max(stop for _, stop in spans)
+    question = Question(start, num_prompt_tokens, everything.withdrawn, text_start, gated)
+    if not gated:
+        return tuple(_ranked_retentions(policy, question))
+    # There is no mean of the text but the last token where that is all there is.
+    undecided = Retention((), start, question if question.text_tokens > 1 else None)
+    return (undecided,) * len(policy.stages)
+
+
+def _ranked_retentions(policy: Policy, question: Question) -> Iterator[Retention]:
     for stage in policy.stages:
-        leaving = everything.num_withdrawn - stage.kept(everything.num_withdrawn)
-        yield Retention(list(_first(leaving, everything.withdrawn)), start, ranking)
+        leaving = question.visual_tokens - stage.kept(question.visual_tokens)
+        yield Retention(list(_first(leaving, question.candidates)), question.start, question)
+
+
+def is_undecided(retentions: Sequence[Retention]) -> bool:
+    """Whether gates have yet to decide about a request, given its retention of every stage past the first."""
+    question = retentions[0].question if retentions else None
+    return question is not None and question.gated
+
+
+def decided(undecided: Sequence[Retention], exit_stage: int) -> tuple[Retention, ...]:
+    """The retention of every stage past the first, once gates have decided about a request.
+
+    Args:
+        undecided: What `request_retentions` said.
+        exit_stage: The first stage without its visual tokens; the number of stages where they stay.
+    """
+    question = undecided[0].question
+    assert question is not None
+    stays, gone = Retention((), question.start), Retention(question.candidates, question.start)
+    return tuple(gone if stage >= exit_stage else stays for stage in range(1, len(undecided) + 1))
 
 
 def _first(count: int, spans: Iterable[Span]) -> Iterator[Span]:

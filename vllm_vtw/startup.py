@@ -6,7 +6,9 @@ from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
 from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from vllm_vtw.config import KEYS, LONGEST_STEP, SCHEDULER, TEXT_MODELS, Model, VTWConfig
+from vllm_vtw.config import KEYS, LONGEST_STEP, SCHEDULER, TEXT_MODELS, WORKER, Model, VTWConfig
+from vllm_vtw.gates import load_gates
+from vllm_vtw.policy import Policy
 
 
 def vtw_config(vllm_config: VllmConfig) -> VTWConfig:
@@ -50,8 +52,13 @@ class VTWModelConfig(VerifyAndUpdateConfig):
         }
         scheduler = vllm_config.scheduler_config
         scheduler.scheduler_cls = SCHEDULER
-        if config.policy.ranking is not None:
-            refuse_with_ranking(vllm_config)
+        if config.policy.gate is not None:
+            hidden_size = vllm_config.model_config.get_hidden_size()
+            load_gates(config.policy.gate, [stage.layer for stage in config.policy.stages], hidden_size)
+        if config.policy.depends_on_question:
+            refuse_with_question(vllm_config, config.policy)
+            if config.policy.gate is not None:
+                vllm_config.parallel_config.worker_cls = WORKER
             setattr(vllm_config.model_config, LONGEST_STEP, scheduler.max_num_batched_tokens)
 
 
@@ -62,11 +69,13 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         raise ValueError("--model-impl vtw cannot serve this configuration:\n- " + "\n- ".join(refused))
 
 
-def refuse_with_ranking(vllm_config: VllmConfig) -> None:
-    """Raises a ValueError that names every option in the way of a policy that ranks, where there is one."""
-    refused = list(_refusals_with_ranking(vllm_config))
+def refuse_with_question(vllm_config: VllmConfig, policy: Policy) -> None:
+    """Raises a ValueError that names every option in the way of a policy that depends on a request's
+    question, where there is one."""
+    refused = list(_refusals_with_question(vllm_config, policy))
     if refused:
-        raise ValueError("--model-impl vtw cannot rank visual tokens here:\n- " + "\n- ".join(refused))
+        what = "ask gates about" if policy.ranking is None else "rank"
+        raise ValueError(f"--model-impl vtw cannot {what} visual tokens here:\n- " + "\n- ".join(refused))
 
 
 def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
@@ -133,14 +142,16 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
         yield f"the scheduler is the plugin's own: remove --scheduler-cls {scheduler.scheduler_cls}"
 
 
-def _refusals_with_ranking(vllm_config: VllmConfig) -> Iterator[str]:
+def _refusals_with_question(vllm_config: VllmConfig, policy: Policy) -> Iterator[str]:
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     if parallel.pipeline_parallel_size > 1:
         yield (
-            "the next pipeline rank is not told which tokens were chosen: use --tensor-parallel-size, not "
+            "the next pipeline rank is not told which tokens stay: use --tensor-parallel-size, not "
             "--pipeline-parallel-size"
         )
-    if cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
+    if policy.gate is not None and parallel.worker_cls not in ("auto", WORKER):
+        yield f"the worker is the plugin's own where gates decide: remove --worker-cls {parallel.worker_cls}"
+    if policy.ranking is not None and cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
         yield f"keys are ranked as they were computed: remove --kv-cache-dtype {cache.cache_dtype}"
     scheduler = vllm_config.scheduler_config
     if (

@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks.machine import measured_on
 from benchmarks.serving.compare import label, named
 from benchmarks.serving.run import Side
-from benchmarks.serving.sweeps import SETUPS, Point, Setup
+from benchmarks.serving.sweeps import SETUPS, Point, Setup, told
 
 MARK = "part: "
 REST = "the rest"
@@ -215,8 +215,8 @@ def main() -> None:
         result["profiles"].append(
             {
                 "row": label(point.sweep, point.value, policy),
-                "point": asdict(point),
-                "policy": asdict(policy),
+                "point": told(point),
+                "policy": told(policy),
                 "seconds": sides,
             }
         )

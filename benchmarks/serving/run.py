@@ -15,7 +15,7 @@ from benchmarks.machine import measured_on
 from benchmarks.server import Server, ServerError, serving
 from benchmarks.serving.compare import FORMAT, named
 from benchmarks.serving.steps import Steps, logging_config, read_steps
-from benchmarks.serving.sweeps import Engine, Point, Setup
+from benchmarks.serving.sweeps import Engine, Point, Setup, told
 from benchmarks.serving.workload import Workload, send
 from vllm_vtw.policy import Policy
 
@@ -64,7 +64,7 @@ def measure(
         "model": asdict(setup.model),
         "slo_milliseconds": dict(setup.slo),
         "environment": dict(setup.env),
-        "points": json.loads(json.dumps([asdict(point) for point in setup.points])),
+        "points": json.loads(json.dumps([told(point) for point in setup.points])),
         "left_out": {},
         "runs": [],
     }
@@ -155,7 +155,7 @@ def runs_of(
             side,
             {
                 "point": number,
-                "policy": side and asdict(side),
+                "policy": side and told(side),
                 "seed": seed,
                 "serve": server.command,
                 "bench": bench,

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,11 @@ class Point:
     def label(self) -> str:
         """The rows of the tables that it makes."""
         return ", ".join(dict.fromkeys(label(self.sweep, self.value, policy) for policy in self.policies))
+
+
+def told(measured: Point | Policy) -> dict[str, Any]:
+    """As results have it, whose policies have no gates."""
+    return asdict(measured, dict_factory=lambda items: {key: value for key, value in items if key != "gate"})
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from tests.engine.engines import (
     running,
     scheduler_of,
 )
+from tests.engine.test_gated import assert_gated, dividing
 from tests.engine.test_ranked import assert_ranked, written
 from vllm_vtw.models.graph_inputs import GraphInputs
 
@@ -88,6 +89,22 @@ def test_ranked_prompts_choose_between_graphs(checkpoint, reference, taken, tmp_
         outputs = llm.generate([ask.to_vllm(oracle) for ask in asks], params, use_tqdm=False)
     for ask, output in zip(asks, outputs, strict=True):
         assert_ranked(oracle, ask, output, schedule)
+    assert static_graphs.replays["FULL", 8] > 0
+    # What stays of a prompt may have a graph where the prompt has none.
+    assert any(size < batch for size, batch in taken)
+
+
+def test_gates_decide_between_graphs(checkpoint, reference, taken, tmp_path):
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    gates = dividing(tmp_path, oracle, model=MODEL, layers=(1, 3))
+    asks = [ask for ask in SHAPES if ask.name != "several apart"]
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    options = ENGINE | {"max_num_batched_tokens": 240}
+    with running(folder, gates.options, **options) as llm:
+        outputs = llm.generate([ask.to_vllm(oracle) for ask in asks], params, use_tqdm=False)
+    exits = [assert_gated(oracle, *told, gates, MODEL) for told in zip(asks, outputs, strict=True)]
+    assert set(exits) == {1, 3, LAYERS}
     assert static_graphs.replays["FULL", 8] > 0
     # What stays of a prompt may have a graph where the prompt has none.
     assert any(size < batch for size, batch in taken)

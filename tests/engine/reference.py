@@ -1,7 +1,8 @@
 """The oracle: a plain transformers forward that drops visual tokens at a layer.
 
 It shares no code with the package. What is visual it sees from the token ids, and which blocks `align`
-withdraws from going through them one by one. For schedules that rank, it looks at attention written out.
+withdraws from going through them one by one. For schedules that rank, it looks at attention written out;
+what gates say, it multiplies out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -106,6 +107,32 @@ class Reference:
                 here = [position for position in here if position not in leaving]
             hidden, weights = self._layer(index, hidden, torch.tensor(here))
         return self.model.lm_head(self.model.model.language_model.norm(hidden[here.index(last) :]))
+
+    @torch.no_grad()
+    def margins(
+        self,
+        prompt_ids: Sequence[int],
+        image_embeds: Sequence[torch.Tensor],
+        gates: Mapping[int, tuple[torch.Tensor, torch.Tensor]],
+    ) -> dict[int, float]:
+        """By layer: by how much its gate is for withdrawing there, after layers that had all tokens.
+
+        Args:
+            prompt_ids: The prompt, with text behind its last picture.
+            image_embeds: As of `embeds`.
+            gates: By layer: weights of the gate's first map and of its second.
+        """
+        last_visual = max(at for at, token in enumerate(prompt_ids) if token == self.image_token)
+        hidden, found = self._embedded(prompt_ids, image_embeds), {}
+        for index in range(len(self.model.model.language_model.layers)):
+            if index in gates:
+                first, second = gates[index]
+                others, last = hidden[last_visual + 1 : -1], hidden[-1]
+                seen = torch.nn.functional.gelu(first @ torch.cat([others.mean(0), last]))
+                stay, leave = second @ seen
+                found[index] = float(leave - stay)
+            hidden, _ = self._layer(index, hidden, torch.arange(len(hidden)))
+        return found
 
     def _embedded(self, token_ids: Sequence[int], image_embeds: Sequence[torch.Tensor]) -> torch.Tensor:
         ids = torch.tensor(token_ids)

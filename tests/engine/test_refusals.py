@@ -10,6 +10,7 @@ from vllm.config import CompilationMode, ECTransferConfig, KVEventsConfig, KVTra
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.engine.engines import MODEL
+from tests.engine.test_gated import LAYERS, gated, random_gates
 
 OPTIONS = [
     ({"enable_lora": True}, "LoRA .* remove --enable-lora"),
@@ -62,12 +63,13 @@ RANKED = {
     "stages": [{"layer": 3, "keep": 0.5}],
     "ranking": "last-token-attention",
 }
-WITH_RANKING = [
+WITH_QUESTION = [
     ({"pipeline_parallel_size": 2}, "use --tensor-parallel-size, not --pipeline-parallel-size"),
-    ({"kv_cache_dtype": "fp8"}, "remove --kv-cache-dtype fp8"),
     ({"max_num_scheduled_tokens": 64}, "set --max-num-batched-tokens, not --max-num-scheduled-tokens"),
     ({"long_prefill_token_threshold": 64}, "remove --long-prefill-token-threshold"),
 ]
+WITH_RANKING = [*WITH_QUESTION, ({"kv_cache_dtype": "fp8"}, "remove --kv-cache-dtype fp8")]
+WITH_GATES = [*WITH_QUESTION, ({"worker_cls": "elsewhere.Worker"}, "remove --worker-cls elsewhere.Worker")]
 
 
 def configure(folder: Path, **options):
@@ -87,6 +89,15 @@ def test_an_option_that_only_ranking_refuses(checkpoint, options, message):
     configure(folder, **options)
     with pytest.raises(ValueError, match=f"cannot rank visual tokens here:\n- .*{message}"):
         configure(folder, additional_config={"vtw": {"policy": RANKED}}, **options)
+
+
+@pytest.mark.parametrize(("options", "message"), WITH_GATES, ids=lambda value: next(iter(value), "")[:40])
+def test_an_option_that_only_gates_refuse(checkpoint, tmp_path, options, message):
+    folder = checkpoint(MODEL)
+    configure(folder, **options)
+    gates = gated(tmp_path, random_gates(LAYERS), [0.0] * len(LAYERS))
+    with pytest.raises(ValueError, match=f"cannot ask gates about visual tokens here:\n- .*{message}"):
+        configure(folder, additional_config={"vtw": gates.options}, **options)
 
 
 def test_a_draft_model(checkpoint):

@@ -44,8 +44,20 @@ def test_corner(corner):
     [
         f"{GRAPHS}[True-False]",
         "graph_corners.py::test_ranked_prompts_choose_between_graphs",
+        "graph_corners.py::test_gates_decide_between_graphs",
         pytest.param("graph_corners.py", marks=slow),  # all of them
     ],
 )
 def test_corner_with_compilation_and_graphs(corner):
     run("static_graphs", corner)
+
+
+@pytest.mark.parametrize(
+    "corner",
+    [
+        "test_gated.py::test_blocks_are_those_of_the_stage_that_was_left",
+        pytest.param("test_gated.py", marks=slow),  # all of them
+    ],
+)
+def test_corner_with_asynchronous_scheduling(corner):
+    run("asynchronous", corner)

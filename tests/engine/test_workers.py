@@ -7,6 +7,7 @@ from vllm import SamplingParams
 
 from benchmarks.small_llava import SmallLlava
 from tests.engine.engines import SHAPES, assert_follows, logprobs_of, running
+from tests.engine.test_gated import assert_gated, dividing
 from tests.engine.test_ranked import assert_ranked, written
 from vllm_vtw.models.received import KEYS, Received
 
@@ -102,3 +103,15 @@ def test_heads_on_two_workers_rank_alike(checkpoint, reference, tmp_path):
         outputs = llm.generate([ask.to_vllm(oracle) for ask in ASKS], short, use_tqdm=False)
     for ask, output in zip(ASKS, outputs, strict=True):
         assert_ranked(oracle, ask, output, schedule)
+
+
+def test_gates_on_two_workers_decide_alike(checkpoint, reference, tmp_path):
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    gates = dividing(tmp_path, oracle, model=MODEL, layers=(1, 3))
+    short = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    options = {"tensor_parallel_size": 2, "max_num_batched_tokens": 640, "max_num_seqs": 12}
+    with running(folder, gates.options, **options) as llm:
+        outputs = llm.generate([ask.to_vllm(oracle) for ask in SHAPES], short, use_tqdm=False)
+    exits = [assert_gated(oracle, *told, gates, MODEL) for told in zip(SHAPES, outputs, strict=True)]
+    assert set(exits) == {1, 3, LAYERS}

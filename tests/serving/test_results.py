@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from PIL import Image
 
 from benchmarks.serving import show
 from benchmarks.serving.compare import compare, named, read
+from benchmarks.serving.sweeps import told
 from vllm_vtw.policy import Policy
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +39,7 @@ def test_every_point_ran_twice_on_each_side_with_the_same_requests(file):
     result = json.loads(file.read_text())
     compared = compare(result)
     wanted = [(n, policy) for n, point in enumerate(result["points"]) for policy in point["policies"]]
-    found = [(result["points"].index(one.point), asdict(one.policy)) for one in compared]
+    found = [(result["points"].index(one.point), told(one.policy)) for one in compared]
     assert json.loads(json.dumps(found)) == [
         [n, one] for n, one in wanted if str(n) not in result["left_out"]
     ]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_vtw.config import Model, VTWConfig
-from vllm_vtw.policy import Policy, Stage
+from vllm_vtw.policy import Gate, Policy, Stage
 
 SMALL = Model("llava", "llama", 8, 64)
 POLICY = {
@@ -18,6 +18,7 @@ POLICY = {
     "ranking": None,
     "gate": None,
 }
+GATE = {"weights": "gates.safetensors", "sha256": "0" * 64, "thresholds": [0.5, 0]}
 RANKED = {
     "stages": [{"layer": 3, "keep": 0.5}, {"layer": 5, "keep": 0.1}],
     "ranking": "last-token-attention",
@@ -99,7 +100,15 @@ def test_wrong_options(options, message):
             "'ranking' = 'last-token-attention': has to be None, as no stage",
         ),
         (RANKED | {"ranking": None}, "'ranking' = None: has to be 'last-token-attention', as a stage"),
-        ({"gate": {}}, "'gate' has to be null"),
+        ({"gate": {}}, "'gate' has to have exactly the keys"),
+        ({"gate": GATE, "stages": [{"layer": 3, "keep": 0.1}]}, "'keep' is 0"),
+        ({"gate": GATE, "stages": []}, "'stages' of a 'gate' are where"),
+        ({"gate": GATE | {"weights": None}}, "'gate'['weights'] = None: has to be a string"),
+        ({"gate": GATE | {"thresholds": [1]}}, "= [1]: has to be a number for every stage"),
+        (
+            {"gate": GATE | {"thresholds": [0, float("nan")]}},
+            "= [0, nan]: has to be a number for every stage",
+        ),
         ({"stages": None}, "'stages' has to be a list"),
         ({"stages": [{"layer": 3}]}, "'stages'[0] has to have exactly the keys 'layer' and 'keep'"),
         ({"stages": [{"layer": 0, "keep": 0}]}, "'stages'[0]['layer'] = 0: has to be an integer from 1 to 7"),
@@ -120,6 +129,21 @@ def test_wrong_policies(change, message, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)) as refusal:
         parse({"policy": str(file)})
     assert str(file) in str(refusal.value)
+
+
+def test_a_gated_policy(tmp_path):
+    file = tmp_path / "policy.json"
+    file.write_text(json.dumps(POLICY | {"gate": GATE}))
+    config = parse({"policy": str(file)}, prefix_caching=True)
+    assert config.policy.gate == Gate(str(tmp_path / "gates.safetensors"), "0" * 64, (0.5, 0.0))
+    assert config.policy.depends_on_question
+    assert not config.align
+    elsewhere = json.loads(json.dumps(config.resolved(SMALL)))
+    assert parse(elsewhere, prefix_caching=True) == config
+    with pytest.raises(
+        ValueError, match="has to be false for a policy that ranks visual tokens or has gates"
+    ):
+        parse({"policy": str(file), "align": True})
 
 
 def test_a_ranked_policy(tmp_path):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.strategies import ALIGNMENTS, Prompt, prompts
-from vllm_vtw.retention import Ranking, Retention
+from vllm_vtw.retention import Question, Retention
 from vllm_vtw.worker.plan import Batch, Rows, candidates, plan_stage
 
 
@@ -74,7 +74,7 @@ def test_decoding_withdraws_nothing_more():
 
 
 def ranked(leaving: int) -> Retention:
-    return Retention([(5, 5 + leaving)], 5, Ranking(5, 20, ((5, 12), (15, 18))))
+    return Retention([(5, 5 + leaving)], 5, Question(5, 20, ((5, 12), (15, 18)), 18, False))
 
 
 def test_prompts_that_rank_are_told():
@@ -91,5 +91,5 @@ def test_prompts_that_rank_are_told():
 
 def test_a_ranked_prompt_is_not_cut():
     for computed, scheduled in ((0, 19), (6, 14)):
-        with pytest.raises(AssertionError, match="a ranked prompt was cut"):
+        with pytest.raises(AssertionError, match="a prompt was cut"):
             plan_stage(Batch(Rows.of([(ranked(4),)]), np.array([computed]), np.array([0, scheduled])), 1)

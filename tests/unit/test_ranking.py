@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_vtw.retention import Ranking, Retention
+from vllm_vtw.retention import Question, Retention
 from vllm_vtw.worker.ranking import RankedPrompt, chosen, key_order
 
 TOKENS = st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.25, 0.5]), st.booleans()), min_size=1, max_size=12)
@@ -54,11 +54,13 @@ def test_keys_are_found_wherever_a_backend_puts_them(dtype, shuffled):
 
 def test_where_a_prompt_ends_among_the_tokens_of_a_stage():
     """Twenty tokens behind four that are cached; six of the twelve visual ones left before."""
-    ranking = Ranking(6, 24, ((6, 12), (14, 20)))
-    retentions = (Retention([(6, 12)], 6, ranking), Retention([(6, 12), (14, 18)], 6, ranking))
+    question = Question(6, 24, ((6, 12), (14, 20)), 20, False)
+    retentions = (Retention([(6, 12)], 6, question), Retention([(6, 12), (14, 18)], 6, question))
     first = RankedPrompt.of(retentions, 1, 3, 4, before=slice(10, 30), kept=slice(10, 24))
     assert (first.num_cached, first.num_prompt, first.last, first.keeps_some) == (4, 24, 29, True)
     second = RankedPrompt.of(retentions, 2, 3, 4, before=slice(10, 24), kept=slice(10, 20))
     assert (second.num_cached, second.num_prompt, second.last, second.keeps_some) == (4, 18, 23, True)
-    none = RankedPrompt.of((Retention([(6, 12), (14, 20)], 6, ranking),), 1, 0, 0, slice(0, 24), slice(0, 12))
+    none = RankedPrompt.of(
+        (Retention([(6, 12), (14, 20)], 6, question),), 1, 0, 0, slice(0, 24), slice(0, 12)
+    )
     assert not none.keeps_some

@@ -2,14 +2,15 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm.multimodal.inputs import PlaceholderRange
 
 from tests.unit.strategies import ALIGNMENTS, Prompt, prompts
-from vllm_vtw.policy import Policy, Stage
-from vllm_vtw.retention import request_retentions, visual_spans
+from vllm_vtw.policy import Gate, Policy, Stage
+from vllm_vtw.retention import decided, is_undecided, request_retentions, visual_spans
 
 
 @given(prompts(), ALIGNMENTS, st.integers(0, 20))
@@ -93,6 +94,32 @@ def test_every_stage_past_the_first_has_a_retention():
     assert only.keep(0, 10).tolist() == [True] * 2 + [False] * 4 + [True] * 4
 
 
+@given(prompts(), st.integers(1, 4), st.data())
+def test_gated_stages_hold_everything_until_it_is_decided(prompt: Prompt, stages: int, data: st.DataObject):
+    gate = Gate("gates.safetensors", "", (0.0,) * stages)
+    policy = Policy(tuple(Stage(layer, 0.0) for layer in range(1, stages + 1)), gate)
+    features = [feature("image", start, stop - start) for start, stop in prompt.spans]
+    undecided = request_retentions(policy, features, prompt.length, 16)
+    for length in (prompt.length, prompt.length + 5):
+        assert [retention.count(length) for retention in undecided] == [length] * stages
+    held = prompt.held(prompt.length, 1)
+    visual = {position for span in prompt.spans for position in range(*span)}
+    assert is_undecided(undecided) == (
+        len(held) < prompt.length and not {*range(prompt.length)[-2:]} & visual
+    )
+    if not is_undecided(undecided):
+        return
+    exit_stage = data.draw(st.integers(1, stages + 1))
+    retentions = decided(undecided, exit_stage)
+    assert not is_undecided(retentions)
+    for stage, retention in enumerate(retentions, 1):
+        kept = held if stage >= exit_stage else list(range(prompt.length))
+        assert np.flatnonzero(retention.keep(0, prompt.length)).tolist() == kept
+        assert retention.count(prompt.length + 7) == len(kept) + 7
+        # What the text before the first picture was made into does not depend on the question.
+        assert retention.shareable == prompt.spans[0][0]
+
+
 @given(prompts(), st.lists(st.sampled_from([0.0, 0.1, 0.5, 0.99]), min_size=1, max_size=3))
 def test_ranked_stages_promise_a_number(prompt: Prompt, keeps: list[float]):
     keeps.sort(reverse=True)
@@ -105,14 +132,14 @@ def test_ranked_stages_promise_a_number(prompt: Prompt, keeps: list[float]):
         assert retention.num_withdrawn == leaving - stage.kept(leaving) >= before
         before = retention.num_withdrawn
         if not leaving:
-            assert retention.ranking is None
+            assert retention.question is None
             continue
-        ranking = retention.ranking
-        assert ranking is not None
-        assert (ranking.start, ranking.stop) == (prompt.spans[0][0], prompt.length)
-        assert sum(stop - start for start, stop in ranking.candidates) == leaving
+        question = retention.question
+        assert question is not None
+        assert (question.start, question.stop) == (prompt.spans[0][0], prompt.length)
+        assert sum(stop - start for start, stop in question.candidates) == leaving
         # No step ends between the first picture and the end, and no other request shares what is there.
-        assert retention.shareable == ranking.start
-        assert retention.count(ranking.start) == ranking.start
+        assert retention.shareable == question.start
+        assert retention.count(question.start) == question.start
         for generated in (0, 7):
             assert retention.count(prompt.length + generated) == prompt.length + generated - before

@@ -46,6 +46,13 @@ class StageManager(SingleTypeKVCacheManager):
     def _retained(self, request_id: str, num_tokens: int) -> int:
         return self.retentions[request_id][self.kv_cache_spec.stage - 1].count(num_tokens)
 
+    def give_back(self, request_id: str, num_tokens: int) -> None:
+        """Frees what a request's first `num_tokens` tokens do not fill, once its retention is another."""
+        row = self.req_to_blocks[request_id]
+        left = -(-self._retained(request_id, num_tokens) // self.block_size)
+        self.block_pool.free_blocks(reversed(row[left:]))
+        del row[left:]
+
     def get_num_blocks_to_allocate(
         self,
         request_id: str,

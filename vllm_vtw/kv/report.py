@@ -10,6 +10,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm_vtw.capacity import Groups, visual_held
 from vllm_vtw.config import VTWConfig
 from vllm_vtw.kv.spec import StageSpec
+from vllm_vtw.policy import Policy
 
 logger = logging.getLogger("vllm.vtw")
 
@@ -31,15 +32,16 @@ def log_startup(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config:
     bytes_per_token = specs[0].page_size_bytes / block_size
     logger.info(
         "vtw: withdrawing %s of L = %d; KV cache groups%s: %s; "
-        "an image of %d tokens takes about %.2f MiB of KV cache, %.2f MiB in stock vLLM%s",
+        "an image of %d tokens takes %s %.2f MiB of KV cache, %.2f MiB in stock vLLM%s",
         _withdrawal(config, num_layers),
         num_layers,
         " of the first pipeline rank" if vllm_config.parallel_config.pipeline_parallel_size > 1 else "",
         " + ".join(
-            f"{layers} layers ({_held(config.policy.keeps[stage])})"
+            f"{layers} layers ({_held(config.policy, stage)})"
             for stage, layers in zip(groups.stages, groups.layers, strict=True)
         ),
         tokens,
+        "about" if config.policy.gate is None else "at least",
         held * bytes_per_token / 2**20,
         sum(groups.layers) * tokens * bytes_per_token / 2**20,
         ", on each rank" if vllm_config.parallel_config.tensor_parallel_size > 1 else "",
@@ -63,9 +65,15 @@ def _withdrawal(config: VTWConfig, num_layers: int) -> str:
     if config.policy.ranking is not None:
         parts = (f"{stage.keep:.3g} of all stay from layer {stage.layer} on" for stage in stages)
         return f"visual tokens, the least attended to by the end of the prompt, {', '.join(parts)}"
+    if config.policy.gate is not None:
+        borders = ", ".join(str(stage.layer) for stage in stages)
+        return f"every visual token where a gate says so, at one of layers {borders}"
     what = "whole blocks of visual tokens" if config.align else "every visual token"
     return f"{what} at layer K = {stages[0].layer if stages else num_layers}"
 
 
-def _held(keep: float) -> str:
+def _held(policy: Policy, stage: int) -> str:
+    keep = policy.keeps[stage]
+    if stage > 0 and policy.gate is not None:
+        return "text, or all"
     return {1.0: "all", 0.0: "text"}.get(keep, f"text and {keep:.3g} of the visual tokens")

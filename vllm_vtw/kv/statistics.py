@@ -8,7 +8,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_vtw.kv.spec import StageSpec
-from vllm_vtw.metrics import KV_BLOCKS, KV_BLOCKS_SAVED, REQUESTS, WITHDRAWN_TOKENS
+from vllm_vtw.metrics import EXIT_LAYER, KV_BLOCKS, KV_BLOCKS_SAVED, REQUESTS, WITHDRAWN_TOKENS
 from vllm_vtw.retention import Retention
 
 LOOK_EVERY_SECONDS = 1.0
@@ -36,13 +36,23 @@ class Statistics:
         self.since: Counter[str] = Counter()
         self.look_again = 0.0
 
-    def count_request(self, retentions: Sequence[Retention]) -> None:
-        """Counts a request that has arrived."""
+    def count_request(self, retentions: Sequence[Retention]) -> int:
+        """Counts a request whose retention is known. Returns the layer at which its first visual tokens
+        leave, the number of layers where none do."""
         withdrawn = [retention.num_withdrawn for retention in retentions]
         left = zip(self.layers, [*withdrawn, 1], strict=True)
-        self.since[f"{REQUESTS}/{next(layer for layer, tokens in left if tokens)}"] += 1
+        first = next(layer for layer, tokens in left if tokens)
+        self.since[f"{REQUESTS}/{first}"] += 1
         for stage, tokens in enumerate(withdrawn, 1):
             self.since[f"{WITHDRAWN_TOKENS}/{stage}"] += tokens
+        return first
+
+    def count_exit(self, retentions: Sequence[Retention]) -> int:
+        """Counts a request that gates have decided about. Returns the layer at which its visual tokens leave,
+        the number of layers where they stay."""
+        layer = self.count_request(retentions)
+        self.since[f"{EXIT_LAYER}/{layer}"] += 1
+        return layer
 
     def take(self) -> dict[str, int]:
         """What came since the last call, and the blocks that are held now, by `name/label`.

@@ -15,6 +15,7 @@ from vllm_vtw.models.received import EXIT_STATES, received_rows
 from vllm_vtw.models.segment import Segment, compiled_segment
 from vllm_vtw.policy import Policy
 from vllm_vtw.worker.backend import StageAttention
+from vllm_vtw.worker.exits import Gates
 from vllm_vtw.worker.ranking import rank_behind
 from vllm_vtw.worker.step import CurrentStep, StageStep
 
@@ -55,6 +56,9 @@ class StagedDecoder:
         if policy.ranking is not None:
             for stage, border in enumerate(borders, 1):
                 rank_behind(text_model.layers[border - 1].self_attn.attn, stage, step)
+        if policy.gate is not None:
+            model = vllm_config.model_config
+            step.gates = Gates(policy, model.get_hidden_size(), step.device, model.dtype)
         self.graph_inputs = GraphInputs(vllm_config, step.device)
 
     def __call__(
@@ -79,7 +83,7 @@ class StagedDecoder:
         """
         # Where vLLM measures memory, or keeps an idle rank in step, there is no batch.
         is_dummy = get_forward_context().attn_metadata is None
-        steps = (None, *((None,) * self.step.num_stages if is_dummy else self.step.stages))
+        steps = self._steps(is_dummy)
         residual: torch.Tensor | None = None
         exit_states: torch.Tensor | None = None
         if received is None:
@@ -92,6 +96,10 @@ class StagedDecoder:
                 exit_states = received_rows(received, EXIT_STATES, len(positions))
 
         for stage in range(self.first_stage, self.next_stage + 1):
+            if stage > self.first_stage and self.step.asked and not is_dummy:
+                assert residual is not None
+                get_forward_context().attn_metadata.update(self.step.decide(stage, hidden, residual))
+                steps = self._steps(is_dummy)
             step = steps[stage]
             if stage > self.first_stage and step is not None and step.gather is not None:
                 assert residual is not None
@@ -116,6 +124,10 @@ class StagedDecoder:
         else:
             whole = self.text_model.norm(exit_states)
         return whole.index_copy_(0, kept, hidden)
+
+    def _steps(self, is_dummy: bool) -> tuple[StageStep | None, ...]:
+        """By stage, stage 0 included; None for what computes everything."""
+        return (None, *((None,) * self.step.num_stages if is_dummy else self.step.stages))
 
     def _run(
         self,

@@ -1,4 +1,4 @@
-"""Refuses a prompt that no step could take from its first picture to its end, as ranking needs it.
+"""Refuses a prompt that no step could take from its first picture to its end, where policies need that.
 
 vLLM shows prompts to the model's processor before they are queued: what it raises is the request's error.
 """
@@ -39,7 +39,7 @@ def _limited(processor: Any) -> type[BaseMultiModalProcessor]:
             needed = length - min(starts)
             raise ValueError(
                 f"The prompt has {needed} tokens from its first image on. The policy of --model-impl vtw "
-                f"ranks them in one step, and a step takes {most}: raise --max-num-batched-tokens to {needed}"
+                f"takes them in one step, and a step takes {most}: raise --max-num-batched-tokens to {needed}"
                 " or, for any prompt, to --max-model-len, or send less."
             )
 

@@ -50,6 +50,7 @@ def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
             self.seq_lens = Front(torch.zeros(limits.max_num_seqs, dtype=torch.int32, device=device))
             self.slots = Slots(limits.max_num_batched_tokens, device)
             self.step.slots.update(dict.fromkeys(layer_names, self.slots))
+            self.step.builders.append(self)
 
         @classmethod
         def get_cudagraph_support(
@@ -69,6 +70,7 @@ def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
             common_attn_metadata: CommonAttentionMetadata,
             fast_build: bool = False,
         ) -> Any:
+            self.given = (common_prefix_len, common_attn_metadata, fast_build)
             stage = self.step.stages[self.stage - 1]
             if stage is None:
                 seen = self._dummy(common_attn_metadata)
@@ -77,6 +79,10 @@ def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
                 stage.write_slots(self.slots, common_attn_metadata, self.kv_cache_spec.block_size)
                 seen = stage.metadata(common_attn_metadata, self.seq_lens, self.slots)
             return super().build(common_prefix_len, seen, fast_build)
+
+        def build_again(self) -> dict[str, Any]:
+            """The step's metadata by layer name, for a plan that has changed since they were built."""
+            return dict.fromkeys(self.layer_names, self.build(*self.given))
 
         def _dummy(self, batch: CommonAttentionMetadata) -> CommonAttentionMetadata:
             self.slots.clear(batch, self.kv_cache_spec.block_size)

@@ -1,13 +1,13 @@
 """The step plan: for a batch and a stage, the tokens that stay and how far each moves up in its row."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_vtw.retention import Retention
+from vllm_vtw.retention import Question, Retention, decided, is_undecided
 
 IntArray = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
@@ -24,6 +24,7 @@ class Rows:
         retentions: By row: the retention of every stage past the first.
         num_withdrawn: Tokens of each whole request that a stage never holds, shape `(stages, rows)`.
         settled_at: The position from which on a stage holds every token, shape `(stages, rows)`.
+        undecided: Rows whose visual tokens leave when a gate says so.
         prompt_logprobs: Whether a request wants those of its prompt, which are read off every token's row,
             withdrawn or not.
     """
@@ -31,6 +32,7 @@ class Rows:
     retentions: Sequence[tuple[Retention, ...]]
     num_withdrawn: Int32Array
     settled_at: IntArray
+    undecided: Sequence[int]
     prompt_logprobs: bool
 
     @classmethod
@@ -41,7 +43,18 @@ class Rows:
             retentions,
             np.array([[stage.num_withdrawn for stage in row] for row in retentions], dtype=np.int32).T,
             np.array([[stage.settled_at for stage in row] for row in retentions], dtype=np.int64).T,
+            [row for row, of_row in enumerate(retentions) if is_undecided(of_row)],
             prompt_logprobs,
+        )
+
+    def decided(self, exits: Mapping[int, int]) -> "Rows":
+        """The rows once gates have decided, by row, from which stage on visual tokens are gone."""
+        return Rows.of(
+            [
+                decided(of_row, exits[row]) if row in exits else of_row
+                for row, of_row in enumerate(self.retentions)
+            ],
+            self.prompt_logprobs,
         )
 
 
@@ -76,6 +89,19 @@ class Batch(NamedTuple):
     @property
     def is_one_token_each(self) -> bool:
         return bool(self.query_start_loc[-1] == len(self.num_computed))
+
+    def asked(self) -> dict[int, Question]:
+        """By row: the prompts that gates decide about in this step."""
+        questions = {row: self.rows.retentions[row][0].question for row in self.rows.undecided}
+        asked = {}
+        for row, question in questions.items():
+            assert question is not None
+            start = int(self.num_computed[row])
+            stop = start + int(self.query_start_loc[row + 1] - self.query_start_loc[row])
+            if stop > question.start:
+                _assert_whole(question, start, stop)
+                asked[row] = question
+        return asked
 
     def repeat(self, of_rows: Int32Array) -> Int32Array:
         """For each token what `of_rows` says of its row, shape `(tokens,)`."""
@@ -120,6 +146,10 @@ class StagePlan:
     withdrawal: Withdrawal | None = None
 
 
+def _assert_whole(question: Question, start: int, stop: int) -> None:
+    assert start <= question.start < question.stop <= stop, "a prompt was cut that goes into one step"
+
+
 def plan_stage(batch: Batch, stage: int) -> StagePlan:
     """The plan of `stage`, 1 or deeper."""
     withdrawn = batch.rows.num_withdrawn[stage - 1]
@@ -137,10 +167,8 @@ def plan_stage(batch: Batch, stage: int) -> StagePlan:
         start = int(batch.num_computed[row])
         tokens = slice(starts[row], starts[row + 1])
         stop = start + int(tokens.stop - tokens.start)
-        if retention.ranking is not None and stop > retention.ranking.start:
-            assert start <= retention.ranking.start < retention.ranking.stop <= stop, (
-                "a ranked prompt was cut"
-            )
+        if retention.question is not None and stop > retention.question.start:
+            _assert_whole(retention.question, start, stop)
             ranked.append(int(row))
         keep[tokens] = retention.keep(start, stop)
         withdrawn[row] = stop - retention.count(stop)
@@ -163,9 +191,9 @@ def candidates(batch: Batch, ranked: Iterable[int]) -> npt.NDArray[np.bool_]:
     """For each token of the batch, whether it is one of those that the prompts of rows `ranked` rank."""
     mask = np.zeros(batch.query_start_loc[-1], dtype=bool)
     for row in ranked:
-        ranking = batch.rows.retentions[row][0].ranking
-        assert ranking is not None
+        question = batch.rows.retentions[row][0].question
+        assert question is not None
         in_batch = int(batch.query_start_loc[row]) - int(batch.num_computed[row])
-        for start, stop in ranking.candidates:
+        for start, stop in question.candidates:
             mask[in_batch + start : in_batch + stop] = True
     return mask

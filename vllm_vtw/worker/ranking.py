@@ -52,16 +52,16 @@ class RankedPrompt:
         kept: slice,
     ) -> "RankedPrompt":
         """The prompt of a request with these retentions, of every stage past the first, at `stage`."""
-        ranking = retentions[stage - 1].ranking
-        assert ranking is not None
+        question = retentions[stage - 1].question
+        assert question is not None
         held = retentions[stage - 2].count if stage > 1 else int
         return cls(
             row,
             before,
             kept,
             num_cached=held(num_computed),
-            num_prompt=held(ranking.stop),
-            keeps_some=retentions[stage - 1].num_withdrawn < ranking.visual_tokens,
+            num_prompt=held(question.stop),
+            keeps_some=retentions[stage - 1].num_withdrawn < question.visual_tokens,
         )
 
     @property

@@ -1,13 +1,17 @@
 """The step at hand, shared by a worker's runner, attention builders and model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vllm_vtw.retention import Question
 from vllm_vtw.worker.buffers import Front, Slots
+from vllm_vtw.worker.exits import Gates
 from vllm_vtw.worker.plan import Batch, Rows, StagePlan, candidates, plan_stage
 from vllm_vtw.worker.ranking import RankedPrompt, chosen
 
@@ -19,6 +23,7 @@ class StageStep:
         kept: Indices in the batch of the tokens that the stage computes, shape `(kept,)`; None for all.
         gather: Indices of the same tokens among those of the stage before; None when both compute the same.
         num_tokens: How many they are.
+        query_start_loc: Where each row's tokens start among them, shape `(rows + 1,)`.
         ranked: Prompts of which `choose` has to say what stays, before anything is gathered.
 
     Args:
@@ -45,6 +50,7 @@ class StageStep:
         self.gather: torch.Tensor | None = None
         self.ranked: tuple[RankedPrompt, ...] = ()
         self.num_tokens = int(batch.query_start_loc[-1])
+        self.query_start_loc = batch.query_start_loc
         self._starts_cpu: np.ndarray | None = None
         self._not_stored: torch.Tensor | None = None
         self._ranks: torch.Tensor | None = None
@@ -72,7 +78,8 @@ class StageStep:
                 gather = np.searchsorted(kept_before, plan.withdrawal.kept)
                 self.gather = async_tensor_h2d(gather, device)
         self.num_tokens = len(plan.withdrawal.kept)
-        self._starts_cpu = plan.withdrawal.query_start_loc.astype(np.int32)
+        self.query_start_loc = plan.withdrawal.query_start_loc
+        self._starts_cpu = self.query_start_loc.astype(np.int32)
         self._starts = async_tensor_h2d(self._starts_cpu, device)
 
     def expect_choices(self, batch: Batch, stage: int, starts_before: np.ndarray, mask: torch.Tensor) -> None:
@@ -197,6 +204,20 @@ class CurrentStep:
         """By layer name: the KV slots of the layer's tokens."""
         self.prompt_logprobs = False
         """Whether anything will be read from the rows of withdrawn tokens."""
+        self.gates: Gates | None = None
+        """Set by the model, where the policy has them."""
+        self.asked: dict[int, Question] = {}
+        """By row: the prompts that gates have yet to decide about in this step."""
+        self.settle: Callable[[dict[int, int]], None]
+        """Set by the runner's seam: takes by row what gates decided in a step."""
+        self.exits: dict[str, int] = {}
+        """By request what gates decided, until the scheduler is told: the first stage without visual tokens,
+        or the number of stages where they stay."""
+        self.known_exits: dict[str, int | None] = {}
+        """Of requests that begin or resume in this step, as the scheduler knows it."""
+        self.builders: list[Any] = []
+        """Of the attention metadata of every group of stages past the first."""
+        self._decided: dict[int, int] = {}
         self._rows: Rows | None = None
         self._decoding: Rows | None = None
         """The rows of the step before, where all of them decoded past their last withdrawn token: the plan of
@@ -212,6 +233,7 @@ class CurrentStep:
         if batch is None:
             self.stages = (None,) * self.num_stages
             self.prompt_logprobs = False
+            self.asked = {}
             self._decoding = None
             return
         if batch.rows is self._decoding and batch.is_one_token_each:
@@ -219,21 +241,65 @@ class CurrentStep:
                 assert stage is not None
                 stage.begin_again()
             return
+        self.prompt_logprobs = batch.rows.prompt_logprobs
+        self.stages = stages = self._planned(batch, [], fixed_shape)
+        self._expect_choices(batch, stages)
+        self._decoding = batch.rows if batch.is_one_token_each and batch.is_settled else None
+        self.asked = batch.asked()
+        if self.asked:
+            assert not fixed_shape, "a prompt that gates decide about cannot be cut in a graph"
+            self._batch = batch
+            self._decided = {}
+
+    def _planned(self, batch: Batch, stages: list[StageStep], fixed_shape: bool) -> list[StageStep]:
+        """The first `stages`, and those behind them for `batch`."""
         if batch.rows is not self._rows:
             self._rows = batch.rows
             self._num_withdrawn = async_tensor_h2d(batch.rows.num_withdrawn, self.device)
-        self.prompt_logprobs = batch.rows.prompt_logprobs
-        stages: list[StageStep] = []
-        for index in range(self.num_stages):
+        for index in range(len(stages), self.num_stages):
             plan = plan_stage(batch, index + 1)
             withdrawn = (
                 self._num_withdrawn[index] if plan.settled else async_tensor_h2d(plan.withdrawn, self.device)
             )
             before = stages[-1] if stages else None
             stages.append(StageStep(plan, before, withdrawn, batch, fixed_shape))
-        self.stages = stages
-        self._expect_choices(batch, stages)
-        self._decoding = batch.rows if batch.is_one_token_each and batch.is_settled else None
+        return stages
+
+    def decide(self, stage: int, hidden: torch.Tensor, residual: torch.Tensor) -> dict[str, Any]:
+        """Asks the gates before `stage` about the prompts that still have their visual tokens.
+
+        Args:
+            stage: That is about to begin.
+            hidden: Of the tokens of the stage before, shape `(tokens, hidden_size)`.
+            residual: Likewise.
+
+        Returns:
+            The attention metadata that are others now, by layer name.
+        """
+        assert self.gates is not None
+        before = self.stages[stage - 2] if stage > 1 else None
+        starts = self._batch.query_start_loc if before is None else before.query_start_loc
+        texts = []
+        for row, question in self.asked.items():
+            text = slice(int(starts[row + 1]) - question.text_tokens, int(starts[row + 1]))
+            texts.append(hidden[text] + residual[text])
+        leave = self.gates.leave(stage, texts)
+        leaving = [row for row, leaves in zip(self.asked, leave, strict=True) if leaves]
+        self._decided |= dict.fromkeys(leaving, stage)
+        for row in leaving:
+            del self.asked[row]
+        if stage == self.num_stages:
+            self._decided |= dict.fromkeys(self.asked, self.num_stages + 1)
+            self.asked = {}
+        if not self.asked:
+            self.settle(self._decided)
+        if not leaving:
+            return {}
+        self._batch = self._batch._replace(rows=self._batch.rows.decided(dict.fromkeys(leaving, stage)))
+        as_before = [planned for planned in self.stages[: stage - 1] if planned is not None]
+        self.stages = self._planned(self._batch, as_before, fixed_shape=False)
+        again = [builder.build_again() for builder in self.builders if builder.stage >= stage]
+        return dict(chain.from_iterable(metadata.items() for metadata in again))
 
     def _expect_choices(self, batch: Batch, stages: Sequence[StageStep]) -> None:
         leaving = [(number, stage.plan.withdrawal) for number, stage in enumerate(stages, 1)]

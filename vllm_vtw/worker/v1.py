@@ -10,7 +10,8 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_vtw.config import VTWConfig
-from vllm_vtw.retention import Retention, request_retentions
+from vllm_vtw.retention import Retention, decided, request_retentions
+from vllm_vtw.worker.exits import blocks_left
 from vllm_vtw.worker.plan import Batch, Rows, reads_prompt_rows
 from vllm_vtw.worker.step import CurrentStep
 
@@ -52,6 +53,7 @@ class V1Batches:
     def __init__(self, config: VTWConfig, step: CurrentStep) -> None:
         self.config = config
         self.step = step
+        step.settle = self._settle
         self.made_for: SamplingMetadata | None = None
         """The sampling metadata of the step before: the runner makes them anew when a request joins, leaves
         or moves, also where an id is used again."""
@@ -73,6 +75,7 @@ class V1Batches:
             num_scheduled_tokens: By request; None in a dummy run, which has no requests.
             fixed_shape: A CUDA graph of the whole model replays the step.
         """
+        self.runner = runner
         if num_scheduled_tokens is None:
             self.step.begin(None)
             return
@@ -95,11 +98,29 @@ class V1Batches:
 
     def _retentions(self, runner: GPUModelRunner, request: CachedRequestState) -> tuple[Retention, ...]:
         known, retentions = self.known.get(request.req_id, (None, ()))
-        if known is not request:
+        if known is not request or request.req_id in self.step.known_exits:
             block_size = runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
             align_to = self.config.align_to(block_size)
             retentions = request_retentions(
                 self.config.policy, request.mm_features, request.num_prompt_tokens, align_to
             )
+            exit_stage = self.step.known_exits.get(request.req_id)
+            if exit_stage is not None:
+                retentions = decided(retentions, exit_stage)
             self.known[request.req_id] = (request, retentions)
         return retentions
+
+    def _settle(self, exits: Mapping[int, int]) -> None:
+        """Keeps what gates decided, and drops the blocks from the rows that the scheduler takes back."""
+        tables = self.runner.input_batch.block_table
+        for row, exit_stage in exits.items():
+            request = self.runner.requests[self.runner.input_batch.req_ids[row]]
+            _, undecided = self.known[request.req_id]
+            retentions = decided(undecided, exit_stage)
+            self.known[request.req_id] = (request, retentions)
+            self.step.exits[request.req_id] = exit_stage
+            groups = self.runner.kv_cache_config
+            for group, blocks in blocks_left(groups, retentions, request.num_prompt_tokens):
+                del request.block_ids[group][blocks:]
+                tables[group].num_blocks_per_row[row] = blocks
+        self.made_for = None

@@ -1,0 +1,383 @@
+"""Gates that decide when a request's visual tokens leave, against the reference that has the same gates."""
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from vllm import SamplingParams
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+from benchmarks.server import serving
+from benchmarks.small_llava import SmallLlava
+from tests.engine.engines import (
+    BLOCK_SIZE,
+    GREEDY,
+    MODEL,
+    SHAPES,
+    A,
+    Ask,
+    B,
+    assert_follows,
+    free_blocks,
+    held_blocks,
+    running,
+    scheduler_of,
+    step_until,
+)
+from tests.engine.reference import Reference
+
+LAYERS = (2, 4, 6)
+ALWAYS, NEVER = -1e9, 1e9
+ASKED = [ask for ask in SHAPES if ask.images and not ask.prompt.endswith("<image>")]
+"""Those with text behind their last picture."""
+
+
+@dataclass(frozen=True)
+class Gated:
+    """Random gates, and thresholds for them.
+
+    Attributes:
+        file: The policy file.
+        weights: By layer: of a gate's first map and its second.
+        thresholds: By layer.
+    """
+
+    file: Path
+    weights: Mapping[int, tuple[torch.Tensor, torch.Tensor]]
+    thresholds: Mapping[int, float]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"policy": str(self.file)}
+
+    def exit_layer(
+        self, oracle: Reference, ask: Ask, prompt: Sequence[int], model: SmallLlava = MODEL
+    ) -> int:
+        """Where the request's visual tokens leave; the number of layers where they stay."""
+        if not ask.images or prompt[-1] == oracle.image_token:
+            return model.layers
+        margins = oracle.margins(prompt, [oracle.embeds(image) for image in ask.images], self.weights)
+        left = [layer for layer, threshold in self.thresholds.items() if margins[layer] > threshold]
+        return left[0] if left else model.layers
+
+
+def random_gates(
+    layers: Sequence[int], model: SmallLlava = MODEL
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    random = torch.Generator().manual_seed(5)
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=random) / columns**0.5
+
+    return {layer: (matrix(2048, 2 * model.hidden), matrix(2, 2048)) for layer in layers}
+
+
+def gated(
+    folder: Path,
+    weights: Mapping[int, tuple[torch.Tensor, torch.Tensor]],
+    thresholds: Sequence[float],
+    model: SmallLlava = MODEL,
+) -> Gated:
+    """A policy file of these gates, and their file."""
+    tensors: dict[str, torch.Tensor] = {}
+    for layer, (first, second) in weights.items():
+        tensors |= {f"{layer}.0.weight": first, f"{layer}.2.weight": second}
+    save_file(tensors, folder / "gates.safetensors")
+    content = {
+        "format": "vllm-vtw-policy/1",
+        "model": {"model_type": "llava", "num_hidden_layers": model.layers, "hidden_size": model.hidden},
+        "stages": [{"layer": layer, "keep": 0} for layer in weights],
+        "ranking": None,
+        "gate": {
+            "weights": "gates.safetensors",
+            "sha256": sha256((folder / "gates.safetensors").read_bytes()).hexdigest(),
+            "thresholds": list(thresholds),
+        },
+    }
+    (folder / "policy.json").write_text(json.dumps(content))
+    return Gated(folder / "policy.json", weights, dict(zip(weights, thresholds, strict=True)))
+
+
+def dividing(
+    folder: Path,
+    oracle: Reference,
+    asks: Sequence[Ask] = ASKED,
+    model: SmallLlava = MODEL,
+    layers: Sequence[int] = LAYERS,
+) -> Gated:
+    """Gates with thresholds by which some of these requests leave at each layer, and some never.
+
+    No margin is close to a threshold, where two ways of adding up could decide differently.
+    """
+    weights = random_gates(layers, model)
+    per_image = model.image_side**2
+    margins = []
+    for ask in asks:
+        text = ask.prompt.replace("<image>", "<image>" * per_image)
+        prompt = oracle.processor.tokenizer(text)["input_ids"]
+        margins.append(oracle.margins(prompt, [oracle.embeds(image) for image in ask.images], weights))
+    thresholds, left = [], margins
+    for layer in layers:
+        left = sorted(left, key=lambda margin: margin[layer])
+        stay = len(left) - max(1, len(left) // 3)
+        below, above = left[stay - 1][layer], left[stay][layer]
+        assert above - below > 1e-3
+        thresholds.append((above + below) / 2)
+        left = left[:stay]
+    return gated(folder, weights, thresholds, model)
+
+
+def assert_gated(oracle: Reference, ask: Ask, output: Any, gates: Gated, model: SmallLlava = MODEL) -> int:
+    """The answer is the reference's greedy one, token for token. Returns the layer of its exit."""
+    prompt = output.prompt_token_ids
+    layer = gates.exit_layer(oracle, ask, prompt, model)
+    assert_follows(oracle, ask, prompt, output.outputs[0].token_ids, layer, align_to=1)
+    return layer
+
+
+@contextmanager
+def logged_exits() -> Iterator[dict[str, int]]:
+    """By request: the layer that debug logs name."""
+    found: dict[str, int] = {}
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told = re.fullmatch(
+                r"vtw: request (\S+): its visual tokens leave at layer (\d+)", record.getMessage()
+            )
+            if told:
+                assert told[1] not in found
+                found[told[1]] = int(told[2])
+
+    logger, handler = logging.getLogger("vllm.vtw"), Handler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    yield found
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+def exits_by_number(found: Mapping[str, int]) -> dict[int, int]:
+    """vLLM adds to a request's id."""
+    return {int(request.split("-")[0]): layer for request, layer in found.items()}
+
+
+def test_every_request_shape(checkpoint, reference, tmp_path):
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    gates = dividing(tmp_path, oracle)
+    prompts = [ask.to_vllm(oracle) for ask in SHAPES]
+    with running(folder, gates.options, max_num_batched_tokens=640) as llm, logged_exits() as logged:
+        all_free = free_blocks(llm)
+        together = llm.generate(prompts, GREEDY, use_tqdm=False)
+        told = exits_by_number(logged)
+        alone = [llm.generate(prompt, GREEDY, use_tqdm=False)[0] for prompt in prompts]
+        assert free_blocks(llm) == all_free
+        assert not scheduler_of(llm).exits
+    exits = {}
+    for number, (ask, batched, single) in enumerate(zip(SHAPES, together, alone, strict=True)):
+        assert len(batched.outputs[0].token_ids) == GREEDY.max_tokens
+        assert batched.outputs[0].token_ids == single.outputs[0].token_ids, ask.name
+        exits[number] = assert_gated(oracle, ask, batched, gates)
+    assert set(exits.values()) == {*LAYERS, MODEL.layers}, "the requests did not divide"
+    assert told == {number: exits[number] for number, ask in enumerate(SHAPES) if ask in ASKED}
+
+
+@pytest.mark.parametrize(("threshold", "layer"), [(ALWAYS, LAYERS[0]), (NEVER, MODEL.layers)])
+def test_forced_gates_are_vtw_and_stock(checkpoint, reference, tmp_path, threshold, layer):
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    gates = gated(tmp_path, random_gates(LAYERS), [threshold] * len(LAYERS))
+    with running(folder, gates.options, max_num_batched_tokens=640) as llm:
+        outputs = llm.generate([ask.to_vllm(oracle) for ask in SHAPES], GREEDY, use_tqdm=False)
+    for ask, output in zip(SHAPES, outputs, strict=True):
+        prompt = output.prompt_token_ids
+        exit_layer = layer if ask in ASKED else MODEL.layers
+        assert_follows(oracle, ask, prompt, output.outputs[0].token_ids, exit_layer, align_to=1)
+
+
+def test_blocks_are_those_of_the_stage_that_was_left(checkpoint, reference, tmp_path):
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    gates = dividing(tmp_path, oracle)
+    seen: dict[str, set[int]] = {}
+    with running(folder, gates.options, max_num_batched_tokens=640) as llm:
+        for number, ask in enumerate(SHAPES):
+            llm.llm_engine.add_request(str(number), ask.to_vllm(oracle), GREEDY)
+        assert isinstance(scheduler_of(llm), AsyncScheduler) == ("tests.engine.asynchronous" in sys.modules)
+        groups = scheduler_of(llm).kv_cache_config.kv_cache_groups
+        first_layers = [(0, *LAYERS)[getattr(group.kv_cache_spec, "stage", 0)] for group in groups]
+
+        def check():
+            held = held_blocks(llm)
+            ids = [block for rows in held.values() for row in rows for block in row]
+            assert len(ids) == len(set(ids)), "a block has two owners"
+            for request in scheduler_of(llm).running:
+                prompt, computed = request.num_prompt_tokens, request.num_computed_tokens
+                # Of a step in flight nothing is known yet.
+                if computed < prompt or (request.num_in_flight_tokens and computed == prompt):
+                    continue
+                ask = SHAPES[int(request.request_id.split("-")[0])]
+                exit_layer = gates.exit_layer(oracle, ask, request.prompt_token_ids)
+                visual = sum(oracle.dropped(request.prompt_token_ids, prompt, 1))
+                for layer, row in zip(first_layers, held[request.request_id], strict=True):
+                    retained = computed - (visual if layer >= exit_layer else 0)
+                    assert len(row) == -(-retained // BLOCK_SIZE), (ask.name, layer, exit_layer)
+                seen.setdefault(request.request_id, set()).add(computed - prompt)
+
+        step_until(llm, lambda: not llm.llm_engine.has_unfinished_requests(), check)
+        assert not held_blocks(llm)
+    assert len(seen) == len(SHAPES)
+    for request_id, after in seen.items():
+        assert 0 in after or SHAPES[int(request_id.split("-")[0])] not in ASKED, "not looked at after prefill"
+
+
+def test_a_resumed_request_keeps_its_decision(checkpoint, reference, tmp_path):
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    gates = dividing(tmp_path, oracle)
+    asks = [ask for ask in SHAPES if ask.name not in ("several apart", "embeddings")] * 2
+    long = SamplingParams(temperature=0, max_tokens=70, ignore_eos=True)
+    options = {
+        "max_num_batched_tokens": 320,
+        "num_gpu_blocks_override": 100,
+        "max_model_len": 320,
+    }
+    preempted: set[str] = set()
+    with running(folder, gates.options, **options) as llm, logged_exits() as logged:
+        all_free = free_blocks(llm)
+        for number, ask in enumerate(asks):
+            llm.llm_engine.add_request(str(number), ask.to_vllm(oracle), long)
+
+        def note():
+            for request in scheduler_of(llm).running:
+                if request.num_preemptions and request.request_id in logged:
+                    preempted.add(request.request_id)
+
+        outputs = step_until(llm, lambda: not llm.llm_engine.has_unfinished_requests(), note)
+        assert free_blocks(llm) == all_free
+    assert len(preempted) >= 2, "the pool was not small enough"
+    left = {layer for number, layer in exits_by_number(logged).items() if asks[number].images}
+    assert len(left) > 1
+    for number, ask in enumerate(asks):
+        assert_gated(oracle, ask, outputs[str(number)], gates)
+
+
+def test_prefixes_are_shared_up_to_the_picture(checkpoint, reference, tmp_path):
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    before = "Some words that stand before the picture and are longer than a step. " * 6
+    asks = [
+        Ask(f"{n}", f"{before}<image>\n{what} ASSISTANT:", (A,))
+        for n, what in enumerate(("Who?", "Where is this?", "What?"))
+    ]
+    gates = dividing(tmp_path, oracle, asks, layers=LAYERS[:2])
+    options = {"enable_prefix_caching": True, "max_num_batched_tokens": 128}
+    with running(folder, gates.options, **options) as llm:
+        outputs = [llm.generate(ask.to_vllm(oracle), GREEDY, use_tqdm=False)[0] for ask in (*asks, asks[0])]
+    first = outputs[0].prompt_token_ids.index(oracle.image_token)
+    assert first > 128
+    assert [output.num_cached_tokens for output in outputs] == [0, *[first // BLOCK_SIZE * BLOCK_SIZE] * 3]
+    exits = [
+        assert_gated(oracle, ask, one, gates) for ask, one in zip((*asks, asks[0]), outputs, strict=True)
+    ]
+    assert len(set(exits)) == 3
+
+
+@pytest.mark.parametrize("num_requests", [150, pytest.param(1500, marks=pytest.mark.slow)])
+def test_nothing_leaks(checkpoint, reference, tmp_path, num_requests):
+    """Requests that leave at random layers, are aborted, preempted, and share what stands before pictures."""
+    random = Random(num_requests)
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    gates = dividing(tmp_path, oracle)
+    options = {
+        "enable_prefix_caching": True,
+        "max_num_batched_tokens": 320,
+        "max_num_seqs": 12,
+        "num_gpu_blocks_override": 110,
+        "max_model_len": 480,
+    }
+    finished = aborted = 0
+    preempted: set[str] = set()
+
+    def greedy(tokens: int) -> SamplingParams:
+        return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+
+    with running(folder, gates.options, **options) as llm, logged_exits() as logged:
+        engine, scheduler, all_free = llm.llm_engine, scheduler_of(llm), free_blocks(llm)
+        alone = []
+        for ask in SHAPES:
+            output = llm.generate(ask.to_vllm(oracle), greedy(40), use_tqdm=False)[0]
+            assert_gated(oracle, ask, output, gates)
+            alone.append(output.outputs[0].token_ids)
+        waiting = iter(range(1000, 1000 + num_requests))
+        asked: dict[str, tuple[int, int]] = {}
+        while asked or finished + aborted < num_requests:
+            while len(asked) < 16 and random.random() < 0.7 and (number := next(waiting, None)) is not None:
+                which, tokens = random.randrange(len(SHAPES)), random.randint(1, 40)
+                asked[str(number)] = (which, tokens)
+                engine.add_request(str(number), SHAPES[which].to_vllm(oracle), greedy(tokens))
+            for output in engine.step():
+                if output.finished and output.request_id in asked:
+                    which, tokens = asked.pop(output.request_id)
+                    assert output.outputs[0].token_ids == alone[which][:tokens], SHAPES[which].name
+                    finished += 1
+            preempted.update(request.request_id for request in scheduler.running if request.num_preemptions)
+            if asked and random.random() < 0.05:
+                victim = random.choice(sorted(asked))
+                engine.abort_request([victim])
+                del asked[victim]
+                aborted += 1
+        step_until(llm, lambda: not engine.has_unfinished_requests())
+        assert free_blocks(llm) == all_free
+        assert not scheduler.retentions
+        assert not scheduler.exits
+    assert set(logged.values()) == {*LAYERS, MODEL.layers}
+    assert finished > num_requests * 0.7
+    assert aborted > num_requests * 0.02
+    assert len(preempted) > num_requests * 0.02
+
+
+def test_a_gate_file_that_is_another(checkpoint, tmp_path):
+    gates = gated(tmp_path, random_gates(LAYERS), [0, 0, 0])
+    options = gates.options
+    save_file({"1.0.weight": torch.zeros(1)}, tmp_path / "gates.safetensors")
+    with pytest.raises(ValueError, match="are not those of the policy"), running(checkpoint(MODEL), options):
+        pass
+    (tmp_path / "gates.safetensors").unlink()
+    with pytest.raises(ValueError, match="cannot be read"), running(checkpoint(MODEL), options):
+        pass
+
+
+@pytest.mark.slow
+def test_a_server_counts_exits(checkpoint, reference, tmp_path):
+    from openai import BadRequestError, OpenAI
+
+    from tests.engine.test_server import OPTIONS, chat
+
+    gates = gated(tmp_path, random_gates(LAYERS), [NEVER, ALWAYS, NEVER])
+    vtw = json.dumps({"vtw": gates.options})
+    options = [*OPTIONS, "--max-num-batched-tokens=160", f"--additional-config={vtw}"]
+    with serving(checkpoint(MODEL), *options) as server:
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        assert chat(client, A).choices[0].token_ids
+        with pytest.raises(BadRequestError, match="raise --max-num-batched-tokens to 2"):
+            chat(client, B, A)
+        assert chat(client, B).choices[0].token_ids
+        found = server.metrics()
+        assert found["vllm:vtw_exit_layer_count"] == 2
+        assert found["vllm:vtw_exit_layer_sum"] == 2 * LAYERS[1]
+        assert "every visual token where a gate says so, at one of layers 2, 4, 6" in server.log()

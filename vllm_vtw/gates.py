@@ -1,0 +1,92 @@
+"""DyVTE's gates (arXiv 2411.19628), and the file that holds them.
+
+A gate before layer K reads what layer K - 1 makes of a prompt's text behind its last picture: the mean of all
+but the last token, and the last token. Of its two logits the second says "leave".
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import nn
+
+from vllm_vtw.policy import Gate
+
+WIDTH = 2048
+
+
+def new_gate(hidden_size: int) -> nn.Sequential:
+    """A gate as published, `(prompts, 2 * hidden_size)` to `(prompts, 2)`, with Xavier's weights."""
+    layers = nn.Linear(2 * hidden_size, WIDTH, bias=False), nn.Linear(WIDTH, 2, bias=False)
+    for layer in layers:
+        nn.init.xavier_uniform_(layer.weight)
+    return nn.Sequential(layers[0], nn.GELU(), layers[1])
+
+
+def features(text: torch.Tensor) -> torch.Tensor:
+    """What a gate reads of one prompt, shape `(2 * hidden_size,)`, float32.
+
+    Args:
+        text: States of the tokens behind its last picture, two or more, shape `(tokens, hidden_size)`.
+    """
+    states = text.float()
+    return torch.cat([states[:-1].mean(0), states[-1]])
+
+
+def margins(gate: nn.Module, of_prompts: torch.Tensor) -> torch.Tensor:
+    """By how much "leave" is above "stay", shape `(prompts,)`.
+
+    Args:
+        gate: One gate.
+        of_prompts: `features` of each prompt, shape `(prompts, 2 * hidden_size)`.
+    """
+    logits = gate(of_prompts)
+    return logits[:, 1] - logits[:, 0]
+
+
+def save_gates(gates: Mapping[int, nn.Module], file: Path) -> str:
+    """Writes gates, by their layer K, to a safetensors file. Returns its SHA-256."""
+    tensors = {
+        f"{layer}.{name}": tensor.contiguous()
+        for layer, gate in gates.items()
+        for name, tensor in gate.state_dict().items()
+    }
+    save_file(tensors, file)
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def load_gates(gate: Gate, layers: Sequence[int], hidden_size: int) -> list[nn.Sequential]:
+    """The gates of a policy, in float32 on the CPU.
+
+    Args:
+        gate: Names the file.
+        layers: K of each gate.
+        hidden_size: Of the model.
+
+    Raises:
+        ValueError: The file is not there, not the one that the policy was made with, or lacks a gate.
+    """
+    try:
+        content = Path(gate.weights).read_bytes()
+    except OSError as error:
+        raise ValueError(f"gates {gate.weights} cannot be read: {error}") from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != gate.sha256:
+        raise ValueError(
+            f"gates {gate.weights} are not those of the policy, whose SHA-256 is {gate.sha256}: theirs is "
+            f"{found}. Keep policy and gates of one training together"
+        )
+    try:
+        tensors = load(content)
+        gates = []
+        for layer in layers:
+            with torch.device("meta"):
+                one = new_gate(hidden_size)
+            one.load_state_dict({name: tensors[f"{layer}.{name}"] for name in one.state_dict()}, assign=True)
+            gates.append(one.requires_grad_(False))
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        raise ValueError(f"gates {gate.weights} are not for layers {list(layers)}: {error}") from error
+    return gates
