@@ -80,22 +80,23 @@ class Groups:
         return sum(-(-held[stage] // block_size) for stage in self.stages)
 
 
-def visual_held(policy: Policy, images: int, tokens_per_image: int, align_to: int) -> list[int]:
+def visual_held(
+    policy: Policy, images: int, tokens_per_image: int, align_to: int, exit_stage: int = 1
+) -> list[int]:
     """Visual tokens that each stage holds of a request whose images stand between texts.
-
-    Where gates decide: of one that leaves at the first of them.
 
     Args:
         policy: What is withdrawn.
         images: Of the request.
         tokens_per_image: Visual tokens.
         align_to: As in `withdrawn_of_image`.
+        exit_stage: Where gates decide: the first stage without them.
     """
     everything = images * tokens_per_image
     if policy.ranking is not None:
         return [everything, *(stage.kept(everything) for stage in policy.stages)]
     left = images * (tokens_per_image - withdrawn_of_image(tokens_per_image, align_to))
-    return [everything, *[left] * len(policy.stages)]
+    return [everything if stage < exit_stage else left for stage in range(len(policy.stages) + 1)]
 
 
 def withdrawn_of_image(tokens: int, align_to: int) -> int:

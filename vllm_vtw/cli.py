@@ -2,7 +2,7 @@
 
 import argparse
 
-from vllm_vtw import __version__, calibrate, doctor, plan, schedules
+from vllm_vtw import __version__, calibrate, doctor, dyvte, plan, schedules
 from vllm_vtw.plugin import SUPPORTED_VLLM
 
 
@@ -11,7 +11,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="vtw", description="Visual-token withdrawal inside vLLM.")
     parser.add_argument("--version", action="version", version=_versions())
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (plan, calibrate, schedules, doctor):
+    for command in (plan, calibrate, schedules, dyvte, doctor):
         command.add_command(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)

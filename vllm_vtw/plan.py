@@ -138,6 +138,12 @@ def plan(
     needed = {side: blocks[side] * block_bytes[side] for side in blocks}
     # vLLM keeps one block, the null block, for itself.
     fit = {side: max(0, kv_memory // block_bytes[side] - 1) // blocks[side] for side in blocks}
+    exits = []
+    if config.policy.gate is not None:
+        for stage, layer in enumerate([*(stage.layer for stage in config.policy.stages), num_layers], 1):
+            visual = visual_held(config.policy, images, tokens_per_image, align_to, stage)
+            taken = groups.blocks([of_text + tokens for tokens in visual], block_size) * block_bytes["vtw"]
+            exits.append({"layer": layer, "kv_bytes_per_request": taken, "kv_ratio": taken / needed["stock"]})
     return {
         "model": model.as_dict(),
         "num_hidden_layers": num_layers,
@@ -153,6 +159,7 @@ def plan(
         "padding_fraction": groups.padding_fraction,
         "align": config.align,
         "ranking": config.policy.ranking,
+        "exits": exits,
         "block_size": block_size,
         "request": {
             "text_tokens": text_tokens,
@@ -188,6 +195,8 @@ def describe(result: dict[str, Any]) -> str:
     how = f"whole blocks of {result['block_size']}" if result["align"] else "every visual token"
     if result["ranking"]:
         how = "what the prompt's end attends to least"
+    if result["exits"]:
+        how = f"every visual token at layer {result['exits'][0]['layer']}, if the gate there says so"
     stages = [
         f"  layers {stage['first_layer']} to {stage['last_layer']} hold {stage['tokens_held']} tokens"
         for stage in result["stages"]
@@ -196,6 +205,10 @@ def describe(result: dict[str, Any]) -> str:
     if needed["vtw"] > needed["stock"]:
         remedy = "take another layer" if request["images"] else "a request without images saves nothing"
         notes = ["", f"Here padding takes more than withdrawal saves: {remedy}."]
+    for leaves in result["exits"][1:]:
+        at = f"leave at layer {leaves['layer']}" if leaves["layer"] < result["num_hidden_layers"] else "stay"
+        taken = leaves["kv_bytes_per_request"] / 2**20
+        notes.append(f"Where they {at}: {taken:.1f} MiB, x {leaves['kv_ratio']:.2f}")
     groups = " + ".join(str(group["layers"]) for group in result["groups"])
     return "\n".join(
         [

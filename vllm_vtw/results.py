@@ -29,25 +29,29 @@ def leave(
         table: The result in lines.
         policy_by: What to say behind the policy file's name.
     """
-    file, page = arguments.out / "policy.json", arguments.out / "report.html"
+    file = arguments.out / "policy.json"
     command = None
     file.unlink(missing_ok=True)
     if policy is not None:
         file.write_text(_json(policy) + "\n")
         if result["model"]["model_type"] in SERVED_MODEL_TYPES:
             command = serve_command(arguments.model, file)
-    (arguments.out / "result.json").write_text(_json(result) + "\n")
-    page.write_text(html(result, command), encoding="utf-8")
-    if arguments.json:
-        print(_json(result))
-    else:
-        print("\n".join([*table, "", *result["notes"], "", f"Report: {page}"]))
+    write(arguments, result, html(result, command), [*table, "", *result["notes"]])
+    if not arguments.json:
         if policy is not None:
             print(f"Policy file: {file}{policy_by}")
         if command:
             print(f"Serve it (`vtw plan` says what it takes there):\n  {command}")
     if policy is None:
         sys.exit(1)
+
+
+def write(arguments: argparse.Namespace, result: dict[str, Any], html: str, lines: Sequence[str]) -> None:
+    """Writes `result.json` and `report.html`, and prints the first, or what it says in lines."""
+    page = arguments.out / "report.html"
+    (arguments.out / "result.json").write_text(_json(result) + "\n")
+    page.write_text(html, encoding="utf-8")
+    print(_json(result) if arguments.json else "\n".join([*lines, "", f"Report: {page}"]))
 
 
 def _json(content: dict[str, Any]) -> str:

@@ -63,3 +63,18 @@ def plot_schedules(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.plot(*zip(*sorted(points), strict=True), marker, label=kind, markersize=8)
     axes.set_xlabel("decoder's work on a prompt (% of stock vLLM)")
     _finish(axes, path)
+
+
+def plot_exits(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Accuracy, mean over tasks, over the decoder's work: VTW, and gates by where they stand."""
+    _, axes = plt.subplots(figsize=(8, 5))
+    kinds: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        point = 100 * row["prefill_flops_share"], 100 * mean(row["engine"]["right"].values())
+        borders = row["layers"]
+        kind = f"gates before {', '.join(map(str, borders))}" if borders else "VTW"
+        kinds.setdefault(kind, []).append(point)
+    for style, (kind, points) in zip(("o-", "s-", "D-"), kinds.items(), strict=False):
+        axes.plot(*zip(*sorted(points), strict=True), style, label=kind)
+    axes.set_xlabel("decoder's work on a prompt (% of stock vLLM)")
+    _finish(axes, path)

@@ -1,11 +1,8 @@
 """Gates that decide when a request's visual tokens leave, against the reference that has the same gates."""
 
 import json
-import logging
-import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -18,6 +15,7 @@ from safetensors.torch import save_file
 from vllm import SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
+from benchmarks.exits import by_number, logged_exits
 from benchmarks.server import serving
 from benchmarks.small_llava import SmallLlava
 from tests.engine.engines import (
@@ -146,34 +144,6 @@ def assert_gated(oracle: Reference, ask: Ask, output: Any, gates: Gated, model: 
     return layer
 
 
-@contextmanager
-def logged_exits() -> Iterator[dict[str, int]]:
-    """By request: the layer that debug logs name."""
-    found: dict[str, int] = {}
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            told = re.fullmatch(
-                r"vtw: request (\S+): its visual tokens leave at layer (\d+)", record.getMessage()
-            )
-            if told:
-                assert told[1] not in found
-                found[told[1]] = int(told[2])
-
-    logger, handler = logging.getLogger("vllm.vtw"), Handler()
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
-    yield found
-    logger.removeHandler(handler)
-    logger.setLevel(level)
-
-
-def exits_by_number(found: Mapping[str, int]) -> dict[int, int]:
-    """vLLM adds to a request's id."""
-    return {int(request.split("-")[0]): layer for request, layer in found.items()}
-
-
 def test_every_request_shape(checkpoint, reference, tmp_path):
     folder = checkpoint(MODEL)
     oracle = reference(folder)
@@ -182,7 +152,7 @@ def test_every_request_shape(checkpoint, reference, tmp_path):
     with running(folder, gates.options, max_num_batched_tokens=640) as llm, logged_exits() as logged:
         all_free = free_blocks(llm)
         together = llm.generate(prompts, GREEDY, use_tqdm=False)
-        told = exits_by_number(logged)
+        told = by_number(logged)
         alone = [llm.generate(prompt, GREEDY, use_tqdm=False)[0] for prompt in prompts]
         assert free_blocks(llm) == all_free
         assert not scheduler_of(llm).exits
@@ -269,7 +239,7 @@ def test_a_resumed_request_keeps_its_decision(checkpoint, reference, tmp_path):
         outputs = step_until(llm, lambda: not llm.llm_engine.has_unfinished_requests(), note)
         assert free_blocks(llm) == all_free
     assert len(preempted) >= 2, "the pool was not small enough"
-    left = {layer for number, layer in exits_by_number(logged).items() if asks[number].images}
+    left = {layer for number, layer in by_number(logged).items() if asks[number].images}
     assert len(left) > 1
     for number, ask in enumerate(asks):
         assert_gated(oracle, ask, outputs[str(number)], gates)

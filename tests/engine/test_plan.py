@@ -16,7 +16,7 @@ from benchmarks.small_llava import SmallLlava
 from tests.engine.engines import A, Ask, assert_follows, held_blocks, running, scheduler_of, step_until
 from vllm_vtw.cli import main
 from vllm_vtw.kv.spec import StageSpec
-from vllm_vtw.policy import Policy, Stage
+from vllm_vtw.policy import Gate, Policy, Stage
 
 TEXT, OUTPUT, BLOCK_SIZE = 60, 68, 32
 MEMORY = 6 << 20
@@ -112,6 +112,28 @@ def test_a_ranked_policy_is_planned(checkpoint, tmp_path):
     plan = planned(folder, "--policy", str(file), "--images", "3", "--prompt-tokens", "60")
     assert [stage["tokens_held"] for stage in plan["stages"]] == [188 + held for held in (300, 150, 1, 0)]
     assert "what the prompt's end attends to least" in vtw_plan(str(folder), "--policy", str(file))[1]
+
+
+def test_gates_are_planned_for_every_exit(checkpoint, tmp_path):
+    folder, file = checkpoint(MODEL), tmp_path / "policy.json"
+    policy = Policy((Stage(2, 0.0), Stage(4, 0.0)), Gate("gates.safetensors", "", (0.0, 0.0)))
+    shape = {"model_type": "llava", "num_hidden_layers": MODEL.layers, "hidden_size": MODEL.hidden}
+    file.write_text(json.dumps(policy.to_file(shape)))
+    options = ("--images", "2", "--prompt-tokens", "60")
+    plan = planned(folder, "--policy", str(file), *options)
+    assert [stage["tokens_held"] for stage in plan["stages"]] == [388, 188, 188]
+    first, second, never = plan["exits"]
+    assert first["kv_bytes_per_request"] == plan["kv_bytes_per_request"]["vtw"]
+    blocks = -(-388 // 16), -(-188 // 16)
+    block_bytes = plan["kv_bytes_per_request"]["vtw"] / (
+        sum(blocks[group["stage"] > 0] for group in plan["groups"])
+    )
+    for found, stage in ((second, 2), (never, 3)):
+        held = sum(blocks[group["stage"] >= stage] for group in plan["groups"])
+        assert found["kv_bytes_per_request"] == held * block_bytes
+    said = vtw_plan(str(folder), "--policy", str(file), *options)[1]
+    assert "every visual token at layer 2, if the gate there says so" in said
+    assert f"Where they stay: {never['kv_bytes_per_request'] / 2**20:.1f} MiB" in said
 
 
 @pytest.mark.parametrize(

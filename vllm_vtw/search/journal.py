@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 LONG = 60
-FILES = ("samples.jsonl", "gsearch.jsonl", "psigmoid.jsonl")
+FILES = ("samples.jsonl", "gsearch.jsonl", "psigmoid.jsonl", "exits.jsonl", "exits-answers.jsonl")
 """Of all searches, by which a folder is known to hold the results of one."""
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache, GenerationConfig
 
 from vllm_vtw.search.data import BadSampleError, Sample
 
@@ -45,6 +45,11 @@ class Answered:
     def text_tokens(self) -> int:
         """Of the prompt."""
         return len(self.positions) - len(self.tokens) + 1
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Text and visual ones."""
+        return len(self.is_visual) - len(self.tokens) + 1
 
 
 @dataclass(frozen=True)
@@ -225,3 +230,34 @@ class Llava:
         for row in rows:  # one by one: together, a large vocabulary takes gigabytes
             said = row[-len(answered.tokens) :]
             yield self.model.lm_head(self.decoder.norm(said)).float()
+
+    @torch.inference_mode()
+    def withdrawn_answer(self, answered: Answered, layer: int, max_tokens: int) -> list[int]:
+        """Greedy decoding with visual tokens withdrawn at `layer`, of at most `max_tokens` tokens.
+
+        Args:
+            answered: The full model's answer to the same prompt.
+            layer: K.
+            max_tokens: As of `answer`.
+        """
+        prompt, cache = answered.prompt_tokens, DynamicCache()
+        said: list[int] = []
+        hidden = answered.embedded[None, :prompt]
+        positions = torch.arange(prompt, device=hidden.device)[None]
+        kept = ~answered.is_visual[:prompt]
+        while True:
+            for index, block in enumerate(self.decoder.layers):
+                if index == layer and not said:
+                    hidden, positions = hidden[:, kept], positions[:, kept]
+                hidden = block(
+                    hidden,
+                    attention_mask=None,
+                    position_ids=positions,
+                    position_embeddings=self.decoder.rotary_emb(hidden, position_ids=positions),
+                    past_key_values=cache,
+                )
+            said.append(int(self.model.lm_head(self.decoder.norm(hidden[0, -1])).argmax()))
+            if said[-1] in self.ends or len(said) == max_tokens:
+                return said
+            hidden = self.decoder.embed_tokens(torch.tensor([said[-1:]], device=hidden.device))
+            positions = torch.tensor([[prompt + len(said) - 1]], device=hidden.device)

@@ -6,7 +6,7 @@ from importlib.resources import files
 from typing import Any
 
 import matplotlib as mpl
-from jinja2 import Environment, select_autoescape
+from jinja2 import Environment, FunctionLoader, select_autoescape
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -24,12 +24,15 @@ def page(template: str, plots: Mapping[str, Draw], **told: Any) -> str:
         plots: What draws each, by title.
         told: What the template shows beside `plots`.
     """
-    environment = Environment(autoescape=select_autoescape(default=True), trim_blocks=True)
-    source = files(__package__).joinpath(template).read_text(encoding="utf-8")
+    environment = Environment(
+        loader=FunctionLoader(lambda name: files(__package__).joinpath(name).read_text(encoding="utf-8")),
+        autoescape=select_autoescape(default=True),
+        trim_blocks=True,
+    )
     # Labels are users' words: a dollar begins no formula, and, behind a space, an underscore hides none.
     with mpl.rc_context({"svg.fonttype": "none", "text.parse_math": False}):
         drawn = [Markup(_svg(title, draw)) for title, draw in plots.items()]
-    return environment.from_string(source).render(plots=drawn, **told)
+    return environment.get_template(template).render(plots=drawn, **told)
 
 
 def by_layer(axes: Axes, label: str) -> None:

@@ -1,0 +1,130 @@
+"""Trains DyVTE's gates (arXiv 2411.19628) on what they read of samples; the model itself is not touched.
+
+Every layer has a gate of its own. They learn side by side, from the same samples, and share nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import get_cosine_schedule_with_warmup
+
+from vllm_vtw.gates import new_gate
+
+WARM_UP = 0.03
+HOLD_OUT = 5
+"""Every so many samples one is not trained on."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of a training.
+
+    Attributes:
+        epochs: Times that every sample is learned from.
+        learning_rate: AdamW's highest; it warms up over 3% of the steps and falls along a cosine.
+        batch_size: Samples of a step.
+        seed: Of first weights and of the samples' order.
+    """
+
+    epochs: int
+    learning_rate: float
+    batch_size: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Gates, and how they learned.
+
+    Attributes:
+        gates: By position in layers.
+        curves: By epoch: "loss" of the training samples, "held_out_loss" and "held_out_accuracy" of the
+            others, each a number for every layer.
+    """
+
+    gates: list[nn.Sequential]
+    curves: list[dict[str, list[float]]]
+
+
+def held_out(samples: int) -> npt.NDArray[np.bool_]:
+    """Which samples are not trained on, shape `(samples,)`."""
+    return np.arange(samples) % HOLD_OUT == HOLD_OUT - 1
+
+
+def train(
+    read: npt.NDArray[np.float32],
+    labels: npt.NDArray[np.int64],
+    settings: Settings,
+    checkpoint: Path,
+    of: dict[str, Any],
+    device: torch.device,
+    after_epoch: Callable[[int], None],
+) -> Trained:
+    """Trains the gates of all layers, from the checkpoint on where it is of the same training.
+
+    Args:
+        read: What gates read, shape `(samples, layers, 2 * hidden_size)`.
+        labels: 1 where visual tokens may leave, shape `(samples, layers)`.
+        settings: Of the training.
+        checkpoint: Where every epoch's end is kept.
+        of: What else tells this training from others.
+        device: Where it runs.
+        after_epoch: Told how many epochs have ended.
+    """
+    torch.manual_seed(settings.seed)
+    gates = [new_gate(read.shape[2] // 2).to(device) for _ in range(read.shape[1])]
+    inputs, targets = torch.tensor(read, device=device), torch.tensor(labels, device=device)
+    out = torch.from_numpy(held_out(len(read)))
+    learned, unseen = (~out).nonzero()[:, 0], out.nonzero()[:, 0]
+    steps = -(-len(learned) // settings.batch_size) * settings.epochs
+    optimizer = torch.optim.AdamW(
+        [weight for gate in gates for weight in gate.parameters()],
+        lr=settings.learning_rate,
+        weight_decay=0,
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(WARM_UP * steps), steps)
+    curves: list[dict[str, list[float]]] = []
+    parts = nn.ModuleList(gates), optimizer, schedule
+    told = of | {"settings": asdict(settings)}
+    kept = torch.load(checkpoint, weights_only=True) if checkpoint.exists() else {}
+    if kept.get("of") == told:
+        for part, state in zip(parts, kept["states"], strict=True):
+            part.load_state_dict(state)
+        curves = kept["curves"]
+    after_epoch(len(curves))
+    for epoch in range(len(curves), settings.epochs):
+        order = torch.Generator().manual_seed(settings.seed + epoch)
+        losses = torch.zeros(len(gates))
+        for batch in learned[torch.randperm(len(learned), generator=order)].split(settings.batch_size):
+            of_layers = _losses(gates, inputs[batch], targets[batch])
+            optimizer.zero_grad()
+            of_layers.sum().backward()
+            optimizer.step()
+            schedule.step()
+            losses += of_layers.detach().cpu() * len(batch)
+        with torch.no_grad():
+            says = torch.stack([gate(inputs[unseen, at]).argmax(-1) for at, gate in enumerate(gates)], 1)
+            curves.append(
+                {
+                    "loss": (losses / len(learned)).tolist(),
+                    "held_out_loss": _losses(gates, inputs[unseen], targets[unseen]).tolist(),
+                    "held_out_accuracy": (says == targets[unseen]).float().mean(0).tolist(),
+                }
+            )
+        kept = {"of": told, "states": [part.state_dict() for part in parts], "curves": curves}
+        torch.save(kept, checkpoint.with_suffix(".part"))
+        checkpoint.with_suffix(".part").replace(checkpoint)
+        after_epoch(epoch + 1)
+    return Trained(gates, curves)
+
+
+def _losses(gates: list[nn.Sequential], inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Of each layer's gate, shape `(layers,)`."""
+    return torch.stack([cross_entropy(gate(inputs[:, at]), targets[:, at]) for at, gate in enumerate(gates)])
