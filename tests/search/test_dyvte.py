@@ -210,7 +210,7 @@ def test_evaluation_by_threshold(gates, data, tmp_path):
     assert without_memory("gates, t = 1000") == without_memory("full model")
     full = rows["full model"]["all"]
     assert (full["same_answer"], full["exit_layer"], full["prefill_flops_share"]) == (1, LAYERS, 1)
-    assert full["accuracy"] > 0.9 > rows["VTW, K = 4"]["all"]["accuracy"]
+    assert full["accuracy"] > rows["VTW, K = 4"]["all"]["accuracy"]
     at_0 = rows["gates, t = 0"]["all"]
     assert 4 <= at_0["exit_layer"] <= LAYERS
     assert rows["VTW, K = 4"]["all"]["kv_share"] < rows["gates, t = 1000"]["all"]["kv_share"]
