@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from vllm.logger import init_logger
+
 EXIT = re.compile(r"vtw: request (\S+): its visual tokens leave at layer (\d+)")
 
 
@@ -20,7 +22,7 @@ def logged_exits() -> Iterator[dict[str, int]]:
                 assert told[1] not in found, "decided twice"
                 found[told[1]] = int(told[2])
 
-    logger, reader = logging.getLogger("vllm.vtw"), Reader()
+    logger, reader = init_logger("vllm.vtw"), Reader()
     level = logger.level
     logger.addHandler(reader)
     logger.setLevel(logging.DEBUG)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from math import isfinite, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +51,8 @@ def add_command(commands: Any) -> None:
         type=_thresholds,
         default=THRESHOLDS,
         metavar="T,T,...",
-        help='tokens leave where the logit for "leave" is above the other by more (default: '
-        f"{','.join(f'{threshold:g}' for threshold in THRESHOLDS)}; published: 0)",
+        help="beside those of the policy file; as in --thresholds=-1,0,1 (default: "
+        f"{','.join(f'{threshold:g}' for threshold in THRESHOLDS)})",
     )
 
 
@@ -63,9 +64,12 @@ def _add_options(parser: argparse.ArgumentParser, out: str, samples: int, run: R
 
 def _thresholds(text: str) -> tuple[float, ...]:
     try:
-        return tuple(sorted({float(part) for part in text.split(",")}))
+        found = sorted({float(part) for part in text.split(",")})
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, as -1,0,1") from None
+        found = [nan]
+    if not all(map(isfinite, found)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, as -1,0,1")
+    return tuple(found)
 
 
 def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, run: Run) -> None:
@@ -94,7 +98,7 @@ def _train(arguments: argparse.Namespace) -> None:
     from vllm_vtw.search import dyvte_report
     from vllm_vtw.search.exits import Store
     from vllm_vtw.search.llava import MODEL_TYPES
-    from vllm_vtw.search.training import HOLD_OUT, Settings, held_out, train
+    from vllm_vtw.search.training import Settings, held_out, train
 
     subject = Subject.of(arguments, MODEL_TYPES)
     model = subject.model
@@ -103,26 +107,28 @@ def _train(arguments: argparse.Namespace) -> None:
         layers = values_of_layer(arguments.layers, model.num_hidden_layers)
     kept = subject.settings | {"layers": layers}
     store = Store(arguments.out, kept, model.hidden_size, with_answers=False, resume=arguments.resume)
-    _, seen, skipped = _looked_at(arguments, subject, layers, store)
+    llava, seen, skipped = _looked_at(arguments, subject, layers, store)
+    del llava  # gates may need its room
     settings = Settings(arguments.epochs, arguments.learning_rate, arguments.batch_size, arguments.seed)
-    made = kept | _samples(seen) | asdict(settings)
+    of = kept | _samples(seen)
+    checkpoint = arguments.out / "training.pt"
     labels = np.array([one.may_leave for one in seen], dtype=np.int64)
     with tqdm(total=settings.epochs, unit="epoch", desc="training") as bar:
         trained = train(
             store.features(seen),
             labels,
             settings,
-            arguments.out / "training.pt",
-            made,
+            checkpoint,
+            of,
             subject.placement.device,
             lambda ended: bar.update(ended - bar.n),
         )
-    out = held_out(len(seen))
+    out = held_out(len(seen), settings.seed)
     tasks = _tasks(seen)
     result = {
         "method": "dyvte",
         "model": model.as_dict(),
-        "made": {"when": datetime.now(UTC).isoformat(timespec="seconds"), **made},
+        "made": {"when": datetime.now(UTC).isoformat(timespec="seconds"), **of, **asdict(settings)},
         "tasks": tasks,
         "layers": layers,
         "may_leave": {
@@ -130,7 +136,6 @@ def _train(arguments: argparse.Namespace) -> None:
             for task in tasks
         },
         "held_out": int(out.sum()),
-        "held_out_every": HOLD_OUT,
         "held_out_may_leave": labels[out].mean(0).tolist(),
         "curves": trained.curves,
         "skipped": skipped,
@@ -139,6 +144,7 @@ def _train(arguments: argparse.Namespace) -> None:
     sha256 = save_gates(dict(zip(layers, trained.gates, strict=True)), arguments.out / WEIGHTS)
     policy = Policy(tuple(Stage(layer, 0.0) for layer in layers), Gate(WEIGHTS, sha256, (0.0,) * len(layers)))
     content = policy.to_file(result["model"]) | {"training": result["made"]}
+    checkpoint.unlink()
     leave(arguments, result, content, dyvte_report.html, dyvte_report.table(result))
 
 

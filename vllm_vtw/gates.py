@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import nn
+from torch.nn.functional import gelu, linear
 
 from vllm_vtw.policy import Gate
 
@@ -37,20 +38,21 @@ def features(text: torch.Tensor) -> torch.Tensor:
 
 
 def margins(gate: nn.Module, of_prompts: torch.Tensor) -> torch.Tensor:
-    """By how much "leave" is above "stay", shape `(prompts,)`.
+    """By how much "leave" is above "stay", shape `(prompts,)`, in float32 whatever the weights are in.
 
     Args:
         gate: One gate.
         of_prompts: `features` of each prompt, shape `(prompts, 2 * hidden_size)`.
     """
-    logits = gate(of_prompts)
+    first, second = (weight.float() for weight in gate.parameters())
+    logits = linear(gelu(linear(of_prompts, first)), second)
     return logits[:, 1] - logits[:, 0]
 
 
 def save_gates(gates: Mapping[int, nn.Module], file: Path) -> str:
-    """Writes gates, by their layer K, to a safetensors file. Returns its SHA-256."""
+    """Writes gates, by their layer K, to a safetensors file in bfloat16. Returns its SHA-256."""
     tensors = {
-        f"{layer}.{name}": tensor.contiguous()
+        f"{layer}.{name}": tensor.to("cpu", torch.bfloat16).contiguous()
         for layer, gate in gates.items()
         for name, tensor in gate.state_dict().items()
     }
@@ -59,7 +61,7 @@ def save_gates(gates: Mapping[int, nn.Module], file: Path) -> str:
 
 
 def load_gates(gate: Gate, layers: Sequence[int], hidden_size: int) -> list[nn.Sequential]:
-    """The gates of a policy, in float32 on the CPU.
+    """The gates of a policy, as they are in the file, on the CPU.
 
     Args:
         gate: Names the file.

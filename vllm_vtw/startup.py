@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
 from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 from vllm_vtw.config import KEYS, LONGEST_STEP, SCHEDULER, TEXT_MODELS, WORKER, Model, VTWConfig
 from vllm_vtw.gates import load_gates
@@ -151,6 +152,10 @@ def _refusals_with_question(vllm_config: VllmConfig, policy: Policy) -> Iterator
         )
     if policy.gate is not None and parallel.worker_cls not in ("auto", WORKER):
         yield f"the worker is the plugin's own where gates decide: remove --worker-cls {parallel.worker_cls}"
+    if policy.gate is not None and vllm_config.model_config.enable_sleep_mode:
+        yield "gates are not loaded again after a sleep: remove --enable-sleep-mode"
+    if policy.gate is not None and not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
+        yield f"workers on {current_platform.device_name} tell nothing of gates: use CUDA, ROCm or the CPU"
     if policy.ranking is not None and cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
         yield f"keys are ranked as they were computed: remove --kv-cache-dtype {cache.cache_dtype}"
     scheduler = vllm_config.scheduler_config

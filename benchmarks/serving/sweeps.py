@@ -56,7 +56,13 @@ class Point:
 
 def told(measured: Point | Policy) -> dict[str, Any]:
     """As results have it, whose policies have no gates."""
-    return asdict(measured, dict_factory=lambda items: {key: value for key, value in items if key != "gate"})
+
+    def without_gate(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        assert found.pop("gate", None) is None
+        return found
+
+    return asdict(measured, dict_factory=without_gate)
 
 
 @dataclass(frozen=True)

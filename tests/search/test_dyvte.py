@@ -25,7 +25,7 @@ from vllm_vtw.policy import Policy
 from vllm_vtw.search.exits import Exits, Store, look, may_leave
 from vllm_vtw.search.gated import exit_stages
 from vllm_vtw.search.journal import Journal
-from vllm_vtw.search.training import Settings, train
+from vllm_vtw.search.training import Settings, held_out, train
 
 __all__ = ["pictures"]
 LOOK = ("--limit=12", "--max-tokens=8")
@@ -117,6 +117,15 @@ def test_gates_learn_and_go_on_where_they_stopped(tmp_path):
     assert trained(tmp_path / "twice.pt", replace(settings, epochs=2)).curves != once.curves[:2]
 
 
+@pytest.mark.parametrize("tasks", [5, 6, 10])
+def test_some_of_every_task_are_held_out_and_some_are_not(tasks):
+    """Tasks come by turns."""
+    of_task = np.arange(600) % tasks
+    out = held_out(600, seed=0)
+    assert out.sum() == 120
+    assert set(of_task[out]) == set(of_task[~out]) == set(range(tasks))
+
+
 def test_exits_are_where_the_first_gate_says_so():
     margins = np.array([[1, 0, 0], [-1, 3, 5], [-1, -1, -1], [0, 0.6, 0]], dtype=np.float32)
     assert exit_stages(margins, [0, 0, 0]).tolist() == [1, 2, 4, 2]
@@ -199,7 +208,7 @@ def test_evaluation_by_threshold(gates, data, tmp_path):
     rows = {row.pop("way"): row for row in without_time(tmp_path)["rows"]}
     assert list(rows) == [
         *("full model", "VTW, K = 4", "VTW, K = 9"),
-        *("gates, t = -1000", "gates, t = 0", "gates, t = 1000"),
+        *("gates of the policy", "gates, t = -1000", "gates, t = 0", "gates, t = 1000"),
     ]
 
     def without_memory(way: str) -> list[dict[str, Any]]:
@@ -212,6 +221,7 @@ def test_evaluation_by_threshold(gates, data, tmp_path):
     assert (full["same_answer"], full["exit_layer"], full["prefill_flops_share"]) == (1, LAYERS, 1)
     assert full["accuracy"] > rows["VTW, K = 4"]["all"]["accuracy"]
     at_0 = rows["gates, t = 0"]["all"]
+    assert rows["gates of the policy"] == rows["gates, t = 0"]
     assert 4 <= at_0["exit_layer"] <= LAYERS
     assert rows["VTW, K = 4"]["all"]["kv_share"] < rows["gates, t = 1000"]["all"]["kv_share"]
     assert re.search(r"^gates, t = 0 .* @ ", ended.out, re.M)

@@ -1,6 +1,7 @@
 """vLLM's own scheduler, which also tells the stage managers what each request retains."""
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -127,6 +128,7 @@ class VTWScheduler(Scheduler):
         """
         question = self._question(request)
         if question is not None and question.gated and num_computed_tokens >= question.stop:
+            request.spec_token_ids = []  # model runner V1 knows drafts of the step before alone
             return [], 0, encoder_compute_budget, [], []
         if question is not None and num_computed_tokens <= question.start:
             before = question.start - num_computed_tokens
@@ -153,7 +155,20 @@ class VTWScheduler(Scheduler):
                 self._decided(request, exit_stage)
         outputs: dict[int, EngineCoreOutputs]
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self.policy.gate is not None:
+            self._assert_decided(scheduler_output.num_scheduled_tokens)
         return outputs
+
+    def _assert_decided(self, request_ids: Iterable[str]) -> None:
+        """A request that nobody decided about would wait for ever."""
+        for request in filter(None, map(self.requests.get, request_ids)):
+            question = self._question(request)
+            assert (
+                question is None
+                or not question.gated
+                or request.num_in_flight_tokens
+                or request.num_computed_tokens < question.stop
+            ), f"the worker did not say what gates decided about request {request.request_id}"
 
     def _decided(self, request: Request, exit_stage: int) -> None:
         request_id, hashes = request.request_id, request.block_hashes

@@ -57,8 +57,7 @@ class StagedDecoder:
             for stage, border in enumerate(borders, 1):
                 rank_behind(text_model.layers[border - 1].self_attn.attn, stage, step)
         if policy.gate is not None:
-            model = vllm_config.model_config
-            step.gates = Gates(policy, model.get_hidden_size(), step.device, model.dtype)
+            step.gates = Gates(policy, vllm_config.model_config.get_hidden_size(), step.device)
         self.graph_inputs = GraphInputs(vllm_config, step.device)
 
     def __call__(

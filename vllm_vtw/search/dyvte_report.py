@@ -143,7 +143,7 @@ def _choices(result: dict[str, Any]) -> dict[str, Draw]:
     def exits(axes: Axes) -> None:
         for marker, task in zip(MARKERS * len(result["tasks"]), result["tasks"], strict=False):
             axes.plot(
-                [row["way"].removeprefix("gates, t = ") for row in kinds["gates"]],
+                [row["way"].removeprefix("gates, t = ").removeprefix("gates of ") for row in kinds["gates"]],
                 [row["tasks"][task]["exit_layer"] for row in kinds["gates"]],
                 f"{marker}-",
                 label=task,

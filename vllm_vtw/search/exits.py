@@ -70,7 +70,7 @@ class Store:
         resume: Go on with what is there.
 
     Raises:
-        ValueError: As `Journal` does.
+        ValueError: As `Journal` does, or rows are missing.
     """
 
     def __init__(
@@ -78,18 +78,24 @@ class Store:
     ) -> None:
         name = "exits-answers.jsonl" if with_answers else "exits.jsonl"
         self.with_answers = with_answers
-        self.journal = Journal(folder / name, "exits", settings, resume)
+        self.journal = Journal(folder / name, "DyVTE", settings, resume)
         self.rows = folder / "features.f32"
         self.shape = (len(settings["layers"]), 2 * hidden_size)
         self.seen = {line["where"]: Exits(**line) for line in self.journal.found}
         if not self.seen:
             self.rows.write_bytes(b"")
+        elif not self.rows.is_file() or self.rows.stat().st_size < len(self.seen) * self._row_bytes:
+            raise ValueError(f"--resume: {self.rows} is not whole: give another --out")
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.shape[0] * self.shape[1] * 4
 
     def add(self, exits: Exits, read: torch.Tensor) -> None:
         """Keeps a sample, and what gates read at each layer, shape `(layers, 2 * hidden_size)`."""
         with self.rows.open("r+b") as file:
             # Behind the last line's row there may be one that got no line.
-            file.seek(len(self.seen) * self.shape[0] * self.shape[1] * 4)
+            file.seek(len(self.seen) * self._row_bytes)
             file.write(read.cpu().numpy().astype(np.float32).tobytes())
         self.seen[exits.where] = exits
         self.journal.add(asdict(exits))

@@ -38,13 +38,13 @@ def evaluated(
     num_layers: int,
     thresholds: Sequence[float],
 ) -> list[dict[str, Any]]:
-    """For the full model, each fixed layer and each threshold: accuracy, exits and prices, by task and of
-    all samples.
+    """For the full model, each fixed layer, the policy and each threshold: accuracy, exits, prices, by task
+    and of all samples.
 
     Args:
         seen: Samples with their answers.
         margins: Of each and each gate, shape `(samples, gates)`.
-        policy: The gates' layers.
+        policy: With gates.
         price: Of a sample.
         num_layers: Of the decoder.
         thresholds: For all gates alike.
@@ -53,6 +53,8 @@ def evaluated(
     stages = len(layers)
     ways = {"full model": np.full(len(seen), stages)}
     ways |= {f"VTW, K = {layers[stage - 1]}": np.full(len(seen), stage) for stage in range(1, stages)}
+    assert policy.gate is not None
+    ways["gates of the policy"] = exit_stages(margins, policy.gate.thresholds)
     ways |= {f"gates, t = {t:g}": exit_stages(margins, [t] * (stages - 1)) for t in thresholds}
     prices = [price(one) for one in seen]
     tasks = sorted({one.task for one in seen})

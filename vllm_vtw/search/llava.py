@@ -246,14 +246,16 @@ class Llava:
         positions = torch.arange(prompt, device=hidden.device)[None]
         kept = ~answered.is_visual[:prompt]
         while True:
+            rotary = self.decoder.rotary_emb(hidden, position_ids=positions)
             for index, block in enumerate(self.decoder.layers):
                 if index == layer and not said:
                     hidden, positions = hidden[:, kept], positions[:, kept]
+                    rotary = self.decoder.rotary_emb(hidden, position_ids=positions)
                 hidden = block(
                     hidden,
                     attention_mask=None,
                     position_ids=positions,
-                    position_embeddings=self.decoder.rotary_emb(hidden, position_ids=positions),
+                    position_embeddings=rotary,
                     past_key_values=cache,
                 )
             said.append(int(self.model.lm_head(self.decoder.norm(hidden[0, -1])).argmax()))

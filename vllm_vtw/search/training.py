@@ -19,7 +19,7 @@ from vllm_vtw.gates import new_gate
 
 WARM_UP = 0.03
 HOLD_OUT = 5
-"""Every so many samples one is not trained on."""
+"""Of so many samples one is not trained on."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Trained:
     curves: list[dict[str, list[float]]]
 
 
-def held_out(samples: int) -> npt.NDArray[np.bool_]:
-    """Which samples are not trained on, shape `(samples,)`."""
-    return np.arange(samples) % HOLD_OUT == HOLD_OUT - 1
+def held_out(samples: int, seed: int) -> npt.NDArray[np.bool_]:
+    """Which samples are not trained on, shape `(samples,)`; drawn, as tasks come by turns."""
+    return np.random.default_rng(seed).permutation(samples) < samples // HOLD_OUT
 
 
 def train(
@@ -80,8 +80,8 @@ def train(
     """
     torch.manual_seed(settings.seed)
     gates = [new_gate(read.shape[2] // 2).to(device) for _ in range(read.shape[1])]
-    inputs, targets = torch.tensor(read, device=device), torch.tensor(labels, device=device)
-    out = torch.from_numpy(held_out(len(read)))
+    inputs, targets = torch.from_numpy(read), torch.from_numpy(labels)
+    out = torch.from_numpy(held_out(len(read), settings.seed))
     learned, unseen = (~out).nonzero()[:, 0], out.nonzero()[:, 0]
     steps = -(-len(learned) // settings.batch_size) * settings.epochs
     optimizer = torch.optim.AdamW(
@@ -93,33 +93,36 @@ def train(
     curves: list[dict[str, list[float]]] = []
     parts = nn.ModuleList(gates), optimizer, schedule
     told = of | {"settings": asdict(settings)}
-    kept = torch.load(checkpoint, weights_only=True) if checkpoint.exists() else {}
-    if kept.get("of") == told:
-        for part, state in zip(parts, kept["states"], strict=True):
-            part.load_state_dict(state)
-        curves = kept["curves"]
+    if checkpoint.exists():
+        kept = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if kept["of"] == told:
+            for part, state in zip(parts, kept["states"], strict=True):
+                part.load_state_dict(state)
+            curves = kept["curves"]
+        del kept
     after_epoch(len(curves))
     for epoch in range(len(curves), settings.epochs):
         order = torch.Generator().manual_seed(settings.seed + epoch)
         losses = torch.zeros(len(gates))
         for batch in learned[torch.randperm(len(learned), generator=order)].split(settings.batch_size):
-            of_layers = _losses(gates, inputs[batch], targets[batch])
+            of_layers = _losses(gates, inputs[batch].to(device), targets[batch].to(device))
             optimizer.zero_grad()
             of_layers.sum().backward()
             optimizer.step()
             schedule.step()
             losses += of_layers.detach().cpu() * len(batch)
         with torch.no_grad():
-            says = torch.stack([gate(inputs[unseen, at]).argmax(-1) for at, gate in enumerate(gates)], 1)
+            seen, wanted = inputs[unseen].to(device), targets[unseen].to(device)
+            says = torch.stack([gate(seen[:, at]).argmax(-1) for at, gate in enumerate(gates)], 1)
             curves.append(
                 {
                     "loss": (losses / len(learned)).tolist(),
-                    "held_out_loss": _losses(gates, inputs[unseen], targets[unseen]).tolist(),
-                    "held_out_accuracy": (says == targets[unseen]).float().mean(0).tolist(),
+                    "held_out_loss": _losses(gates, seen, wanted).tolist(),
+                    "held_out_accuracy": (says == wanted).float().mean(0).tolist(),
                 }
             )
-        kept = {"of": told, "states": [part.state_dict() for part in parts], "curves": curves}
-        torch.save(kept, checkpoint.with_suffix(".part"))
+        states = [part.state_dict() for part in parts]
+        torch.save({"of": told, "states": states, "curves": curves}, checkpoint.with_suffix(".part"))
         checkpoint.with_suffix(".part").replace(checkpoint)
         after_epoch(epoch + 1)
     return Trained(gates, curves)

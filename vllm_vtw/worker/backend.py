@@ -50,7 +50,7 @@ def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
             self.seq_lens = Front(torch.zeros(limits.max_num_seqs, dtype=torch.int32, device=device))
             self.slots = Slots(limits.max_num_batched_tokens, device)
             self.step.slots.update(dict.fromkeys(layer_names, self.slots))
-            self.step.builders.append(self)
+            self.step.builders.update(dict.fromkeys(layer_names, self))
 
         @classmethod
         def get_cudagraph_support(
@@ -70,7 +70,8 @@ def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
             common_attn_metadata: CommonAttentionMetadata,
             fast_build: bool = False,
         ) -> Any:
-            self.given = (common_prefix_len, common_attn_metadata, fast_build)
+            if self.step.gates is not None:
+                self.given = (common_prefix_len, common_attn_metadata, fast_build)
             stage = self.step.stages[self.stage - 1]
             if stage is None:
                 seen = self._dummy(common_attn_metadata)

@@ -24,19 +24,17 @@ class Gates:
         policy: Names them.
         hidden_size: Of the model.
         device: Where the model runs.
-        dtype: Of the model.
 
     Raises:
         ValueError: There is something wrong with their file.
     """
 
-    def __init__(self, policy: Policy, hidden_size: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, policy: Policy, hidden_size: int, device: torch.device) -> None:
         assert policy.gate is not None
         layers = [stage.layer for stage in policy.stages]
         loaded = load_gates(policy.gate, layers, hidden_size)
-        self.gates: list[nn.Module] = [gate.to(device, dtype) for gate in loaded]
+        self.gates: list[nn.Module] = [gate.to(device) for gate in loaded]
         self.thresholds = policy.gate.thresholds
-        self.dtype = dtype
 
     def leave(self, stage: int, texts: Sequence[torch.Tensor]) -> list[bool]:
         """Whether the visual tokens of each prompt are gone from `stage` on.
@@ -45,7 +43,7 @@ class Gates:
             stage: 1 or deeper.
             texts: For each prompt the states of its text behind the last picture, `(tokens, hidden_size)`.
         """
-        of_prompts = torch.stack([features(text) for text in texts]).to(self.dtype)
+        of_prompts = torch.stack([features(text) for text in texts])
         found = margins(self.gates[stage - 1], of_prompts)
         # Ranks that differed in a last bit could decide differently.
         return (get_tp_group().broadcast(found) > self.thresholds[stage - 1]).tolist()

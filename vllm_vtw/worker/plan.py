@@ -100,6 +100,7 @@ class Batch(NamedTuple):
             stop = start + int(self.query_start_loc[row + 1] - self.query_start_loc[row])
             if stop > question.start:
                 _assert_whole(question, start, stop)
+                assert stop == question.stop, "gates read what a step ends with"
                 asked[row] = question
         return asked
 

@@ -215,8 +215,8 @@ class CurrentStep:
         or the number of stages where they stay."""
         self.known_exits: dict[str, int | None] = {}
         """Of requests that begin or resume in this step, as the scheduler knows it."""
-        self.builders: list[Any] = []
-        """Of the attention metadata of every group of stages past the first."""
+        self.builders: dict[str, Any] = {}
+        """By layer name: what builds its group's attention metadata. vLLM makes them more than once."""
         self._decided: dict[int, int] = {}
         self._rows: Rows | None = None
         self._decoding: Rows | None = None
@@ -298,7 +298,8 @@ class CurrentStep:
         self._batch = self._batch._replace(rows=self._batch.rows.decided(dict.fromkeys(leaving, stage)))
         as_before = [planned for planned in self.stages[: stage - 1] if planned is not None]
         self.stages = self._planned(self._batch, as_before, fixed_shape=False)
-        again = [builder.build_again() for builder in self.builders if builder.stage >= stage]
+        builders = dict.fromkeys(self.builders.values())
+        again = [builder.build_again() for builder in builders if builder.stage >= stage]
         return dict(chain.from_iterable(metadata.items() for metadata in again))
 
     def _expect_choices(self, batch: Batch, stages: Sequence[StageStep]) -> None:
