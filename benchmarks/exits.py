@@ -5,14 +5,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from vllm.logger import init_logger
-
 EXIT = re.compile(r"vtw: request (\S+): its visual tokens leave at layer (\d+)")
 
 
 @contextmanager
 def logged_exits() -> Iterator[dict[str, int]]:
-    """By request of engines in this process: the layer, or the number of layers where they stayed."""
+    """By request of engines that run in this process: the layer, or the number of layers where they stayed."""
     found: dict[str, int] = {}
 
     class Reader(logging.Handler):
@@ -22,7 +20,7 @@ def logged_exits() -> Iterator[dict[str, int]]:
                 assert told[1] not in found, "decided twice"
                 found[told[1]] = int(told[2])
 
-    logger, reader = init_logger("vllm.vtw"), Reader()
+    logger, reader = logging.getLogger("vllm.vtw"), Reader()
     level = logger.level
     logger.addHandler(reader)
     logger.setLevel(logging.DEBUG)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from benchmarks.exits import by_number, logged_exits
 from benchmarks.machine import measured_on
 from benchmarks.quality.calibration import QUALITY, write_data
-from benchmarks.quality.evaluate import TIE, Answer, Sample, Score, engine_answers, percent, positive, score
+from benchmarks.quality.evaluate import OPTIONS, TIE, Answer, Sample, Score, answers, percent, positive, score
 from benchmarks.quality.model import CHECKPOINT, LAYERS, MAX_ANSWER_TOKENS
 from benchmarks.quality.plots import plot_exits
 from benchmarks.quality.tasks import TASKS, samples
@@ -59,11 +59,16 @@ def trained(data: Path, number: int, out: Path) -> dict[str, Any]:
 
 def served(policy: dict[str, Any], asked: Sequence[Sample]) -> tuple[list[Answer], list[int]]:
     """Answers of an engine in this process, and the layer at which each request's visual tokens left."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    with TemporaryDirectory() as folder, logged_exits() as logged:
+    from vllm import LLM
+
+    with TemporaryDirectory() as folder:
         file = Path(folder) / "policy.json"
         file.write_text(json.dumps(policy))
-        given = engine_answers(CHECKPOINT, {"policy": str(file)}, asked)
+        plugin: dict[str, Any] = {"model_impl": "vtw", "additional_config": {"vtw": {"policy": str(file)}}}
+        llm = LLM(model=str(CHECKPOINT), **OPTIONS, **plugin)
+    # An engine that starts configures logging anew.
+    with logged_exits() as logged:
+        given = answers(llm, asked)
     exits = by_number(logged)
     return given, [exits[number] for number in range(len(asked))]
 
@@ -182,6 +187,7 @@ def main() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # logs are read where they are written
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--trained", type=positive, default=600, help="samples of the validation split")
     parser.add_argument("--samples", type=positive, default=500, help="of each task, of the test split")

@@ -44,7 +44,6 @@ def test_corner(corner):
     [
         f"{GRAPHS}[True-False]",
         "graph_corners.py::test_ranked_prompts_choose_between_graphs",
-        "graph_corners.py::test_gates_decide_between_graphs",
         pytest.param("graph_corners.py", marks=slow),  # all of them
     ],
 )

@@ -93,6 +93,7 @@ def test_answers_of_two_workers(checkpoint, reference, layer, options):
                 assert math.isclose(given, expected[position - 1, prompt[position]], abs_tol=1e-3)
 
 
+@pytest.mark.slow
 def test_heads_on_two_workers_rank_alike(checkpoint, reference, tmp_path):
     schedule = {1: 0.6, 3: 0.2}
     folder = checkpoint(MODEL)
