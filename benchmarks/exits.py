@@ -10,7 +10,7 @@ EXIT = re.compile(r"vtw: request (\S+): its visual tokens leave at layer (\d+)")
 
 @contextmanager
 def logged_exits() -> Iterator[dict[str, int]]:
-    """By request of engines that run in this process: the layer, or the number of layers where they stayed."""
+    """By request of engines that run in this process: the layer; the number of layers where they stayed."""
     found: dict[str, int] = {}
 
     class Reader(logging.Handler):

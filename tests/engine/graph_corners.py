@@ -137,3 +137,19 @@ def test_ngram_speculation(checkpoint, reference, method, async_scheduling):
     speculative = NGRAM | {"method": method}
     answer(checkpoint, reference, async_scheduling=async_scheduling, speculative_config=speculative)
     assert static_graphs.replays["FULL", 32] > 0
+
+
+@pytest.mark.parametrize(("method", "async_scheduling"), [("ngram", False), ("ngram_gpu", True)])
+def test_gates_with_ngram_speculation(checkpoint, reference, tmp_path, method, async_scheduling):
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    gates = dividing(tmp_path, oracle, model=MODEL, layers=(1, 3))
+    asks = [ask for ask in SHAPES if ask.name != "several apart"]
+    options = ENGINE | {"max_num_batched_tokens": 240, "async_scheduling": async_scheduling}
+    options["speculative_config"] = NGRAM | {"method": method}
+    with running(folder, gates.options, **options) as llm:
+        all_free = free_blocks(llm)
+        outputs = llm.generate([ask.to_vllm(oracle) for ask in asks], GREEDY, use_tqdm=False)
+        assert free_blocks(llm) == all_free
+    for told in zip(asks, outputs, strict=True):
+        assert_gated(oracle, *told, gates, MODEL)

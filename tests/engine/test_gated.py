@@ -29,6 +29,7 @@ from tests.engine.engines import (
     assert_follows,
     free_blocks,
     held_blocks,
+    logprobs_of,
     running,
     scheduler_of,
     step_until,
@@ -264,6 +265,46 @@ def test_prefixes_are_shared_up_to_the_picture(checkpoint, reference, tmp_path):
         assert_gated(oracle, ask, one, gates) for ask, one in zip((*asks, asks[0]), outputs, strict=True)
     ]
     assert len(set(exits)) == 3
+
+
+def test_several_answers_prompt_logprobs_and_a_cache_that_is_reset(checkpoint, reference, tmp_path):
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    gates = dividing(tmp_path, oracle)
+    two = SamplingParams(
+        n=2, temperature=1, seed=3, max_tokens=8, ignore_eos=True, logprobs=0, prompt_logprobs=0
+    )
+    options = {"enable_prefix_caching": True, "max_num_batched_tokens": 640}
+    with running(folder, gates.options, **options) as llm, logged_exits() as logged:
+        outputs = llm.generate([ask.to_vllm(oracle) for ask in ASKED], two, use_tqdm=False)
+        before = len(logged)
+        for number, ask in enumerate(ASKED):
+            llm.llm_engine.add_request(f"{number}", ask.to_vllm(oracle), GREEDY)
+        for _ in range(5):
+            llm.llm_engine.step()
+        assert len(logged) == before + len(ASKED)
+        assert scheduler_of(llm).reset_prefix_cache(reset_running_requests=True)
+        again = step_until(llm, lambda: not llm.llm_engine.has_unfinished_requests())
+    for number, ask in enumerate(ASKED):
+        assert_gated(oracle, ask, again[str(number)], gates)
+    for ask, output in zip(ASKED, outputs, strict=True):
+        prompt, embeds = output.prompt_token_ids, [oracle.embeds(image) for image in ask.images]
+        layer = gates.exit_layer(oracle, ask, prompt)
+
+        def expected(token_ids: list[int], prompt=prompt, embeds=embeds, layer=layer) -> torch.Tensor:
+            dropped = oracle.dropped(token_ids, len(prompt), 1)
+            return logprobs_of(oracle.logits(token_ids, embeds, layer, dropped))
+
+        for one in output.outputs:
+            of_answer = expected([*prompt, *one.token_ids])[len(prompt) - 1 : -1]
+            given = [next(iter(step.values())).logprob for step in one.logprobs]
+            wanted = of_answer[range(len(one.token_ids)), list(one.token_ids)].tolist()
+            assert given == pytest.approx(wanted, abs=1e-3)
+        of_prompt = expected(list(prompt))
+        for at in range(1, len(prompt)):
+            if prompt[at] != oracle.image_token:
+                given = output.prompt_logprobs[at][prompt[at]].logprob
+                assert given == pytest.approx(float(of_prompt[at - 1, prompt[at]]), abs=1e-3)
 
 
 @pytest.mark.parametrize("num_requests", [150, pytest.param(1500, marks=pytest.mark.slow)])

@@ -14,6 +14,7 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 
 from benchmarks.small_llava import TEXT_CONFIGS, SmallLlava
 from tests.engine.engines import GREEDY, SHAPES, assert_follows, free_blocks, running, worst_choice
+from tests.engine.test_gated import assert_gated, dividing
 
 BLOCK_SIZE = 16
 # FlashAttention takes heads of 64.
@@ -124,3 +125,25 @@ def test_float32_in_graphs_is_the_reference(checkpoint, reference, replays, opti
         ids = output.outputs[0].token_ids
         assert_follows(oracle, ask, output.prompt_token_ids, ids, layer=2, align_to=1)
     assert replays
+
+
+@pytest.mark.parametrize("kv_memory", [256 << 20, None])
+def test_gates_decide_between_graphs(checkpoint, reference, replays, tmp_path, kv_memory):
+    """Without a given memory, vLLM makes metadata builders once to measure graphs, and then anew."""
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    gates = dividing(tmp_path, oracle, model=MODEL, layers=(1, 3))
+    options = {
+        "block_size": BLOCK_SIZE,
+        "attention_backend": "TRITON_ATTN",
+        "max_num_batched_tokens": 640,
+        "max_num_seqs": 8,
+        "kv_cache_memory_bytes": kv_memory,
+        "gpu_memory_utilization": 0.3,
+        "enforce_eager": False,
+    }
+    with running(folder, gates.options, **options) as llm:
+        outputs = llm.generate([ask.to_vllm(oracle) for ask in SHAPES], GREEDY, use_tqdm=False)
+    exits = [assert_gated(oracle, *told, gates, MODEL) for told in zip(SHAPES, outputs, strict=True)]
+    assert set(exits) == {1, 3, MODEL.layers}
+    assert replays["FULL"]

@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 
-from vllm_vtw.retention import Retention
+from vllm_vtw.retention import Question, Retention
 from vllm_vtw.worker.backend import StageAttention, stage_backend
 from vllm_vtw.worker.plan import Batch, Rows
 from vllm_vtw.worker.step import CurrentStep
@@ -207,3 +207,39 @@ def test_a_backend_that_is_not_supported_is_refused(step):
     attention.attn_backend = SimpleNamespace(get_name=lambda: "FLASHINFER")
     with pytest.raises(ValueError, match="backend FLASHINFER: set --attention-backend to one of FLASH_ATTN"):
         StageAttention.adopt(attention, 1, 0.0, step)
+
+
+class Leaving:
+    """In place of gates: the first prompt leaves."""
+
+    def leave(self, stage: int, texts: list[torch.Tensor]) -> list[bool]:
+        self.texts = [text.tolist() for text in texts]
+        return [True, False]
+
+
+def test_metadata_follow_what_gates_decide(step, make_builder):
+    """Of pictures at 2..9 and at 1..2; vLLM makes builders twice where it measures CUDA graphs."""
+    questions = Question(2, 14, ((2, 10),), 10, True), Question(1, 5, ((1, 3),), 3, True)
+    rows = Rows.of([(Retention((), question.start, question),) for question in questions])
+    settled: dict[int, int] = {}
+    step.gates = Leaving()
+    step.settle = settled.update
+    make_builder("layer.4")
+    builder = make_builder("layer.4")
+    step.begin(Batch(rows, np.array([0, 0]), np.array([0, 14, 19])))
+    given = metadata([0, 0], [14, 5])
+    assert builder.build(0, given).seq_lens.tolist() == [14, 5]
+    numbers = torch.arange(19.0)[:, None]
+    decided = step.decide(1, numbers, torch.zeros_like(numbers))
+    assert step.gates.texts == [[[10], [11], [12], [13]], [[17], [18]]]
+    assert settled == {0: 1, 1: 2}
+    assert decided.keys() == {"layer.4"}
+    found = decided["layer.4"]
+    assert found.seq_lens.tolist() == [6, 5]
+    assert found.query_start_loc.tolist() == [0, 6, 11]
+    assert found.num_actual_tokens == 11
+    slots = [7 * BLOCK_SIZE + at for at in range(4)] + [8 * BLOCK_SIZE, 8 * BLOCK_SIZE + 1]
+    slots += [3 * BLOCK_SIZE + at for at in range(4)] + [5 * BLOCK_SIZE]
+    assert found.slot_mapping.tolist() == slots
+    assert step.stages[0].kept.tolist() == [0, 1, *range(10, 19)]
+    assert not step.asked
