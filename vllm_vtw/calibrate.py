@@ -1,17 +1,13 @@
 """`vtw calibrate`: the withdrawal layer K for a model on a user's own data."""
 
 import argparse
-import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_vtw.policy import Policy
 from vllm_vtw.results import leave
-from vllm_vtw.samples import Subject, add_budget, add_options, bound, enough
+from vllm_vtw.samples import Subject, add_budget, add_options, bound, collected, enough
 from vllm_vtw.search.criteria import FIRST_LAYER, default_eta
 from vllm_vtw.search.summary import notes, table
-
-if TYPE_CHECKING:
-    from vllm_vtw.search.progress import Measured
 
 CRITERIA = ("answer", "first-token")
 
@@ -85,10 +81,8 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
 
 def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `result.json` has."""
-    from tqdm import tqdm
-
     from vllm_vtw.search import calibration
-    from vllm_vtw.search.data import BadSampleError, drawn
+    from vllm_vtw.search.data import drawn
     from vllm_vtw.search.llava import MODEL_TYPES, Llava
     from vllm_vtw.search.progress import Progress, Settings
 
@@ -100,20 +94,12 @@ def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
     progress = Progress(arguments.out, settings, arguments.resume)
     llava = Llava(arguments.model, subject.config, subject.placement)
     order = drawn(subject.data.samples, arguments.seed)
-    measured: list[Measured] = []
-    with tqdm(total=min(arguments.limit, len(order)), unit="sample", desc="calibrating") as bar:
-        try:
-            for outcome in calibration.measure(llava, order, arguments.limit, settings, progress):
-                if isinstance(outcome, BadSampleError):
-                    bar.clear()
-                    print(f"skipped: {outcome}", file=sys.stderr)
-                    skipped.append(str(outcome))
-                else:
-                    measured.append(outcome)
-                    bar.update()
-        except KeyboardInterrupt:
-            kept = f"{len(progress.measured)} samples are kept in {arguments.out}"
-            raise KeyboardInterrupt(f"{kept}: the same command with --resume goes on") from None
+    outcomes = calibration.measure(llava, order, arguments.limit, settings, progress)
+    try:
+        measured = collected(outcomes, min(arguments.limit, len(order)), "calibrating", skipped)
+    except KeyboardInterrupt:
+        kept = f"{len(progress.measured)} samples are kept in {arguments.out}"
+        raise KeyboardInterrupt(f"{kept}: the same command with --resume goes on") from None
     enough(len(measured), arguments.data)
     eta = (
         default_eta(model, subject.config.get_text_config().vocab_size)

@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_vtw.calibrate import values_of_layer
 from vllm_vtw.policy import Gate, Policy, Stage
 from vllm_vtw.results import leave, write
-from vllm_vtw.samples import Subject, add_options, bound, count, enough
+from vllm_vtw.samples import Subject, add_options, bound, collected, count, enough
 
 if TYPE_CHECKING:
     from vllm_vtw.search.exits import Exits, Store
@@ -213,24 +212,15 @@ def _looked_at(
     arguments: argparse.Namespace, subject: Subject, layers: list[int], store: "Store"
 ) -> "tuple[Llava, list[Exits], list[str]]":
     """The model, what was seen of samples, and the bad ones."""
-    from tqdm import tqdm
-
-    from vllm_vtw.search.data import BadSampleError, drawn
+    from vllm_vtw.search.data import drawn
     from vllm_vtw.search.exits import look
     from vllm_vtw.search.llava import Llava
 
     llava = Llava(arguments.model, subject.config, subject.placement)
     order = drawn(subject.data.samples, arguments.seed)
-    seen, skipped = [], subject.skipped
-    with tqdm(total=min(arguments.limit, len(order)), unit="sample", desc="answering") as bar:
-        for outcome in look(llava, order, arguments.limit, layers, arguments.max_tokens, store):
-            if isinstance(outcome, BadSampleError):
-                bar.clear()
-                print(f"skipped: {outcome}", file=sys.stderr)
-                skipped.append(str(outcome))
-            else:
-                seen.append(outcome)
-                bar.update()
+    skipped = subject.skipped
+    outcomes = look(llava, order, arguments.limit, layers, arguments.max_tokens, store)
+    seen = collected(outcomes, min(arguments.limit, len(order)), "answering", skipped)
     enough(len(seen), arguments.data)
     return llava, seen, skipped
 

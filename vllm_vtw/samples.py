@@ -2,22 +2,23 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_vtw.checkpoint import read_config, revision, supported_model
 from vllm_vtw.config import Model
 
 if TYPE_CHECKING:
-    from vllm_vtw.search.data import Data
+    from vllm_vtw.search.data import BadSampleError, Data
     from vllm_vtw.search.llava import Placement
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LEAST_SAMPLES = 8
 SEEDS = 1 << 32
+T = TypeVar("T")
 
 
 def add_options(add: Callable[..., Any], out: str, samples: int) -> None:
@@ -157,6 +158,25 @@ class Subject:
                 f"--limit {arguments.limit}: {arguments.data} has samples of {len(subject.tasks)} tasks"
             )
         return subject
+
+
+def collected(outcomes: "Iterable[BadSampleError | T]", total: int, what: str, skipped: list[str]) -> list[T]:
+    """The good samples, behind a bar; bad ones are told and added to `skipped`."""
+    from tqdm import tqdm
+
+    from vllm_vtw.search.data import BadSampleError
+
+    good = []
+    with tqdm(total=total, unit="sample", desc=what) as bar:
+        for outcome in outcomes:
+            if isinstance(outcome, BadSampleError):
+                bar.clear()
+                print(f"skipped: {outcome}", file=sys.stderr)
+                skipped.append(str(outcome))
+            else:
+                good.append(outcome)
+                bar.update()
+    return good
 
 
 def enough(samples: int, data: Path) -> None:

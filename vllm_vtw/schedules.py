@@ -185,10 +185,10 @@ def _searched(method: str, arguments: argparse.Namespace, prepare: Prepare) -> t
 def _answers(llava: "Llava", subject: Subject, arguments: argparse.Namespace) -> Answers:
     from tqdm import tqdm
 
-    from vllm_vtw.search.calibration import inputs_digest
     from vllm_vtw.search.data import BadSampleError, drawn
     from vllm_vtw.search.effect import Asked
     from vllm_vtw.search.price import Request
+    from vllm_vtw.search.seen import inputs_digest
 
     order = drawn(subject.data.samples, arguments.seed)
     asked: list[Asked] = []

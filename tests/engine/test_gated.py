@@ -271,9 +271,7 @@ def test_several_answers_prompt_logprobs_and_a_cache_that_is_reset(checkpoint, r
     folder = checkpoint(MODEL)
     oracle = reference(folder)
     gates = dividing(tmp_path, oracle)
-    two = SamplingParams(
-        n=2, temperature=1, seed=3, max_tokens=8, ignore_eos=True, logprobs=0, prompt_logprobs=0
-    )
+    two = SamplingParams(n=2, temperature=1, max_tokens=8, ignore_eos=True, logprobs=0, prompt_logprobs=0)
     options = {"enable_prefix_caching": True, "max_num_batched_tokens": 640}
     with running(folder, gates.options, **options) as llm, logged_exits() as logged:
         outputs = llm.generate([ask.to_vllm(oracle) for ask in ASKED], two, use_tqdm=False)

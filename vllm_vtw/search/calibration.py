@@ -1,13 +1,12 @@
 """Measures a model's answers at every K, and lets both criteria choose."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-import torch
 
 from vllm_vtw.config import Model
 from vllm_vtw.policy import Policy
@@ -16,6 +15,7 @@ from vllm_vtw.search.data import BadSampleError, Sample
 from vllm_vtw.search.llava import Llava
 from vllm_vtw.search.price import STOCK, Price, Request
 from vllm_vtw.search.progress import Measured, Progress, Settings
+from vllm_vtw.search.seen import Inputs, go_through
 
 
 def measure(
@@ -29,41 +29,17 @@ def measure(
     Raises:
         ValueError: A sample of `progress` was another one then.
     """
-    good = 0
-    for sample in samples:
-        if good == limit:
-            return
-        try:
-            inputs = llava.encode(sample, settings.max_tokens)
-        except BadSampleError as error:
-            yield BadSampleError(f"{sample.where}: {error}")
-            continue
-        digest = inputs_digest(inputs)
-        measured = progress.measured.get(sample.where)
-        if measured is None:
-            measured = _measured(llava, sample, inputs, digest, settings)
-            progress.add(measured)
-        elif measured.inputs_sha256 != digest:
-            raise ValueError(
-                f"--resume: {sample.where} was another picture or prompt when {progress.file} was made: "
-                "give another --out"
-            )
-        good += 1
-        yield measured
+
+    def look(sample: Sample, inputs: Inputs, digest: str) -> Measured:
+        measured = _measured(llava, sample, inputs, digest, settings)
+        progress.add(measured)
+        return measured
+
+    known = progress.measured
+    yield from go_through(llava, samples, limit, settings.max_tokens, known, progress.file, look)
 
 
-def inputs_digest(inputs: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of what the model gets."""
-    digest = hashlib.sha256()
-    for name in sorted(inputs):
-        # numpy has no bfloat16.
-        digest.update(inputs[name].to("cpu", torch.float32).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _measured(
-    llava: Llava, sample: Sample, inputs: Mapping[str, torch.Tensor], digest: str, settings: Settings
-) -> Measured:
+def _measured(llava: Llava, sample: Sample, inputs: Inputs, digest: str, settings: Settings) -> Measured:
     answered = llava.answer(inputs, settings.max_tokens)
     return Measured(
         where=sample.where,

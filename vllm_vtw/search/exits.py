@@ -1,6 +1,6 @@
 """What gates would read of a prompt at each layer, and what leaving there would do to its answer."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from vllm_vtw.gates import features
-from vllm_vtw.search.calibration import inputs_digest
 from vllm_vtw.search.data import BadSampleError, Sample
 from vllm_vtw.search.journal import Journal
 from vllm_vtw.search.llava import Answered, Llava
+from vllm_vtw.search.seen import Inputs, go_through
 
 AGREEMENT, MOST_LOSS = 0.99, 1.03
 SLACK = 0.02
@@ -123,32 +123,18 @@ def look(
     Raises:
         ValueError: A sample of `store` was another one then.
     """
-    good = 0
-    for sample in samples:
-        if good == limit:
-            return
-        try:
-            inputs = llava.encode(sample, max_tokens)
-            text_start = _text_start(llava, inputs)
-        except BadSampleError as error:
-            yield BadSampleError(f"{sample.where}: {error}")
-            continue
-        digest = inputs_digest(inputs)
-        seen = store.seen.get(sample.where)
-        if seen is None:
-            answered = llava.answer(inputs, max_tokens)
-            seen = _looked_at(llava, sample, digest, answered, layers, max_tokens, store.with_answers)
-            store.add(seen, _read(answered, layers, text_start))
-        elif seen.inputs_sha256 != digest:
-            raise ValueError(
-                f"--resume: {sample.where} was another picture or prompt when {store.journal.file} was made: "
-                "give another --out"
-            )
-        good += 1
-        yield seen
+
+    def see(sample: Sample, inputs: Inputs, digest: str) -> Exits:
+        text_start = _text_start(llava, inputs)
+        answered = llava.answer(inputs, max_tokens)
+        seen = _looked_at(llava, sample, digest, answered, layers, max_tokens, store.with_answers)
+        store.add(seen, _read(answered, layers, text_start))
+        return seen
+
+    yield from go_through(llava, samples, limit, max_tokens, store.seen, store.journal.file, see)
 
 
-def _text_start(llava: Llava, inputs: Mapping[str, torch.Tensor]) -> int:
+def _text_start(llava: Llava, inputs: Inputs) -> int:
     """Where the text behind a prompt's last picture begins."""
     prompt = inputs["input_ids"][0]
     start = int((prompt == llava.config.image_token_id).nonzero()[-1]) + 1
