@@ -52,7 +52,7 @@ def test_ranked_layers_are_what_the_plain_model_gives(llava, pictures, backbone,
 
 
 def test_where_nothing_leaves_nothing_differs_in_bfloat16(pictures, tmp_path):  # noqa: F811
-    """The answer was given token by token, which on many machines rounds otherwise than reading it at once."""
+    """The answer was given token by token, which may round otherwise than reading it at once."""
     folder = str(SmallLlava(layers=4, kv_heads=1, image_side=4).save(tmp_path))
     config = read_config(folder)
     loaded = Llava(folder, config, Placement.of("cpu", "bfloat16", config))
