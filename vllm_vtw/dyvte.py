@@ -38,7 +38,7 @@ def add_command(commands: Any) -> None:
     _add_options(train, "vtw-dyvte", 512, _train)
     add = train.add_argument
     add("--layers", help="where a gate stands, as 8-20 or 8,12,16 (default: every fourth from L/4 on)")
-    add("--epochs", type=count, default=20, help="(default: %(default)s)")
+    add("--epochs", type=count, default=20, help="another number trains anew (default: %(default)s)")
     add("--learning-rate", type=bound, default=PUBLISHED_RATE, help="(default: %(default)s, as published)")
     add("--batch-size", type=count, default=16, help="samples of a step (default: %(default)s)")
 
@@ -50,7 +50,8 @@ def add_command(commands: Any) -> None:
         type=_thresholds,
         default=THRESHOLDS,
         metavar="T,T,...",
-        help="beside those of the policy file; as in --thresholds=-1,0,1 (default: "
+        help="beside those of the policy file, as in --thresholds=-1,0,1: visual tokens leave where the "
+        'logit for "leave" is above the other by more, so 0 is as published, and more is more careful (default: '
         f"{','.join(f'{threshold:g}' for threshold in THRESHOLDS)})",
     )
 
@@ -67,7 +68,7 @@ def _thresholds(text: str) -> tuple[float, ...]:
     except ValueError:
         found = [nan]
     if not all(map(isfinite, found)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, as -1,0,1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, as in --thresholds=-1,0,1")
     return tuple(found)
 
 
@@ -181,6 +182,7 @@ def _eval(arguments: argparse.Namespace) -> None:
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
             **kept,
             **_samples(seen),
+            "policy": str(arguments.policy),
             "gates_sha256": policy.gate.sha256,
         },
         "tasks": tasks,
@@ -188,7 +190,10 @@ def _eval(arguments: argparse.Namespace) -> None:
         "rows": evaluated(seen, found, policy, price, model.num_hidden_layers, arguments.thresholds),
         "skipped": skipped,
     }
-    result["notes"] = notes = dyvte_report.notes_of_data(result, subject.tasks - tasks.keys())
+    learned_from = json.loads(arguments.policy.read_text()).get("training", {}).get("data_sha256")
+    result["notes"] = notes = dyvte_report.notes_of_evaluation(
+        result, subject.tasks - tasks.keys(), learned_from == subject.data.sha256
+    )
     write(
         arguments,
         result,
@@ -201,7 +206,7 @@ def _gated(file: Path, model: dict[str, Any]) -> Policy:
     """The policy of a file, with the path of its gates."""
     try:
         policy = Policy.from_file(json.loads(file.read_text()), model)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"--policy {file}: {error}") from error
     if policy.gate is None:
         raise ValueError(f"--policy {file} has no gates: `vtw dyvte train` makes them")

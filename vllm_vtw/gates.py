@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import nn
 from torch.nn.functional import gelu, linear
 
@@ -56,8 +56,9 @@ def save_gates(gates: Mapping[int, nn.Module], file: Path) -> str:
         for layer, gate in gates.items()
         for name, tensor in gate.state_dict().items()
     }
-    save_file(tensors, file)
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    content = save(tensors)
+    file.write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def load_gates(gate: Gate, layers: Sequence[int], hidden_size: int) -> list[nn.Sequential]:
@@ -74,7 +75,10 @@ def load_gates(gate: Gate, layers: Sequence[int], hidden_size: int) -> list[nn.S
     try:
         content = Path(gate.weights).read_bytes()
     except OSError as error:
-        raise ValueError(f"gates {gate.weights} cannot be read: {error}") from error
+        raise ValueError(
+            f"gates {gate.weights}, which the policy file names, cannot be read: {error}. "
+            "They belong beside it"
+        ) from error
     found = hashlib.sha256(content).hexdigest()
     if found != gate.sha256:
         raise ValueError(

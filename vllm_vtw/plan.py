@@ -209,6 +209,10 @@ def describe(result: dict[str, Any]) -> str:
         at = f"leave at layer {leaves['layer']}" if leaves["layer"] < result["num_hidden_layers"] else "stay"
         taken = leaves["kv_bytes_per_request"] / 2**20
         notes.append(f"Where they {at}: {taken:.1f} MiB, x {leaves['kv_ratio']:.2f}")
+    if result["exits"]:
+        notes.append(
+            "A request is let in where there are blocks for the last of these, and gives back the rest."
+        )
     groups = " + ".join(str(group["layers"]) for group in result["groups"])
     return "\n".join(
         [

@@ -115,7 +115,10 @@ class Policy:
             or len(thresholds) != len(self.stages)
             or not all(type(threshold) in (int, float) and isfinite(threshold) for threshold in thresholds)
         ):
-            raise ValueError(f"'gate'['thresholds'] = {thresholds!r}: has to be a number for every stage")
+            raise ValueError(
+                f"'gate'['thresholds'] = {thresholds!r}: has to be a number for every stage, "
+                f"{len(self.stages)}"
+            )
         return Gate(gate["weights"], gate["sha256"], tuple(map(float, thresholds)))
 
     def to_file(self, model: dict[str, Any]) -> dict[str, Any]:

@@ -171,6 +171,8 @@ def test_training_leaves_gates_that_the_policy_file_names(gates):
     assert result["held_out"] == 2
     assert re.search(r"^ +9 .*", ended.out, re.M)
     assert "vllm serve" in ended.out
+    modes = {(out / name).stat().st_mode for name in ("gates.safetensors", "policy.json")}
+    assert len(modes) == 1, "who may read one may read the other"
     page = (out / "report.html").read_text()
     assert page.count("<svg") == 4
     assert "vllm serve" in page
@@ -225,6 +227,7 @@ def test_evaluation_by_threshold(gates, data, tmp_path):
     assert 4 <= at_0["exit_layer"] <= LAYERS
     assert rows["VTW, K = 4"]["all"]["kv_share"] < rows["gates, t = 1000"]["all"]["kv_share"]
     assert re.search(r"^gates, t = 0 .* @ ", ended.out, re.M)
+    assert "The gates learned from these data: on others they may do worse." in ended.out
     assert (tmp_path / "report.html").read_text().count("<svg") == 3
 
 
@@ -235,7 +238,11 @@ def test_what_is_wrong_is_said(gates, data, done, tmp_path):
         ("eval", [], "the following arguments are required: --policy"),
         ("eval", [f"--policy={done[0] / 'policy.json'}"], "has no gates: `vtw dyvte train` makes them"),
         ("eval", [f"--policy={data}"], "--policy"),
-        ("eval", [f"--policy={gates[0] / 'policy.json'}", "--thresholds=a"], "'a' is not a list of numbers"),
+        (
+            "eval",
+            [f"--policy={gates[0] / 'policy.json'}", "--thresholds=a"],
+            "not a list of numbers, as in --thresholds=-1,0,1",
+        ),
     ):
         ended = dyvte(command, data, tmp_path, *LOOK, *options)
         assert (ended.status, said in ended.err) == (2, True), ended.err

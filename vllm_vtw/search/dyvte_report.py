@@ -21,12 +21,26 @@ def notes(result: dict[str, Any], unseen: Collection[str]) -> list[str]:
                 f"At layer {', '.join(layers)} these samples' visual tokens may {what} leave: a gate there "
                 "learns only that. Other --layers may serve you better."
             )
-    return said + notes_of_data(result, unseen)
+    right = zip(result["curves"][-1]["held_out_accuracy"], result["held_out_may_leave"], strict=True)
+    useless = [
+        str(layer)
+        for layer, (of_gate, leaving) in zip(result["layers"], right, strict=True)
+        if of_gate <= max(leaving, 1 - leaving) < 1
+    ]
+    if useless:
+        said.append(
+            f"At layer {', '.join(useless)} the gate is right about no more of {result['held_out']} held-out "
+            "samples than if it always said the same: more samples (--limit) or --epochs may help."
+        )
+    return said + of_data(result, None, unseen)
 
 
-def notes_of_data(result: dict[str, Any], unseen: Collection[str]) -> list[str]:
-    """What a reader has to know of the samples."""
-    return of_data(result, None, unseen)
+def notes_of_evaluation(result: dict[str, Any], unseen: Collection[str], learned_from: bool) -> list[str]:
+    """What a reader of an evaluation has to know; `learned_from` where gates were trained on its data."""
+    said = ["To serve another threshold, write it for every layer into 'thresholds' of the policy file."]
+    if learned_from:
+        said.append("The gates learned from these data: on others they may do worse.")
+    return said + of_data(result, None, unseen)
 
 
 def table(result: dict[str, Any]) -> list[str]:

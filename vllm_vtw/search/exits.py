@@ -78,7 +78,7 @@ class Store:
     ) -> None:
         name = "exits-answers.jsonl" if with_answers else "exits.jsonl"
         self.with_answers = with_answers
-        self.journal = Journal(folder / name, "DyVTE", settings, resume)
+        self.journal = Journal(folder / name, "evaluation" if with_answers else "training", settings, resume)
         self.rows = folder / "features.f32"
         self.shape = (len(settings["layers"]), 2 * hidden_size)
         self.seen = {line["where"]: Exits(**line) for line in self.journal.found}
