@@ -51,7 +51,7 @@ def add_command(commands: Any) -> None:
         default=THRESHOLDS,
         metavar="T,T,...",
         help="beside those of the policy file, as in --thresholds=-1,0,1: visual tokens leave where the "
-        'logit for "leave" is above the other by more, so 0 is as published, and more is more careful (default: '
+        'logit for "leave" is above the other by more; 0 is as published, more is more careful (default: '
         f"{','.join(f'{threshold:g}' for threshold in THRESHOLDS)})",
     )
 
