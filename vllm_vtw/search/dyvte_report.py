@@ -108,24 +108,27 @@ def evaluation_table(result: dict[str, Any]) -> list[str]:
     """An evaluation, in lines."""
     rows = result["rows"]
     tasks = list(rows[0]["tasks"])
-    heads = [f"{head:>{max(13, len(head))}}" for head in (*tasks, "all")]
+    heads = [f"{head:>{max(18, len(head))}}" for head in (*tasks, "all")]
     width = max(len(row["way"]) for row in rows)
     lines = [
-        f"{result['made']['samples']} samples, {result['model']['num_hidden_layers']} layers. For every task "
-        "right answers in percent, at the mean layer of exit; where",
-        "data do not say what is right, marked ~, answers that are the full model's. Work and KV memory in "
-        "percent of stock vLLM's.",
+        f"{result['made']['samples']} samples, {result['model']['num_hidden_layers']} layers. For every task, "
+        "in percent: right answers, at the mean layer of exit,",
+        "and the decoder's work; work and KV memory are of stock vLLM's. Where data do not say what is right, ~ "
+        "marks answers",
+        "that are the full model's.",
         "",
-        f"{'':{width}}    work     KV  " + "  ".join(heads),
+        f"{'':{width}}      KV  " + "  ".join(heads),
     ]
     for row in rows:
-        cells = [
-            f"{_quality(of)} @ {of['exit_layer']:4.1f}".rjust(len(head))
-            for of, head in zip((*row["tasks"].values(), row["all"]), heads, strict=True)
-        ]
-        work, memory = row["all"]["prefill_flops_share"], row["all"]["kv_share"]
-        lines.append(f"{row['way']:{width}}  {100 * work:6.1f} {100 * memory:6.1f}  " + "  ".join(cells))
+        told = [_in_short(of) for of in (*row["tasks"].values(), row["all"])]
+        cells = [cell.rjust(len(head)) for cell, head in zip(told, heads, strict=True)]
+        memory = row["all"]["kv_share"]
+        lines.append(f"{row['way']:{width}}  {100 * memory:6.1f}  " + "  ".join(cells))
     return lines
+
+
+def _in_short(of: dict[str, Any]) -> str:
+    return f"{_quality(of)} @ {of['exit_layer']:.1f}, {100 * of['prefill_flops_share']:.0f}%"
 
 
 def _quality(of: dict[str, Any]) -> str:
