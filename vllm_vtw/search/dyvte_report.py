@@ -111,11 +111,10 @@ def evaluation_table(result: dict[str, Any]) -> list[str]:
     heads = [f"{head:>{max(18, len(head))}}" for head in (*tasks, "all")]
     width = max(len(row["way"]) for row in rows)
     lines = [
-        f"{result['made']['samples']} samples, {result['model']['num_hidden_layers']} layers. For every task, "
-        "in percent: right answers, at the mean layer of exit,",
-        "and the decoder's work; work and KV memory are of stock vLLM's. Where data do not say what is right, ~ "
-        "marks answers",
-        "that are the full model's.",
+        f"{result['made']['samples']} samples, {result['model']['num_hidden_layers']} layers.",
+        "For every task, in percent: right answers, at the mean layer of exit, and the decoder's work.",
+        "Work and KV memory are of stock vLLM's.",
+        "Where data do not say what is right, ~ marks answers that are the full model's.",
         "",
         f"{'':{width}}      KV  " + "  ".join(heads),
     ]
