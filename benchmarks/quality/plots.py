@@ -1,6 +1,6 @@
 """Plots: how the training went, and what each K costs each task."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -54,27 +54,30 @@ def plot_layers(right: Mapping[int, dict[str, float]], path: Path) -> None:
 
 def plot_schedules(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Accuracy, mean over tasks, over the decoder's work; methods by their marker."""
-    _, axes = plt.subplots(figsize=(8, 5))
-    kinds: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        point = 100 * row["prefill_flops_share"], 100 * mean(row["engine"]["right"].values())
-        kinds.setdefault(row["schedule"].split(",")[0], []).append(point)
-    for marker, (kind, points) in zip("*osD^v", kinds.items(), strict=False):
-        axes.plot(*zip(*sorted(points), strict=True), marker, label=kind, markersize=8)
-    axes.set_xlabel("decoder's work on a prompt (% of stock vLLM)")
-    _finish(axes, path)
+    _over_work(rows, lambda row: row["schedule"].split(",")[0], "*osD^v", path)
 
 
 def plot_exits(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Accuracy, mean over tasks, over the decoder's work: VTW, and gates by where they stand."""
+    """The same of VTW, and of gates by where they stand."""
+
+    def kind(row: Mapping[str, Any]) -> str:
+        return f"gates before {', '.join(map(str, row['layers']))}" if row["layers"] else "VTW"
+
+    _over_work(rows, kind, ("o-", "s-", "D-"), path)
+
+
+def _over_work(
+    rows: Sequence[Mapping[str, Any]],
+    kind: Callable[[Mapping[str, Any]], str],
+    styles: Sequence[str],
+    path: Path,
+) -> None:
     _, axes = plt.subplots(figsize=(8, 5))
     kinds: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         point = 100 * row["prefill_flops_share"], 100 * mean(row["engine"]["right"].values())
-        borders = row["layers"]
-        kind = f"gates before {', '.join(map(str, borders))}" if borders else "VTW"
-        kinds.setdefault(kind, []).append(point)
-    for style, (kind, points) in zip(("o-", "s-", "D-"), kinds.items(), strict=False):
-        axes.plot(*zip(*sorted(points), strict=True), style, label=kind)
+        kinds.setdefault(kind(row), []).append(point)
+    for style, (label, points) in zip(styles, kinds.items(), strict=False):
+        axes.plot(*zip(*sorted(points), strict=True), style, label=label, markersize=8)
     axes.set_xlabel("decoder's work on a prompt (% of stock vLLM)")
     _finish(axes, path)
