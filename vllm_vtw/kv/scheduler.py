@@ -44,6 +44,8 @@ class VTWScheduler(Scheduler):
         self.stage_managers = [manager for manager in managers if isinstance(manager, StageManager)]
         for manager in self.stage_managers:
             manager.retentions = self.retentions
+        self.undecided: set[str] = set()
+        """Requests that gates have yet to decide about."""
         self.exits: dict[str, int] = {}
         """By request what gates decided: the first stage without visual tokens, or the number of stages."""
         num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
@@ -58,7 +60,9 @@ class VTWScheduler(Scheduler):
                 self.policy, request.mm_features, request.num_prompt_tokens, self.align_to
             )
             self.retentions[request.request_id] = retentions
-            if not is_undecided(retentions):
+            if is_undecided(retentions):
+                self.undecided.add(request.request_id)
+            else:
                 self.statistics.count_request(retentions)
             request.block_hashes = RequestHashes(request.block_hashes, retentions)
         super().add_request(request)
@@ -155,25 +159,23 @@ class VTWScheduler(Scheduler):
                 self._decided(request, exit_stage)
         outputs: dict[int, EngineCoreOutputs]
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        if self.policy.gate is not None:
-            self._assert_decided(scheduler_output.num_scheduled_tokens)
+        self._assert_decided(self.undecided & scheduler_output.num_scheduled_tokens.keys())
         return outputs
 
     def _assert_decided(self, request_ids: Iterable[str]) -> None:
         """A request that nobody decided about would wait for ever."""
-        for request in filter(None, map(self.requests.get, request_ids)):
+        for request in map(self.requests.__getitem__, request_ids):
             question = self._question(request)
-            assert (
-                question is None
-                or not question.gated
-                or request.num_in_flight_tokens
-                or request.num_computed_tokens < question.stop
-            ), f"the worker did not say what gates decided about request {request.request_id}"
+            assert question is not None
+            assert request.num_in_flight_tokens or request.num_computed_tokens < question.stop, (
+                f"the worker did not say what gates decided about request {request.request_id}"
+            )
 
     def _decided(self, request: Request, exit_stage: int) -> None:
         request_id, hashes = request.request_id, request.block_hashes
         assert isinstance(hashes, RequestHashes)
         hashes.retentions = self.retentions[request_id] = decided(self.retentions[request_id], exit_stage)
+        self.undecided.remove(request_id)
         self.exits[request_id] = exit_stage
         layer = self.statistics.count_exit(hashes.retentions)
         logger.debug("vtw: request %s: its visual tokens leave at layer %d", request_id, layer)
@@ -193,6 +195,7 @@ class VTWScheduler(Scheduler):
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
         del self.retentions[request.request_id]
+        self.undecided.discard(request.request_id)
         self.exits.pop(request.request_id, None)
 
 
