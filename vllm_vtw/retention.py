@@ -35,6 +35,10 @@ class Question:
     text_start: int
     gated: bool
 
+    def is_whole_in(self, start: int, stop: int) -> bool:
+        """Whether a step that computes positions `start` to `stop - 1` takes all of it."""
+        return start <= self.start and self.stop <= stop
+
     @property
     def visual_tokens(self) -> int:
         """How many the candidates are."""

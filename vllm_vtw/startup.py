@@ -7,7 +7,7 @@ from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from vllm_vtw.config import KEYS, LONGEST_STEP, SCHEDULER, TEXT_MODELS, WORKER, Model, VTWConfig
+from vllm_vtw.config import ADMISSION, KEYS, SCHEDULER, TEXT_MODELS, WORKER, Admission, Model, VTWConfig
 from vllm_vtw.gates import load_gates
 from vllm_vtw.policy import Policy
 
@@ -56,11 +56,13 @@ class VTWModelConfig(VerifyAndUpdateConfig):
         if config.policy.gate is not None:
             hidden_size = vllm_config.model_config.get_hidden_size()
             load_gates(config.policy.gate, [stage.layer for stage in config.policy.stages], hidden_size)
+        if config.policy.stages:
+            admission = Admission(config.policy, scheduler.max_num_batched_tokens)
+            setattr(vllm_config.model_config, ADMISSION, admission)
         if config.policy.depends_on_question:
             refuse_with_question(vllm_config, config.policy)
             if config.policy.gate is not None:
                 vllm_config.parallel_config.worker_cls = WORKER
-            setattr(vllm_config.model_config, LONGEST_STEP, scheduler.max_num_batched_tokens)
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
@@ -152,8 +154,6 @@ def _refusals_with_question(vllm_config: VllmConfig, policy: Policy) -> Iterator
         )
     if policy.gate is not None and parallel.worker_cls not in ("auto", WORKER):
         yield f"the worker is the plugin's own where gates decide: remove --worker-cls {parallel.worker_cls}"
-    if policy.gate is not None and vllm_config.model_config.enable_sleep_mode:
-        yield "gates are not loaded again after a sleep: remove --enable-sleep-mode"
     if policy.gate is not None and not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
         yield f"workers on {current_platform.device_name} tell nothing of gates: use CUDA, ROCm or the CPU"
     if policy.ranking is not None and cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):

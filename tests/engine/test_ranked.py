@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from tests.engine.engines import (
     step_until,
 )
 from tests.engine.reference import Reference
-from vllm_vtw.config import LONGEST_STEP
+from vllm_vtw.config import ADMISSION
 from vllm_vtw.policy import Policy, Stage
 
 Schedule = Mapping[int, float]
@@ -275,7 +276,8 @@ def test_what_did_not_come_through_the_processor_ends_with_an_error(
     oracle = reference(folder)
     too_long = next(ask for ask in SHAPES if ask.name == "several apart")
     with running(folder, written(tmp_path, SCHEDULES["two stages"]), max_num_batched_tokens=128) as llm:
-        monkeypatch.setattr(llm.model_config, LONGEST_STEP, 1 << 20)
+        admission = replace(getattr(llm.model_config, ADMISSION), longest_step=1 << 20)
+        monkeypatch.setattr(llm.model_config, ADMISSION, admission)
         output = llm.generate(too_long.to_vllm(oracle), GREEDY, use_tqdm=False)[0]
         assert output.outputs[0].finish_reason == "error"
         assert not held_blocks(llm)

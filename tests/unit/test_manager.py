@@ -19,6 +19,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 from vllm.v1.request import Request
 
 from tests.unit.strategies import Prompt
+from vllm_vtw.kv.cache_manager import StagedKVCacheManager
 from vllm_vtw.kv.manager import RequestHashes, StageManager
 from vllm_vtw.kv.spec import StageSpec
 from vllm_vtw.retention import Retention
@@ -89,17 +90,19 @@ def asks(most: int = 6) -> st.SearchStrategy[Ask]:
 
 def manager(
     enable_caching: bool, specs: Sequence[AttentionSpec] = SPECS, num_blocks: int = NUM_BLOCKS
-) -> KVCacheManager:
+) -> StagedKVCacheManager:
     block_size = specs[0].block_size
     groups = [KVCacheGroupSpec([f"layer.{index}"], spec) for index, spec in enumerate(specs)]
     config = KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
-    return KVCacheManager(
+    made = KVCacheManager(
         config,
         max_model_len=MAX_MODEL_LEN * block_size // BLOCK_SIZE,
         scheduler_block_size=block_size,
         hash_block_size=block_size,
         enable_caching=enable_caching,
     )
+    StagedKVCacheManager.adopt(made)
+    return made
 
 
 class Course(RuleBasedStateMachine):
@@ -215,6 +218,16 @@ class Course(RuleBasedStateMachine):
         # vLLM keeps one block, the null block, for itself.
         assert self.manager.block_pool.get_num_free_blocks() + len(owners) == NUM_BLOCKS - 1
 
+    @invariant()
+    def the_counts_are_those_of_the_rows(self):
+        if not hasattr(self, "requests"):
+            return
+        held: Counter[int] = Counter()
+        for m in self.managers():
+            blocks = {block.block_id for row in m.req_to_blocks.values() for block in row}
+            held[getattr(m.kv_cache_spec, "stage", 0)] += len(blocks)
+        assert self.manager.held_blocks() == held
+
     def teardown(self):
         for request, _ in getattr(self, "requests", {}).values():
             self.manager.free(request)
@@ -301,6 +314,28 @@ def test_withdrawing_by_tokens_serves_what_lies_on_borders_of_blocks(course: lis
         for ask, hit in zip(course, in_stock(course), strict=True)
     ]
     assert withdrawing(course, 1) == allowed
+
+
+@pytest.mark.parametrize("align_to", [1, BLOCK_SIZE])
+@given(ask=asks())
+def test_a_request_that_goes_on_finds_what_the_one_before_says_it_shared(align_to: int, ask: Ask):
+    """What usage says was written to the cache, in prompt tokens."""
+    first, second = ask, Ask((*ask.pieces, ("question", BLOCK_SIZE)))
+    vtw = manager(True, num_blocks=4000)
+    requests = [
+        one.request(str(i), (one.prompt.retention(align_to),) * 2) for i, one in enumerate((first, second))
+    ]
+    for stage in vtw.stage_managers:
+        stage.retentions = {request.request_id: request.block_hashes.retentions for request in requests}
+    shared = []
+    for request in requests:
+        computed, found, _ = vtw.get_computed_blocks(request)
+        assert vtw.allocate_slots(request, request.num_tokens - found, found, computed) is not None
+        shared.append((found, vtw.estimate_cached_tokens(request)))
+    assert shared[0][0] == 0
+    # A prompt that goes on behind a picture withdraws that picture's end too, and needs less to be there.
+    ends_in_picture = first.pieces[-1][0] in ("cat", "dog")
+    assert shared[1][0] == shared[0][1] or (ends_in_picture and shared[1][0] > shared[0][1])
 
 
 Course.TestCase.settings = settings(max_examples=60, stateful_step_count=40)

@@ -89,7 +89,21 @@ def test_prompts_that_rank_are_told():
     assert np.flatnonzero(mask).tolist() == [*range(9, 16), *range(19, 22)]
 
 
-def test_a_ranked_prompt_is_not_cut():
-    for computed, scheduled in ((0, 19), (6, 14)):
-        with pytest.raises(AssertionError, match="a prompt was cut"):
-            plan_stage(Batch(Rows.of([(ranked(4),)]), np.array([computed]), np.array([0, scheduled])), 1)
+@pytest.mark.parametrize(("computed", "scheduled"), [(0, 19), (6, 14)])
+def test_a_ranked_prompt_that_is_cut_ranks_nothing(computed, scheduled):
+    """Its request ends with an error. The plan of the others, and the number of its tokens, are as ever."""
+    rows = Rows.of([(ranked(4),), (Retention([(2, 6)]),)])
+    plan = plan_stage(Batch(rows, np.array([computed, 0]), np.cumsum([0, scheduled, 8])), 1)
+    assert plan.withdrawal is not None
+    assert plan.withdrawal.ranked == ()
+    assert plan.withdrawal.query_start_loc[-1] - plan.withdrawal.query_start_loc[1] == 4
+    assert plan.withdrawn[0] == computed + scheduled - ranked(4).count(computed + scheduled)
+
+
+@pytest.mark.parametrize(("computed", "scheduled"), [(0, 19), (6, 14), (0, 21)])
+def test_gates_are_asked_about_whole_prompts_alone(computed, scheduled):
+    question = Question(5, 20, ((5, 12),), 12, True)
+    undecided = Retention((), 5, question)
+    rows = Rows.of([(undecided,), (undecided,)])
+    batch = Batch(rows, np.array([computed, 0]), np.cumsum([0, scheduled, 20]))
+    assert batch.asked() == {1: question}

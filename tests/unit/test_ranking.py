@@ -1,5 +1,6 @@
 """Which tokens stay, against sorting; and keys out of caches of any order."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,20 +9,46 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_vtw.retention import Question, Retention
-from vllm_vtw.worker.ranking import RankedPrompt, chosen, key_order
+from vllm_vtw.worker.ranking import RankedPrompt, RankedPrompts, key_order
 
 TOKENS = st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.25, 0.5]), st.booleans()), min_size=1, max_size=12)
+CPU = torch.device("cpu")
 
 
-@given(TOKENS, st.data())
-def test_the_most_attended_to_stay_and_the_first_where_it_ties(tokens, data):
-    attention = torch.tensor([got for got, _ in tokens])
-    is_candidate = torch.tensor([may_leave for _, may_leave in tokens])
-    candidates = [at for at, (_, may_leave) in enumerate(tokens) if may_leave]
-    kept = data.draw(st.integers(0, len(candidates)))
-    best = sorted(candidates, key=lambda at: (-tokens[at][0], at))[:kept]
-    expected = sorted({*range(len(tokens))} - set(candidates) | set(best))
-    assert chosen(attention, is_candidate, len(tokens) - len(candidates) + kept).tolist() == expected
+@given(st.lists(TOKENS, min_size=1, max_size=4), st.booleans(), st.data())
+def test_the_most_attended_to_stay_and_the_first_where_it_ties(prompts, all_before, data):
+    """Prompts one behind the other, of which a stage before has computed all tokens, or every second."""
+    before = kept = 0
+    made, expected = [], []
+    for row, tokens in enumerate(prompts):
+        candidates = [at for at, (_, may_leave) in enumerate(tokens) if may_leave]
+        count = data.draw(st.integers(0, len(candidates)))
+        best = [at for _, at in sorted((-tokens[at][0], at) for at in candidates)][:count]
+        staying = sorted({*range(len(tokens))} - set(candidates) | set(best))
+        expected += [before + at for at in staying]
+        spans = slice(before, before + len(tokens)), slice(kept, kept + len(staying))
+        made.append(RankedPrompt(row, *spans, num_cached=0, num_prompt=len(tokens), keeps_some=count > 0))
+        before, kept = before + len(tokens), kept + len(staying)
+    ranked = RankedPrompts(made, CPU)
+    attention = torch.full((len(prompts), ranked.longest), torch.nan)
+    for row, tokens in zip(attention, prompts, strict=True):
+        row[: len(tokens)] = torch.tensor([got for got, _ in tokens])
+    mask = torch.tensor([may_leave for tokens in prompts for _, may_leave in tokens])
+    kept_before = None if all_before else 2 * torch.arange(before)
+    in_batch = mask if all_before else mask.repeat_interleave(2)
+    assert ranked.staying(attention, kept_before, in_batch).tolist() == expected
+    assert ranked.targets.tolist() == list(range(kept))
+
+
+def test_tokens_behind_cached_text_and_behind_the_prompt():
+    """Two cached tokens; then a prompt's picture and last token; then a token that was generated before."""
+    prompt = RankedPrompt(0, slice(0, 5), slice(0, 4), num_cached=2, num_prompt=6, keeps_some=True)
+    ranked = RankedPrompts([prompt], CPU)
+    attention = torch.tensor([[0.9, 0.9, 0.1, 0.3, 0.2, 0.8]])
+    is_candidate = torch.tensor([True, True, True, False, False])
+    assert ranked.staying(attention, None, is_candidate).tolist() == [1, 2, 3, 4]
+    none_stays = RankedPrompts([replace(prompt, kept=slice(0, 2), keeps_some=False)], CPU)
+    assert none_stays.staying(None, None, is_candidate).tolist() == [3, 4]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,11 +1,13 @@
-"""What the scheduler counts, on managers that hold made-up rows."""
+"""What the scheduler counts, with made-up numbers of blocks that are held."""
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from vllm_vtw.kv.spec import StageSpec
 from vllm_vtw.kv.statistics import Statistics
@@ -14,48 +16,30 @@ from vllm_vtw.retention import Retention
 ALL = FullAttentionSpec(block_size=8, num_kv_heads=1, head_size=32, dtype=torch.float32)
 
 
-@dataclass
-class Block:
-    block_id: int
+STAGE = StageSpec.like(ALL, 1)
 
 
-def manager(spec, **blocks: int) -> SimpleNamespace:
-    """Of a group that holds so many blocks of each request."""
-    ids = iter(range(100))
-    rows = {request: [Block(next(ids)) for _ in range(count)] for request, count in blocks.items()}
-    return SimpleNamespace(kv_cache_spec=spec, req_to_blocks=rows)
-
-
-def test_a_shared_block_is_held_once():
-    both = manager(ALL, a=3, b=2)
-    both.req_to_blocks["b"][:1] = both.req_to_blocks["a"][:1]
-    deep = manager(StageSpec.like(ALL, 1), a=2, b=1)
-    deep.req_to_blocks["b"] = deep.req_to_blocks["a"][:1]
-    assert Statistics([4, 8], config(4, 4), [both, deep]).take() == {
-        "kv_blocks/0": 4,
-        "kv_blocks/1": 2,
-        "saved/": 2,
-    }
-
-
-def config(*layers: int) -> SimpleNamespace:
-    return SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=range(count)) for count in layers])
+def statistics(layers: list[int], groups: Sequence[tuple[KVCacheSpec, int]], **held: int) -> Statistics:
+    """Of groups with a spec and a number of layers each, and the blocks that are held, by stage."""
+    made = [SimpleNamespace(kv_cache_spec=spec, layer_names=range(count)) for spec, count in groups]
+    counts = Counter({int(stage.removeprefix("stage")): blocks for stage, blocks in held.items()})
+    manager: Any = SimpleNamespace(held_blocks=lambda: counts)
+    return Statistics(layers, SimpleNamespace(kv_cache_groups=made), manager)
 
 
 def test_requests_by_the_layer_that_first_withdraws():
-    stage = StageSpec.like(ALL, 1)
-    statistics = Statistics([4, 6, 8], config(4, 4), [manager(ALL), manager(stage)])
+    counting = statistics([4, 6, 8], [(ALL, 4), (STAGE, 4)], stage0=0, stage1=0)
     keeps, leaves = Retention(), Retention([(2, 12)])
     for retentions in ([keeps, keeps], [keeps, leaves], [leaves, leaves], [leaves, leaves]):
-        statistics.count_request(retentions)
-    counts = statistics.take()
+        counting.count_request(retentions)
+    counts = counting.take()
     assert {key: counts[key] for key in counts if key.startswith("requests")} == {
         "requests/4": 2,
         "requests/6": 1,
         "requests/8": 1,
     }
     assert (counts["withdrawn_tokens/1"], counts["withdrawn_tokens/2"]) == (20, 30)
-    assert "requests/4" not in statistics.take()
+    assert "requests/4" not in counting.take()
 
 
 @pytest.mark.parametrize(
@@ -68,8 +52,8 @@ def test_requests_by_the_layer_that_first_withdraws():
     ],
 )
 def test_blocks(layers, saved):
-    managers = [manager(ALL, a=7, b=2), manager(StageSpec.like(ALL, 1), a=2, b=2)]
-    assert Statistics([4, 8], config(*layers), managers).take() == {
+    groups = list(zip((ALL, STAGE), layers, strict=True))
+    assert statistics([4, 8], groups, stage0=9, stage1=4).take() == {
         "kv_blocks/0": 9,
         "kv_blocks/1": 4,
         "saved/": saved,
@@ -77,9 +61,8 @@ def test_blocks(layers, saved):
 
 
 def test_a_stage_of_several_groups():
-    stage = StageSpec.like(ALL, 1)
-    managers = [manager(ALL, a=6), manager(ALL, a=6), manager(stage, a=2)]
-    assert Statistics([4, 6], config(2, 2, 2), managers).take() == {
+    groups = [(ALL, 2), (ALL, 2), (STAGE, 2)]
+    assert statistics([4, 6], groups, stage0=12, stage1=2).take() == {
         "kv_blocks/0": 12,
         "kv_blocks/1": 2,
         "saved/": 6 * 3 - 14,

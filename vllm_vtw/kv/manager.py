@@ -1,6 +1,7 @@
 """Allocates and shares the KV blocks of a stage past the first: one per `block_size` retained tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,6 +43,8 @@ class StageManager(SingleTypeKVCacheManager):
 
     retentions: Mapping[str, tuple[Retention, ...]] = {}
     """By request: the retention of every stage past the first. Set by the scheduler, which sees requests."""
+    num_held_blocks = 0
+    """Blocks that requests hold, each counted once however many requests share it."""
 
     def _retained(self, request_id: str, num_tokens: int) -> int:
         return self.retentions[request_id][self.kv_cache_spec.stage - 1].count(num_tokens)
@@ -50,8 +53,17 @@ class StageManager(SingleTypeKVCacheManager):
         """Frees what a request's first `num_tokens` tokens do not fill, once its retention is another."""
         row = self.req_to_blocks[request_id]
         left = -(-self._retained(request_id, num_tokens) // self.block_size)
+        self._let_go(row[left:])
         self.block_pool.free_blocks(reversed(row[left:]))
         del row[left:]
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request_id)
+        self._let_go(blocks)
+        return blocks
+
+    def _let_go(self, blocks: Sequence[KVCacheBlock]) -> None:
+        self.num_held_blocks -= sum(block.ref_cnt == 1 for block in blocks)
 
     def get_num_blocks_to_allocate(
         self,
@@ -81,6 +93,7 @@ class StageManager(SingleTypeKVCacheManager):
         num_external_computed_tokens: int,
     ) -> None:
         assert num_external_computed_tokens == 0, "KV connectors are refused at start-up"
+        self.num_held_blocks += sum(block.ref_cnt == 0 for block in new_computed_blocks)
         super().add_local_computed_blocks(
             request_id,
             new_computed_blocks,
@@ -91,11 +104,13 @@ class StageManager(SingleTypeKVCacheManager):
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
-        return super().allocate_new_blocks(
+        blocks: list[KVCacheBlock] = super().allocate_new_blocks(
             request_id,
             self._retained(request_id, num_tokens),
             self._retained(request_id, num_tokens_main_model),
         )
+        self.num_held_blocks += len(blocks)
+        return blocks
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **options: Any) -> None:
         """Shares what the request's first `num_tokens` tokens filled of its row."""
@@ -119,6 +134,24 @@ class StageManager(SingleTypeKVCacheManager):
         )
         self.num_cached_block[request.request_id] = stop
 
+    def shared_tokens(self, request: Request, most: int) -> int:
+        """How many of its tokens a request would find in this row, had another one with the same computed it.
+
+        Args:
+            request: Whose blocks have been shared as far as it has been computed.
+            most: How many other rows offer.
+        """
+        hashes = request.block_hashes
+        assert isinstance(hashes, RequestHashes)
+        retention = hashes.retentions[self.kv_cache_spec.stage - 1]
+        most = min(most, retention.shareable)
+        filled = min(
+            retention.count(most) // self.block_size, self.num_cached_block.get(request.request_id, 0)
+        )
+        row = hashes.row(self.kv_cache_spec.stage, self.block_size, 0, filled)
+        blocks = sum(1 for _ in takewhile(lambda block_hash: block_hash is not None, row))
+        return _hit_length(retention, blocks, most, self.block_size)
+
     @classmethod
     def find_longest_cache_hit(
         cls,
@@ -141,6 +174,13 @@ class StageManager(SingleTypeKVCacheManager):
                 break
             for row, block in zip(rows, blocks, strict=True):
                 row.append(block)
-        # Withdrawn tokens behind the last block are part of the hit.
-        next_retained = retention.position(len(rows[0]) * block_size)
-        return rows, min(most, next_retained) // block_size * block_size
+        return rows, _hit_length(retention, len(rows[0]), most, block_size)
+
+
+def _hit_length(retention: Retention, blocks: int, most: int, block_size: int) -> int:
+    """How many tokens the first `blocks` blocks of a row stand for, `most` at most.
+
+    Withdrawn tokens behind the last block are part of the hit. With blocks of 16, of a row whose first 32
+    tokens are text and whose next 64 are withdrawn, two blocks stand for 96 tokens.
+    """
+    return min(most, retention.position(blocks * block_size)) // block_size * block_size

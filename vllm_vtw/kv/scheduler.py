@@ -1,7 +1,6 @@
 """vLLM's own scheduler, which also tells the stage managers what each request retains."""
 
 import logging
-from collections.abc import Iterable
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -15,9 +14,11 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_vtw.config import EXITS
-from vllm_vtw.kv.manager import RequestHashes, StageManager
+from vllm_vtw.kv.cache_manager import StagedKVCacheManager
+from vllm_vtw.kv.manager import RequestHashes
 from vllm_vtw.kv.report import log_startup
 from vllm_vtw.kv.statistics import Statistics
+from vllm_vtw.kv.turns import Turns
 from vllm_vtw.retention import Question, Retention, decided, is_undecided, request_retentions
 from vllm_vtw.startup import refuse_unsupported, refuse_with_question, vtw_config
 
@@ -31,33 +32,38 @@ class VTWScheduler(Scheduler):
         ValueError: vLLM settled on an option that the plugin refuses after the plugin had looked.
     """
 
+    running: list[Request]
+
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, **options: Any) -> None:
         refuse_unsupported(vllm_config)
         super().__init__(vllm_config, kv_cache_config, **options)
         config = vtw_config(vllm_config)
-        self.policy = config.policy
-        if self.policy.depends_on_question:
-            refuse_with_question(vllm_config, self.policy)
+        self.withdrawal = config.policy
+        if self.withdrawal.depends_on_question:
+            refuse_with_question(vllm_config, self.withdrawal)
         self.align_to = config.align_to(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
         self.retentions: dict[str, tuple[Retention, ...]] = {}
-        managers = self.kv_cache_manager.coordinator.single_type_managers
-        self.stage_managers = [manager for manager in managers if isinstance(manager, StageManager)]
+        StagedKVCacheManager.adopt(self.kv_cache_manager)
+        self.stage_managers = self.kv_cache_manager.stage_managers
         for manager in self.stage_managers:
             manager.retentions = self.retentions
         self.undecided: set[str] = set()
         """Requests that gates have yet to decide about."""
         self.exits: dict[str, int] = {}
         """By request what gates decided: the first stage without visual tokens, or the number of stages."""
+        self.ended_in_flight: dict[str, int] = {}
+        """By id of a request that has ended: its tokens in steps whose results have yet to come."""
+        self.turns = Turns()
         num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
-        layers = [*(stage.layer for stage in self.policy.stages), num_layers]
-        self.statistics = Statistics(layers, kv_cache_config, managers)
+        layers = [*(stage.layer for stage in self.withdrawal.stages), num_layers]
+        self.statistics = Statistics(layers, kv_cache_config, self.kv_cache_manager)
         log_startup(vllm_config, kv_cache_config, config)
 
     def add_request(self, request: Request) -> None:
         # A session with streaming input adds its id again for every piece of the prompt.
         if request.request_id not in self.requests:
             retentions = request_retentions(
-                self.policy, request.mm_features, request.num_prompt_tokens, self.align_to
+                self.withdrawal, request.mm_features, request.num_prompt_tokens, self.align_to
             )
             self.retentions[request.request_id] = retentions
             if is_undecided(retentions):
@@ -67,53 +73,75 @@ class VTWScheduler(Scheduler):
             request.block_hashes = RequestHashes(request.block_hashes, retentions)
         super().add_request(request)
         if request.resumable:
-            logger.error(
-                "vtw: request %s has streaming input, which would change what was withdrawn: "
-                "send the whole prompt at once",
-                request.request_id,
+            self._end_with_error(
+                request,
+                "has streaming input, which would change what was withdrawn: send the whole prompt at once",
             )
-            self._end_with_error(request)
+        if request.request_id in self.ended_in_flight:
+            self._end_with_error(
+                request, "has the id of a request that is still being computed: give every request its own"
+            )
         question = self._question(request)
-        if question is not None and not self._fits_a_step(request, question):
-            logger.error(
-                "vtw: request %s has %d tokens from its first image on, too many for one step, as its policy "
-                "takes them: raise --max-num-batched-tokens",
-                request.request_id,
-                question.stop - question.start,
+        # What came through the model's processor was asked this before it was queued.
+        if question is not None and question.stop - question.start > self.max_num_scheduled_tokens:
+            self._end_with_error(
+                request,
+                f"has {question.stop - question.start} tokens from its first image on, too many for one "
+                f"step, as its policy takes them: raise --max-num-batched-tokens "
+                f"({self.max_num_scheduled_tokens})",
             )
-            self._end_with_error(request)
 
     def _question(self, request: Request) -> Question | None:
         """What has to be computed in one step of a request's prompt; None for nothing."""
         retentions = self.retentions[request.request_id]
         return retentions[0].question if retentions else None
 
-    def _fits_a_step(self, request: Request, question: Question) -> bool:
-        """Whether a step ever takes a prompt from its first picture on, and the encoder's cache its pictures.
-
-        What came through the model's processor has been asked the first already.
-        """
-        pictures = sum(request.get_num_encoder_embeds(index) for index in range(len(request.mm_features)))
-        most = min(self.max_num_encoder_input_tokens, self.encoder_cache_manager.cache_size)
-        return question.stop - question.start <= self.max_num_scheduled_tokens and pictures <= most
-
-    def _end_with_error(self, request: Request) -> None:
-        # vLLM's set of requests that end with an error after the step at hand.
+    def _end_with_error(self, request: Request, reason: str) -> None:
+        """Ends one request, and nothing else, after the step at hand."""
+        logger.error("vtw: request %s %s", request.request_id, reason)
+        # vLLM's set of requests that end with an error.
         self.encoder_cache_mismatch_reqs.add(request.request_id)
 
     def schedule(self, *args: Any, **options: Any) -> SchedulerOutput:
-        """vLLM's step, with the pictures that it leaves out because the cache covers them: model runner V1 is
-        told of a request once, so one that is preempted, and finds the cached blocks evicted when it resumes,
-        would end the engine with "Encoder cache miss"."""
+        """vLLM's step, or one of a prompt's own, where it waited long enough for room.
+
+        It carries the pictures that vLLM leaves out because the cache covers them: model runner V1 is told of
+        a request once, so one that is preempted, and finds the cached blocks evicted when it resumes, would
+        end the engine with "Encoder cache miss".
+        """
+        sitting_out = self._make_room(self.turns.whose(self.current_step + 1))
         output: SchedulerOutput = super().schedule(*args, **options)
+        self.running = sitting_out + self.running
+        for request_id in output.num_scheduled_tokens.keys() & self.turns.since.keys():
+            request = self.requests[request_id]
+            question = self._question(request)
+            if question is None or request.num_computed_tokens >= question.stop:
+                self.turns.forget(request_id)
         if not self.use_v2_model_runner:
             for new in output.scheduled_new_reqs:
                 new.mm_features = self.requests[new.req_id].mm_features
-        if self.policy.gate is not None:
+        if self.withdrawal.gate is not None:
             begin = [new.req_id for new in output.scheduled_new_reqs]
             resume = output.scheduled_cached_reqs.resumed_req_ids
             setattr(output, EXITS, {req_id: self.exits.get(req_id) for req_id in (*begin, *resume)})
         return output
+
+    def _make_room(self, request_id: str | None) -> list[Request]:
+        """Puts a request before all others in the next step. Returns the running requests that sit it out."""
+        request = None if request_id is None else self.requests[request_id]
+        if request is None:
+            return []
+        if request.status == RequestStatus.RUNNING:
+            self.running = [request, *(other for other in self.running if other is not request)]
+        elif len(self.running) < self.max_num_running_reqs:
+            # Nobody else is admitted in this step, so what runs behind it stays within vLLM's limit.
+            sitting_out, self.running = self.running, []
+            return sitting_out
+        return []
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        ready: bool = super()._handle_blocked_waiting_request(request)
+        return ready and self.turns.admits(request.request_id, self.current_step)
 
     def _try_schedule_encoder_inputs(
         self,
@@ -131,12 +159,17 @@ class VTWScheduler(Scheduler):
         planned before they have.
         """
         question = self._question(request)
+        nothing: tuple[list[int], int, int, list[int], list[int]] = ([], 0, encoder_compute_budget, [], [])
         if question is not None and question.gated and num_computed_tokens >= question.stop:
             request.spec_token_ids = []  # model runner V1 knows drafts of the step before alone
-            return [], 0, encoder_compute_budget, [], []
+            return nothing
+        if question is not None and question.start < num_computed_tokens < question.stop:
+            self._end_with_error(request, "was cut inside the part of its prompt that goes into one step")
+            return nothing
         if question is not None and num_computed_tokens <= question.start:
             before = question.start - num_computed_tokens
             if num_computed_tokens + num_new_tokens < question.stop:
+                self.turns.passed_over(request.request_id, self.current_step)
                 num_new_tokens = min(num_new_tokens, before)
         given = (request, num_computed_tokens, num_new_tokens, encoder_compute_budget)
         chosen: tuple[list[int], int, int, list[int], list[int]]
@@ -146,6 +179,7 @@ class VTWScheduler(Scheduler):
         # Holding on to those of its pictures that are in the encoder's cache, it could wait for room for the
         # others that another request holds on to likewise.
         self.encoder_cache_manager.free(request)
+        self.turns.passed_over(request.request_id, self.current_step)
         return [], before, encoder_compute_budget, [], []
 
     def update_from_output(
@@ -154,22 +188,31 @@ class VTWScheduler(Scheduler):
         """vLLM's, once every request of the step has the blocks that its gates left to it."""
         for request_id, exit_stage in getattr(model_runner_output, EXITS, {}).items():
             request = self.requests.get(request_id)
+            # Whose decision came too late, or was about a request of the same id before, has none.
+            if request is None or request_id not in self.undecided or request_id in self.ended_in_flight:
+                continue
             # What ran before vLLM's prefix cache was reset runs again, and is decided again.
-            if request is not None and not (request.num_stale_output_tokens and request.drop_stale_output):
+            if not (request.num_stale_output_tokens and request.drop_stale_output):
                 self._decided(request, exit_stage)
+        scheduled = scheduler_output.num_scheduled_tokens
+        self._note_results_of_ended(scheduled)
+        for request_id in self.undecided & scheduled.keys():
+            request = self.requests[request_id]
+            in_flight = request.num_in_flight_tokens - scheduled[request_id]
+            question = self._question(request)
+            if question is not None and request.num_computed_tokens - in_flight >= question.stop:
+                # It would wait for ever.
+                self._end_with_error(request, "has no decision of its gates: its worker sent none")
         outputs: dict[int, EngineCoreOutputs]
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        self._assert_decided(self.undecided & scheduler_output.num_scheduled_tokens.keys())
         return outputs
 
-    def _assert_decided(self, request_ids: Iterable[str]) -> None:
-        """A request that nobody decided about would wait for ever."""
-        for request in map(self.requests.__getitem__, request_ids):
-            question = self._question(request)
-            assert question is not None
-            assert request.num_in_flight_tokens or request.num_computed_tokens < question.stop, (
-                f"the worker did not say what gates decided about request {request.request_id}"
-            )
+    def _note_results_of_ended(self, scheduled: dict[str, int]) -> None:
+        """Counts the tokens of ended requests whose results are here: steps return in order."""
+        for request_id in self.ended_in_flight.keys() & scheduled.keys():
+            self.ended_in_flight[request_id] -= scheduled[request_id]
+            if self.ended_in_flight[request_id] <= 0:
+                del self.ended_in_flight[request_id]
 
     def _decided(self, request: Request, exit_stage: int) -> None:
         request_id, hashes = request.request_id, request.block_hashes
@@ -194,9 +237,13 @@ class VTWScheduler(Scheduler):
 
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
-        del self.retentions[request.request_id]
-        self.undecided.discard(request.request_id)
-        self.exits.pop(request.request_id, None)
+        request_id = request.request_id
+        self.retentions.pop(request_id, None)
+        self.undecided.discard(request_id)
+        self.exits.pop(request_id, None)
+        self.turns.forget(request_id)
+        if self.withdrawal.gate is not None and request.num_in_flight_tokens > 0:
+            self.ended_in_flight[request_id] = request.num_in_flight_tokens
 
 
 class VTWAsyncScheduler(VTWScheduler, AsyncScheduler):

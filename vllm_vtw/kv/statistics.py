@@ -1,17 +1,14 @@
 """What the scheduler counts for `/metrics`."""
 
-import time
 from collections import Counter
 from collections.abc import Sequence
 
-from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
+from vllm_vtw.kv.cache_manager import StagedKVCacheManager
 from vllm_vtw.kv.spec import StageSpec
 from vllm_vtw.metrics import EXIT_LAYER, KV_BLOCKS, KV_BLOCKS_SAVED, REQUESTS, WITHDRAWN_TOKENS
 from vllm_vtw.retention import Retention
-
-LOOK_EVERY_SECONDS = 1.0
 
 
 class Statistics:
@@ -20,21 +17,23 @@ class Statistics:
     Args:
         layers: The first layer of every stage past the first, and the number of layers.
         kv_cache_config: The groups of layers.
-        managers: Of those groups.
+        manager: Of those groups.
     """
 
     def __init__(
         self,
         layers: Sequence[int],
         kv_cache_config: KVCacheConfig,
-        managers: Sequence[SingleTypeKVCacheManager],
+        manager: StagedKVCacheManager,
     ) -> None:
         self.layers = layers
-        self.managers = managers
-        sizes = [len(group.layer_names) for group in kv_cache_config.kv_cache_groups]
+        self.manager = manager
+        groups = kv_cache_config.kv_cache_groups
+        sizes = [len(group.layer_names) for group in groups]
         self.num_layers, self.width = sum(sizes), max(sizes)
+        self.whole_groups = sum(not isinstance(group.kv_cache_spec, StageSpec) for group in groups)
+        """Groups of stage 0."""
         self.since: Counter[str] = Counter()
-        self.look_again = 0.0
 
     def count_request(self, retentions: Sequence[Retention]) -> int:
         """Counts a request whose retention is known. Returns the layer at which its first visual tokens
@@ -60,24 +59,8 @@ class Statistics:
         The label is the layer of requests, the stage of tokens and blocks.
         """
         counts, self.since = dict(self.since), Counter()
-        now = time.monotonic()
-        # Going through the blocks of all requests in every step would cost more than the step's plan.
-        idle = not any(manager.req_to_blocks for manager in self.managers)
-        if idle or now >= self.look_again:
-            # What follows idleness is looked at at once.
-            self.look_again = now if idle else now + LOOK_EVERY_SECONDS
-            counts |= self._held()
-        return counts
-
-    def _held(self) -> dict[str, int]:
-        held: Counter[int] = Counter()
-        num_groups: Counter[int] = Counter()
-        for manager in self.managers:
-            spec = manager.kv_cache_spec
-            stage = spec.stage if isinstance(spec, StageSpec) else 0
-            held[stage] += len({block.block_id for row in manager.req_to_blocks.values() for block in row})
-            num_groups[stage] += 1
+        held = self.manager.held_blocks()
         # Stage 0 has a block where stock vLLM has one, which holds all layers.
-        in_stock = held[0] // num_groups[0] * self.num_layers // self.width
-        counts = {f"{KV_BLOCKS}/{stage}": blocks for stage, blocks in held.items()}
+        in_stock = held[0] // self.whole_groups * self.num_layers // self.width
+        counts |= {f"{KV_BLOCKS}/{stage}": blocks for stage, blocks in sorted(held.items())}
         return counts | {f"{KV_BLOCKS_SAVED}/": in_stock - held.total()}

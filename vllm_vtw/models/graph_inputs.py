@@ -3,24 +3,35 @@
 from bisect import bisect_left
 
 import torch
+from torch import nn
 from vllm.config import VllmConfig
 
 
-class GraphInputs:
+class GraphInputs(nn.Module):
     """Where a segment past the first finds its inputs: a graph reads where they were when it was captured.
 
-    The segments share the buffers, as one is done with its inputs before the next one's are written.
+    The segments share the buffers, as one is done with its inputs before the next one's are written. Rows
+    behind a step's own keep what was there, and a graph computes them too. So they have to outlast a sleep of
+    the engine: vLLM keeps a model's registered buffers then, and may drop all else that was made with the
+    weights.
     """
 
+    positions: torch.Tensor
+    hidden: torch.Tensor
+    residual: torch.Tensor
+
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__()
         self.compilation = vllm_config.compilation_config
-        self.positions = self.hidden = self.residual = torch.empty(0)
+        rows = 0
         # The runner may still turn FULL into FULL_AND_PIECEWISE, when it knows its attention backends.
         if self.compilation.cudagraph_mode and self.compilation.cudagraph_capture_sizes:
-            rows, model = max(self.compilation.cudagraph_capture_sizes), vllm_config.model_config
-            self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
-            self.hidden = torch.zeros(rows, model.get_hidden_size(), dtype=model.dtype, device=device)
-            self.residual = torch.zeros_like(self.hidden)
+            rows = max(self.compilation.cudagraph_capture_sizes)
+        model = vllm_config.model_config
+        states = torch.zeros(rows, model.get_hidden_size(), dtype=model.dtype, device=device)
+        positions = torch.zeros(rows, dtype=torch.int64, device=device)
+        for name, buffer in (("positions", positions), ("hidden", states), ("residual", states.clone())):
+            self.register_buffer(name, buffer, persistent=False)
 
     def _sizes(self) -> list[int]:
         """The captured token counts, ascending."""

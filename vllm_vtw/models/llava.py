@@ -10,8 +10,8 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
+from vllm_vtw.models.admission import limited
 from vllm_vtw.models.decoder import StagedDecoder
-from vllm_vtw.models.prompt_limit import limited
 from vllm_vtw.models.received import received_buffers
 from vllm_vtw.startup import vtw_config
 from vllm_vtw.worker import v1
@@ -33,6 +33,8 @@ class VTWLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         config = vtw_config(vllm_config)
         self.step = CurrentStep(len(config.policy.stages), vllm_config.device_config.device)
         self.decoder = StagedDecoder(vllm_config, self.language_model.model, config.policy, self.step)
+        # Registered here, as the decoder is no module.
+        self.graph_inputs, self.gates = self.decoder.graph_inputs, self.step.gates
         hidden_size = vllm_config.model_config.get_hidden_size()
         self.make_empty_intermediate_tensors = partial(received_buffers, hidden_size=hidden_size)
         if not vllm_config.use_v2_model_runner:

@@ -17,8 +17,10 @@ from vllm_vtw.policy import Policy
 from vllm_vtw.retention import Retention
 
 
-class Gates:
-    """A policy's gates on the device.
+class Gates(nn.Module):
+    """A policy's gates on the device, in float32.
+
+    Their weights are buffers, which vLLM keeps while an engine sleeps and does not look for in a checkpoint.
 
     Args:
         policy: Names them.
@@ -30,11 +32,12 @@ class Gates:
     """
 
     def __init__(self, policy: Policy, hidden_size: int, device: torch.device) -> None:
+        super().__init__()
         assert policy.gate is not None
         layers = [stage.layer for stage in policy.stages]
         loaded = load_gates(policy.gate, layers, hidden_size)
-        self.gates: list[nn.Module] = [gate.to(device) for gate in loaded]
         self.thresholds = policy.gate.thresholds
+        self.gates = nn.ModuleList(_on_device(gate, device) for gate in loaded)
 
     def leave(self, stage: int, texts: Sequence[torch.Tensor]) -> list[bool]:
         """Whether the visual tokens of each prompt are gone from `stage` on.
@@ -47,6 +50,15 @@ class Gates:
         found = margins(self.gates[stage - 1], of_prompts)
         # Ranks that differed in a last bit could decide differently.
         return (get_tp_group().broadcast(found) > self.thresholds[stage - 1]).tolist()
+
+
+def _on_device(gate: nn.Sequential, device: torch.device) -> nn.Sequential:
+    """The gate in float32, with buffers in place of its parameters."""
+    for layer in gate.children():
+        for name, weight in list(layer.named_parameters()):
+            delattr(layer, name)
+            layer.register_buffer(name, weight.detach().to(device, torch.float32), persistent=False)
+    return gate
 
 
 def blocks_left(

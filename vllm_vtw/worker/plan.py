@@ -91,16 +91,18 @@ class Batch(NamedTuple):
         return bool(self.query_start_loc[-1] == len(self.num_computed))
 
     def asked(self) -> dict[int, Question]:
-        """By row: the prompts that gates decide about in this step."""
+        """By row: the prompts that gates decide about in this step.
+
+        Gates read what a step ends with. A prompt that a step cuts, or goes on behind, is not asked about: it
+        keeps everything, and the scheduler ends it.
+        """
         questions = {row: self.rows.retentions[row][0].question for row in self.rows.undecided}
         asked = {}
         for row, question in questions.items():
             assert question is not None
             start = int(self.num_computed[row])
             stop = start + int(self.query_start_loc[row + 1] - self.query_start_loc[row])
-            if stop > question.start:
-                _assert_whole(question, start, stop)
-                assert stop == question.stop, "gates read what a step ends with"
+            if question.is_whole_in(start, stop) and stop == question.stop:
                 asked[row] = question
         return asked
 
@@ -147,10 +149,6 @@ class StagePlan:
     withdrawal: Withdrawal | None = None
 
 
-def _assert_whole(question: Question, start: int, stop: int) -> None:
-    assert start <= question.start < question.stop <= stop, "a prompt was cut that goes into one step"
-
-
 def plan_stage(batch: Batch, stage: int) -> StagePlan:
     """The plan of `stage`, 1 or deeper."""
     withdrawn = batch.rows.num_withdrawn[stage - 1]
@@ -168,8 +166,7 @@ def plan_stage(batch: Batch, stage: int) -> StagePlan:
         start = int(batch.num_computed[row])
         tokens = slice(starts[row], starts[row + 1])
         stop = start + int(tokens.stop - tokens.start)
-        if retention.question is not None and stop > retention.question.start:
-            _assert_whole(retention.question, start, stop)
+        if retention.question is not None and retention.question.is_whole_in(start, stop):
             ranked.append(int(row))
         keep[tokens] = retention.keep(start, stop)
         withdrawn[row] = stop - retention.count(stop)

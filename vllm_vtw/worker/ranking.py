@@ -6,13 +6,15 @@ which they are, and nothing waits for the device.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.attention import Attention
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionImpl
 
 from vllm_vtw.retention import Retention
@@ -70,34 +72,101 @@ class RankedPrompt:
         return self.before.start + self.num_prompt - 1 - self.num_cached
 
 
-def chosen(attention: torch.Tensor, is_candidate: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices of the `count` tokens that stay: all that may not leave, then the most attended to.
+class RankedPrompts:
+    """All prompts that rank at one border, with what is counted of them on the device.
+
+    Tensors of several prompts have a row for each, as long as the longest one's.
 
     Args:
-        attention: That each token got, shape `(tokens,)`, float32.
-        is_candidate: Whether it may leave, shape `(tokens,)`.
-        count: Of those that may not leave, and of more.
+        prompts: One or more.
+        device: Where the model runs.
     """
-    order = (
-        torch.where(is_candidate, attention.nan_to_num(), torch.inf)
-        .sort(descending=True, stable=True)
-        .indices
-    )
-    return order[:count].sort().values
+
+    def __init__(self, prompts: Sequence[RankedPrompt], device: torch.device) -> None:
+        self.prompts = tuple(prompts)
+        self.longest = max(prompt.num_prompt for prompt in prompts)
+        lengths = [prompt.before.stop - prompt.before.start for prompt in prompts]
+        counts = [prompt.kept.stop - prompt.kept.start for prompt in prompts]
+        width = max(lengths)
+        starts, cached = (
+            [prompt.before.start for prompt in prompts],
+            [prompt.num_cached for prompt in prompts],
+        )
+        numbers = async_tensor_h2d(np.array([starts, lengths, counts, cached]), device)
+        self._starts, self._lengths, self._counts, self._cached = numbers[..., None]
+        self._places = torch.arange(width, device=device)
+        # Where those that stay stand in the rows, and where they go.
+        sources = [row * width + np.arange(count) for row, count in enumerate(counts)]
+        targets = [np.arange(prompt.kept.start, prompt.kept.stop) for prompt in prompts]
+        moves = async_tensor_h2d(np.array([np.concatenate(sources), np.concatenate(targets)]), device)
+        self._sources, self.targets = moves
+
+    def staying(
+        self, attention: torch.Tensor | None, kept_before: torch.Tensor | None, is_candidate: torch.Tensor
+    ) -> torch.Tensor:
+        """Indices among the tokens of the stage before of those that stay, in the order of `targets`.
+
+        Args:
+            attention: That each token of the prompts got, shape `(prompts, longest)`, float32; None where none
+                of those that may leave stays.
+            kept_before: Indices in the batch of the tokens of the stage before; None where it computes all.
+            is_candidate: Whether each token of the batch may leave, shape `(tokens,)`.
+        """
+        exists = self._places < self._lengths
+        before = torch.where(exists, self._starts + self._places, self._starts)
+        in_batch = before if kept_before is None else kept_before[before]
+        if attention is None:
+            got = torch.zeros_like(before, dtype=torch.float32)
+        else:
+            got = attention.gather(1, (self._cached + self._places).clamp(max=self.longest - 1))
+        order = ranked(got, is_candidate[in_batch], exists)
+        staying = torch.where(self._places < self._counts, order, len(self._places)).sort(1).values
+        return (self._starts + staying).flatten()[self._sources]
 
 
-def attention_of(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
-    """The attention that one token pays to others, summed over the heads of all ranks, shape `(tokens,)`.
+def ranked(attention: torch.Tensor, is_candidate: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
+    """The places of each row, those that may not leave first, then the most attended to, then the padding.
 
     Args:
-        query: Of the token, shape `(heads, head_size)`.
-        keys: Of the others, shape `(tokens, kv_heads, head_size)`.
+        attention: That each token got, shape `(prompts, tokens)`, float32.
+        is_candidate: Whether it may leave, same shape.
+        exists: False for padding, same shape.
+    """
+    worth = torch.where(is_candidate, attention.nan_to_num(), torch.inf)
+    worth = torch.where(exists, worth, -torch.inf)
+    return worth.sort(dim=1, descending=True, stable=True).indices
+
+
+def attention_of_last(
+    prompts: RankedPrompts,
+    query: torch.Tensor,
+    keys_of: Callable[[RankedPrompt], torch.Tensor],
+    num_kv_heads: int,
+    scale: float,
+) -> torch.Tensor:
+    """The attention that each prompt's last token pays to its tokens, shape `(prompts, longest)`, float32.
+
+    It is summed over the heads of all ranks.
+
+    Args:
+        prompts: That rank.
+        query: Of the tokens of the step, shape `(tokens, heads, head_size)`.
+        keys_of: Returns the keys of a prompt's tokens, shape `(num_prompt, num_kv_heads, head_size)`.
+        num_kv_heads: Of this rank.
         scale: Of the products.
     """
-    heads = query.float().unflatten(0, (keys.shape[1], -1))
-    weights = (torch.einsum("kgd,nkd->kgn", heads, keys.float()) * scale).softmax(-1)
+    groups = query.shape[1] // num_kv_heads
+    shape = (len(prompts.prompts), num_kv_heads, groups, prompts.longest)
+    scores = query.new_full(shape, -torch.inf, dtype=torch.float32)
+    # Prompt by prompt: padded to the longest one, the keys of all would take gigabytes.
+    for row, prompt in zip(scores, prompts.prompts, strict=True):
+        if prompt.keeps_some:
+            heads = query[prompt.last].float().unflatten(0, (num_kv_heads, groups))
+            products = torch.einsum("kgd,nkd->kgn", heads, keys_of(prompt).float())
+            row[..., : prompt.num_prompt] = products * scale
+    weights = scores.softmax(-1).sum((1, 2))
     # Summed in one order on every rank: a last bit could choose another token.
-    return get_tp_group().all_gather(weights.sum((0, 1))[None], dim=0).sum(0)
+    return get_tp_group().all_gather(weights[None], dim=0).sum(0)
 
 
 def key_order(impl: Any, layer: torch.nn.Module, kv_cache: torch.Tensor) -> torch.Tensor:
@@ -151,31 +220,31 @@ def ranking_impl(impl: Any) -> type[AttentionImpl]:
             **kwargs: Any,
         ) -> torch.Tensor:
             stage = self.step.stages[self.stage - 1]
-            if stage is not None and attn_metadata is not None:
-                for prompt in stage.ranked:
-                    attention = self._attention(prompt, layer, query, kv_cache, attn_metadata)
-                    stage.choose(prompt, attention)
+            if stage is not None and stage.ranked is not None and attn_metadata is not None:
+                attention = None
+                if any(prompt.keeps_some for prompt in stage.ranked.prompts):
+
+                    def keys_of(prompt: RankedPrompt) -> torch.Tensor:
+                        start = prompt.before.start
+                        computed = key[start : start + prompt.num_prompt - prompt.num_cached]
+                        if prompt.num_cached == 0:
+                            return computed
+                        cached = self._cached_keys(prompt, layer, kv_cache, attn_metadata)
+                        return torch.cat([cached, computed])
+
+                    attention = attention_of_last(stage.ranked, query, keys_of, key.shape[1], self.scale)
+                stage.choose(attention)
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
 
-        def _attention(
-            self,
-            prompt: RankedPrompt,
-            layer: torch.nn.Module,
-            query: torch.Tensor,
-            kv_cache: torch.Tensor,
-            attn_metadata: Any,
+        def _cached_keys(
+            self, prompt: RankedPrompt, layer: torch.nn.Module, kv_cache: torch.Tensor, attn_metadata: Any
         ) -> torch.Tensor:
-            """The attention that tokens of the step got of the prompt's last one."""
-            attention = query.new_zeros(prompt.before.stop - prompt.before.start, dtype=torch.float32)
-            if not prompt.keeps_some:
-                return attention
+            """The keys of the text before a prompt's first picture, which earlier steps computed."""
             if self.order is None:
                 self.order = key_order(self, layer, kv_cache)
-            blocks = attn_metadata.block_table[prompt.row, : -(-prompt.num_prompt // len(self.order))]
+            blocks = attn_metadata.block_table[prompt.row, : -(-prompt.num_cached // len(self.order))]
             keys = kv_cache[blocks].flatten(2)[:, :, self.order].transpose(1, 2).flatten(0, 1)
-            of_prompt = attention_of(query[prompt.last], keys[: prompt.num_prompt], self.scale)
-            attention[: prompt.num_prompt - prompt.num_cached] = of_prompt[prompt.num_cached :]
-            return attention
+            return keys[: prompt.num_cached]
 
     assert issubclass(RankingImpl, AttentionImpl)
     return RankingImpl

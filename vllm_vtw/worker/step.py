@@ -13,7 +13,19 @@ from vllm_vtw.retention import Question
 from vllm_vtw.worker.buffers import Front, Slots
 from vllm_vtw.worker.exits import Gates
 from vllm_vtw.worker.plan import Batch, Rows, StagePlan, candidates, plan_stage
-from vllm_vtw.worker.ranking import RankedPrompt, chosen
+from vllm_vtw.worker.ranking import RankedPrompt, RankedPrompts
+
+
+def longest_query(query_start_loc: np.ndarray) -> int:
+    """The `max_query_len` of a batch, whose rows may have no tokens.
+
+    Kernels take 1 for "every row has one token": FlashAttention 2 with grouped queries reshapes by the number
+    of rows then. With starts `[0, 1, 1, 2]`, whose second row has no token, this is 2, which is an upper bound
+    all the same.
+    """
+    lengths = np.diff(query_start_loc)
+    longest = int(lengths.max())
+    return longest if longest > 1 or lengths.all() else 2
 
 
 class StageStep:
@@ -24,7 +36,7 @@ class StageStep:
         gather: Indices of the same tokens among those of the stage before; None when both compute the same.
         num_tokens: How many they are.
         query_start_loc: Where each row's tokens start among them, shape `(rows + 1,)`.
-        ranked: Prompts of which `choose` has to say what stays, before anything is gathered.
+        ranked: Prompts of which `choose` has to say what stays, before anything is gathered; None for none.
 
     Args:
         plan: The stage's plan.
@@ -48,7 +60,7 @@ class StageStep:
         self._least_withdrawn = int(plan.withdrawn.min())
         self.kept: torch.Tensor | None = None
         self.gather: torch.Tensor | None = None
-        self.ranked: tuple[RankedPrompt, ...] = ()
+        self.ranked: RankedPrompts | None = None
         self.num_tokens = int(batch.query_start_loc[-1])
         self.query_start_loc = batch.query_start_loc
         self._starts_cpu: np.ndarray | None = None
@@ -92,11 +104,11 @@ class StageStep:
             mask: Which tokens of the batch are ranked, shape `(tokens,)`.
         """
         assert self.plan.withdrawal is not None
-        if self.gather is None:
+        if self.gather is None or not self.plan.withdrawal.ranked:
             return
         starts = self.plan.withdrawal.query_start_loc
         self._mask = mask
-        self.ranked = tuple(
+        prompts = [
             RankedPrompt.of(
                 batch.rows.retentions[row],
                 stage,
@@ -106,24 +118,21 @@ class StageStep:
                 slice(int(starts[row]), int(starts[row + 1])),
             )
             for row in self.plan.withdrawal.ranked
-        )
+        ]
+        self.ranked = RankedPrompts(prompts, self.withdrawn.device)
 
-    def choose(self, prompt: RankedPrompt, attention: torch.Tensor) -> None:
-        """Settles which tokens of a ranked prompt stay.
+    def choose(self, attention: torch.Tensor | None) -> None:
+        """Settles which tokens of the ranked prompts stay.
 
         Args:
-            prompt: One of `ranked`.
-            attention: That its tokens got, as many as the stage before computes, float32.
+            attention: As `RankedPrompts.staying` takes it.
         """
+        assert self.ranked is not None
         assert self.kept is not None
         assert self.gather is not None
-        before, kept = prompt.before, prompt.kept
-        in_batch = torch.arange(before.start, before.stop, device=attention.device)
-        if self._kept_before is not None:
-            in_batch = self._kept_before[before]
-        order = chosen(attention, self._mask[in_batch], kept.stop - kept.start)
-        self.kept[kept] = in_batch[order]
-        self.gather[kept] = before.start + order
+        staying = self.ranked.staying(attention, self._kept_before, self._mask)
+        self.kept[self.ranked.targets] = staying if self._kept_before is None else self._kept_before[staying]
+        self.gather[self.ranked.targets] = staying
 
     def begin_again(self) -> None:
         """Forgets where the tokens of the step before lay; the plan is the same as long as rows decode."""
@@ -177,7 +186,7 @@ class StageStep:
             seen.query_start_loc = self._starts
             seen.query_start_loc_cpu = torch.from_numpy(self._starts_cpu)
             seen.num_actual_tokens = self.num_tokens
-            seen.max_query_len = int(np.diff(self._starts_cpu).max())
+            seen.max_query_len = longest_query(self._starts_cpu)
         seen.slot_mapping = slots.view(seen.num_actual_tokens)
         # Rotary positions were applied before; what builders take from here would index the whole batch.
         seen.positions = None
@@ -245,9 +254,9 @@ class CurrentStep:
         self.stages = stages = self._planned(batch, [], fixed_shape)
         self._expect_choices(batch, stages)
         self._decoding = batch.rows if batch.is_one_token_each and batch.is_settled else None
-        self.asked = batch.asked()
+        # A graph of fixed shape holds decodes only, and no prompt that gates could decide about.
+        self.asked = {} if fixed_shape else batch.asked()
         if self.asked:
-            assert not fixed_shape, "a prompt that gates decide about cannot be cut in a graph"
             self._batch = batch
             self._decided = {}
 

@@ -13,6 +13,7 @@ from vllm_vtw.config import VTWConfig
 from vllm_vtw.retention import Retention, decided, request_retentions
 from vllm_vtw.worker.exits import blocks_left
 from vllm_vtw.worker.plan import Batch, Rows, reads_prompt_rows
+from vllm_vtw.worker.seeded import allow_taking_back
 from vllm_vtw.worker.step import CurrentStep
 
 TARGET = "_build_attention_metadata"
@@ -79,6 +80,8 @@ class V1Batches:
         if num_scheduled_tokens is None:
             self.step.begin(None)
             return
+        if runner.device.type == "cpu":
+            allow_taking_back(runner, num_reqs)
         if runner.input_batch.sampling_metadata is not self.made_for:
             self.made_for = runner.input_batch.sampling_metadata
             self._take(runner, runner.input_batch.req_ids[:num_reqs])

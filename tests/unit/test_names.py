@@ -1,0 +1,125 @@
+"""No class that subclasses one of vLLM's reuses a name of its base, but where it means to override it."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import textwrap
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+from vllm.model_executor.models.llava import LlavaMultiModalProcessor
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+
+import vllm_vtw
+from vllm_vtw.kv.scheduler import VTWScheduler
+from vllm_vtw.models.admission import limited_processor
+from vllm_vtw.worker.backend import stage_backend
+from vllm_vtw.worker.ranking import ranking_impl
+
+BACKENDS = (CPUAttentionBackend, FlashAttentionBackend, TritonAttentionBackend)
+
+OVERRIDES = {
+    "GatedWorker": {"execute_model", "sample_tokens"},
+    "LimitedProcessor": {"apply"},
+    "RankingImpl": {"forward"},
+    "StageAttention": {"get_attn_backend", "get_kv_cache_spec"},
+    "StageBuilder": {"build", "get_cudagraph_support", "supports_update_block_table"},
+    "StageManager": {
+        "add_local_computed_blocks",
+        "allocate_new_blocks",
+        "cache_blocks",
+        "find_longest_cache_hit",
+        "get_num_blocks_to_allocate",
+        "pop_blocks_for_free",
+    },
+    "StageSpec": {"max_memory_usage_bytes", "uses_slot_mapping"},
+    "StagedKVCacheManager": {"estimate_cached_tokens"},
+    "VTWLlavaForConditionalGeneration": {"_processor_factory", "forward", "make_empty_intermediate_tensors"},
+    "VTWModelConfig": {"verify_and_update_config"},
+    "VTWModelState": {"add_request", "initialize_kv_cache", "prepare_attn", "remove_request"},
+    "VTWScheduler": {
+        "_free_blocks",
+        "_handle_blocked_waiting_request",
+        "_try_schedule_encoder_inputs",
+        "add_request",
+        "make_stats",
+        "running",
+        "schedule",
+        "update_from_output",
+    },
+    "WithExits": {"get_output"},
+    "WithdrawalMetrics": {"log_engine_initialized", "record"},
+}
+"""What each class means to override. A name that is not here and is in a base is a fault: add it only where
+the base's callers are to get the new meaning."""
+
+
+def modules() -> Iterator[ModuleType]:
+    for info in pkgutil.walk_packages(vllm_vtw.__path__, "vllm_vtw."):
+        yield importlib.import_module(info.name)
+
+
+def subclasses() -> dict[str, type]:
+    """Every class of the plugin that subclasses one of vLLM's, those made at run time too."""
+    made = [stage_backend(backend).get_builder_cls() for backend in BACKENDS]
+    made += [ranking_impl(backend.get_impl_cls()) for backend in BACKENDS]
+    made.append(limited_processor(LlavaMultiModalProcessor))
+    for module in modules():
+        made += [
+            cls for _, cls in inspect.getmembers(module, inspect.isclass) if cls.__module__ == module.__name__
+        ]
+    return {
+        f"{cls.__name__} of {cls.__bases__[0].__name__}": cls
+        for cls in made
+        if any(base.__module__.startswith("vllm.") for base in cls.__mro__)
+    }
+
+
+def names(cls: type) -> set[str]:
+    """What a class itself defines, declares, or assigns to `self` anywhere."""
+    found = {name for name in vars(cls) if not (name.startswith("__") and name.endswith("__"))}
+    found |= set(inspect.get_annotations(cls))
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError):  # of C, or made by a decorator
+        return found
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            owner = node.value
+            if isinstance(owner, ast.Name) and owner.id == "self":
+                found.add(node.attr)
+    return found - {"_abc_impl", "_is_protocol"}
+
+
+def reused(cls: type) -> set[str]:
+    """Names of the plugin's classes that a base of another package has too."""
+    ours = [base for base in cls.__mro__ if base.__module__.startswith("vllm_vtw.")]
+    others = [base for base in cls.__mro__ if base not in ours and base is not object]
+    return set[str]().union(*map(names, ours)) & set[str]().union(*map(names, others))
+
+
+@pytest.mark.parametrize(("name", "cls"), sorted(subclasses().items()), ids=str)
+def test_a_subclass_reuses_no_name_without_meaning_to(name: str, cls: type):
+    meant = [OVERRIDES.get(base.__name__, set()) for base in cls.__mro__]
+    assert reused(cls) <= set[str]().union(*meant)
+
+
+def test_every_override_is_one():
+    """A name that the base no longer has would be called by nobody."""
+    found: dict[str, set[str]] = {}
+    for cls in subclasses().values():
+        for base in cls.__mro__:
+            found.setdefault(base.__name__, set()).update(reused(cls))
+    gone = {name: meant - found.get(name, set()) for name, meant in OVERRIDES.items()}
+    assert not any(gone.values()), gone
+
+
+def test_what_the_base_assigns_to_itself_is_found():
+    """`Scheduler.policy` is the scheduling policy. The plugin once kept its own under that name."""
+    wrong = type("Wrong", (VTWScheduler,), {"policy": None, "__module__": "vllm_vtw.made_up"})
+    assert reused(wrong) - reused(VTWScheduler) == {"policy"}
+    assert {"withdrawal", "running"} <= names(VTWScheduler)
