@@ -1,11 +1,11 @@
 """Reads and checks the `"vtw"` object of `--additional-config`."""
 
-import json
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_vtw.files import short
 from vllm_vtw.policy import Policy
 
 logger = logging.getLogger("vllm.vtw")
@@ -19,10 +19,15 @@ PUBLISHED_LAYERS = {
 TEXT_MODELS = ("llama", "mistral", "qwen2")
 SERVED_MODEL_TYPES = ("llava",)
 KEYS = ("layer", "policy", "align")
+WHAT_IT_COSTS = (
+    "At such a layer multiple-choice and yes/no questions mostly keep their answers; captions, OCR and other "
+    "open answers do not. `vtw calibrate MODEL --data FILE` finds the layer for your own data, and "
+    '--additional-config \'{"vtw": {"layer": K}}\' sets it'
+)
 SCHEDULER = "vllm_vtw.kv.scheduler.make_scheduler"
 WORKER = "vllm_vtw.worker.process.GatedWorker"
-LONGEST_STEP = "vtw_longest_step"
-"""Attribute of vLLM's `ModelConfig`, where the processor of a model can see it: the most tokens of a step."""
+ADMISSION = "vtw_admission"
+"""Attribute of vLLM's `ModelConfig`, where the processor of a model can see it: an `Admission`."""
 EXITS = "vtw_exits"
 """Attribute by which scheduler and workers tell each other what gates decided, by request the first stage
 without its visual tokens: of vLLM's `SchedulerOutput`, about requests that begin or resume, and of its
@@ -45,6 +50,19 @@ class Model:
             "num_hidden_layers": self.num_hidden_layers,
             "hidden_size": self.hidden_size,
         }
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What decides whether a request can be served right, before it is queued.
+
+    Attributes:
+        policy: What is withdrawn, and before which layers.
+        longest_step: The most tokens of a step.
+    """
+
+    policy: Policy
+    longest_step: int
 
 
 @dataclass(frozen=True)
@@ -92,7 +110,9 @@ class VTWConfig:
 
 def _error(key: str, value: Any, allowed: str) -> ValueError:
     where = f'["{key}"]' if key else ""
-    return ValueError(f'--additional-config ["vtw"]{where} = {value!r}: {allowed}')
+    # A path is the user's own, and has to be seen whole.
+    shown = repr(value) if isinstance(value, str) else short(value)
+    return ValueError(f'--additional-config ["vtw"]{where} = {shown}: {allowed}')
 
 
 def _policy(options: dict[str, Any], model: Model) -> Policy:
@@ -107,35 +127,27 @@ def _policy(options: dict[str, Any], model: Model) -> Policy:
     published = PUBLISHED_LAYERS.get((model.model_type, model.text_model_type, num_layers, model.hidden_size))
     if published is not None:
         logger.info(
-            "vtw: withdrawing visual tokens at layer %d, published for LLaVA-1.5 of this shape", published
+            "vtw: withdrawing visual tokens at layer %d, published for LLaVA-1.5 of this shape. %s",
+            published,
+            WHAT_IT_COSTS,
         )
         return Policy.withdraw_at(published, num_layers)
     layer = max(1, num_layers // 2)
     logger.warning(
-        "vtw: no withdrawal layer is published for this model: taking %d, half of its %d layers. "
-        "`vtw calibrate MODEL --data FILE` chooses one on your data, --additional-config "
-        '\'{"vtw": {"layer": K}}\' sets it',
+        "vtw: no withdrawal layer is published for this model: taking %d, half of its %d layers. %s",
         layer,
         num_layers,
+        WHAT_IT_COSTS,
     )
     return Policy.withdraw_at(layer, num_layers)
 
 
 def _read_policy(source: Any, model: Model) -> Policy:
-    if isinstance(source, dict):
-        content = source  # `resolved` wrote it
-    elif isinstance(source, str):
-        try:
-            content = json.loads(Path(source).read_text())
-        except (OSError, ValueError) as error:
-            raise _error("policy", source, f"cannot be read as JSON: {error}") from error
-    else:
-        raise _error("policy", source, "has to be the path of a policy file")
     try:
-        policy = Policy.from_file(content, model.as_dict())
+        if isinstance(source, dict):
+            return Policy.from_file(source, model.as_dict())  # `resolved` wrote it
+        if isinstance(source, str):
+            return Policy.read(Path(source), model.as_dict())
     except ValueError as error:
         raise _error("policy", source, str(error)) from error
-    if policy.gate is None or isinstance(source, dict):
-        return policy
-    weights = (Path(source).parent / policy.gate.weights).resolve()
-    return replace(policy, gate=replace(policy.gate, weights=str(weights)))
+    raise _error("policy", source, "has to be the path of a policy file")

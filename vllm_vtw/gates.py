@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
-from torch.nn.functional import gelu, linear
 
+from vllm_vtw.files import read_file
 from vllm_vtw.policy import Gate
 
 WIDTH = 2048
@@ -38,14 +38,13 @@ def features(text: torch.Tensor) -> torch.Tensor:
 
 
 def margins(gate: nn.Module, of_prompts: torch.Tensor) -> torch.Tensor:
-    """By how much "leave" is above "stay", shape `(prompts,)`, in float32 whatever the weights are in.
+    """By how much "leave" is above "stay", shape `(prompts,)`.
 
     Args:
-        gate: One gate.
+        gate: One gate, in float32.
         of_prompts: `features` of each prompt, shape `(prompts, 2 * hidden_size)`.
     """
-    first, second = (weight.float() for weight in gate.parameters())
-    logits = linear(gelu(linear(of_prompts, first)), second)
+    logits = gate(of_prompts)
     return logits[:, 1] - logits[:, 0]
 
 
@@ -62,7 +61,7 @@ def save_gates(gates: Mapping[int, nn.Module], file: Path) -> str:
 
 
 def load_gates(gate: Gate, layers: Sequence[int], hidden_size: int) -> list[nn.Sequential]:
-    """The gates of a policy, as they are in the file, on the CPU.
+    """The gates of a policy, in float32, on the CPU.
 
     Args:
         gate: Names the file.
@@ -72,9 +71,11 @@ def load_gates(gate: Gate, layers: Sequence[int], hidden_size: int) -> list[nn.S
     Raises:
         ValueError: The file is not there, not the one that the policy was made with, or lacks a gate.
     """
+    # Twice what gates take in float32, and room for the names.
+    most_bytes = (1 << 20) + len(layers) * 8 * WIDTH * (2 * hidden_size + 2)
     try:
-        content = Path(gate.weights).read_bytes()
-    except OSError as error:
+        content = read_file(Path(gate.weights), most_bytes)
+    except ValueError as error:
         raise ValueError(
             f"gates {gate.weights}, which the policy file names, cannot be read: {error}. "
             "They belong beside it"
@@ -92,7 +93,10 @@ def load_gates(gate: Gate, layers: Sequence[int], hidden_size: int) -> list[nn.S
             with torch.device("meta"):
                 one = new_gate(hidden_size)
             one.load_state_dict({name: tensors[f"{layer}.{name}"] for name in one.state_dict()}, assign=True)
-            gates.append(one.requires_grad_(False))
-    except (SafetensorError, KeyError, RuntimeError) as error:
-        raise ValueError(f"gates {gate.weights} are not for layers {list(layers)}: {error}") from error
+            if not all(weight.is_floating_point() for weight in one.parameters()):
+                raise ValueError("weights have to be floating-point numbers")
+            gates.append(one.requires_grad_(False).float())
+    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"gates {gate.weights} are not for layers {list(layers)}: {why}") from error
     return gates

@@ -1,13 +1,22 @@
 """The entry point that vLLM loads in every one of its processes, each time it may already have been."""
 
+import logging
+import multiprocessing
 import os
+
+logger = logging.getLogger("vllm.vtw")
 
 SUPPORTED_VLLM = ("0.32.0",)
 
 
 def register() -> None:
-    """Makes `--model-impl vtw` known to vLLM. Does nothing at all under `VLLM_VTW_DISABLE=1`."""
+    """Makes `--model-impl vtw` known to vLLM. Under `VLLM_VTW_DISABLE=1` it only says that it does not."""
     if os.environ.get("VLLM_VTW_DISABLE") == "1":
+        # vLLM loads plugins in all of its processes; one of them has to say so.
+        if multiprocessing.parent_process() is None:
+            logger.warning(
+                "vtw: VLLM_VTW_DISABLE=1 keeps the plugin out: --model-impl vtw serves the stock model"
+            )
         return
     from vllm_vtw.models import registry
 

@@ -1,11 +1,18 @@
 """What is withdrawn and from which layer on: pure data, and the policy file that carries it."""
 
+import json
+import re
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
 from math import ceil, isfinite
+from pathlib import Path
 from typing import Any
 
+from vllm_vtw.files import read_file, short
+
+MOST_BYTES = 64 << 20
+"""Of a policy file: with the curves of a calibration it takes a thousandth of that."""
 FORMAT = "vllm-vtw-policy/1"
 RANKING = "last-token-attention"
 MODEL_KEYS = ("model_type", "num_hidden_layers", "hidden_size")
@@ -54,6 +61,29 @@ class Policy:
         return cls((Stage(layer, 0.0),) if layer < num_hidden_layers else ())
 
     @classmethod
+    def read(cls, file: Path, model: dict[str, Any]) -> "Policy":
+        """Reads a policy file, with the path of its gates where it has some.
+
+        Args:
+            file: Written by `vtw`, or by hand.
+            model: `MODEL_KEYS` of the model that is being served.
+
+        Raises:
+            ValueError: It cannot be read, or is not what `from_file` takes. The message is one line.
+        """
+        try:
+            content = json.loads(read_file(file, MOST_BYTES))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"cannot be read as JSON: {error}") from error
+        policy = cls.from_file(content, model)
+        if policy.gate is None:
+            return policy
+        weights = policy.gate.weights
+        if weights in (".", "..") or not re.fullmatch(r"[^/\\\x00-\x1f]+", weights):
+            raise ValueError(f"'gate'['weights'] = {short(weights)}: has to be the name of a file beside it")
+        return replace(policy, gate=replace(policy.gate, weights=str(file.absolute().parent / weights)))
+
+    @classmethod
     def from_file(cls, content: Any, model: dict[str, Any]) -> "Policy":
         """Reads a policy file's JSON.
 
@@ -69,7 +99,7 @@ class Policy:
             raise ValueError(f"not a policy file: expected a JSON object with 'format': '{FORMAT}'")
         made_for = content.get("model")
         if made_for != model:
-            raise ValueError(f"made for another model: {made_for}; this one is {model}")
+            raise ValueError(f"made for another model: {short(made_for)}; this one is {model}")
         stages = content.get("stages")
         if not isinstance(stages, list):
             raise ValueError("'stages' has to be a list")
@@ -78,7 +108,7 @@ class Policy:
             policy = replace(policy, gate=policy._checked_gate(content["gate"]))
         ranking = content.get("ranking")
         if ranking != policy.ranking:
-            found = f"'ranking' = {ranking!r}: has to be {policy.ranking!r}"
+            found = f"'ranking' = {short(ranking)}: has to be {policy.ranking!r}"
             raise ValueError(f"{found}, as {'a' if policy.ranking else 'no'} stage keeps some visual tokens")
         return policy
 
@@ -88,16 +118,24 @@ class Policy:
         for number, stage in enumerate(stages):
             where = f"'stages'[{number}]"
             if not isinstance(stage, dict) or set(stage) != {"layer", "keep"}:
-                raise ValueError(f"{where} has to have exactly the keys 'layer' and 'keep', got {stage!r}")
+                raise ValueError(
+                    f"{where} has to have exactly the keys 'layer' and 'keep', got {short(stage)}"
+                )
             layer, keep = stage["layer"], stage["keep"]
             least = checked[-1].layer + 1 if checked else 1
             if type(layer) is not int or not least <= layer < num_hidden_layers:
                 most = num_hidden_layers - 1
-                raise ValueError(f"{where}['layer'] = {layer!r}: has to be an integer from {least} to {most}")
+                raise ValueError(
+                    f"{where}['layer'] = {short(layer)}: has to be an integer from {least} to {most}"
+                )
             if type(keep) not in (int, float) or not 0 <= keep < 1:
-                raise ValueError(f"{where}['keep'] = {keep!r}: has to be a number from 0 on, less than 1")
+                raise ValueError(
+                    f"{where}['keep'] = {short(keep)}: has to be a number from 0 on, less than 1"
+                )
             if checked and keep > checked[-1].keep:
-                raise ValueError(f"{where}['keep'] = {keep!r}: more than before, where tokens left for good")
+                raise ValueError(
+                    f"{where}['keep'] = {short(keep)}: more than before, where tokens left for good"
+                )
             checked.append(Stage(layer, float(keep)))
         return tuple(checked)
 
@@ -106,17 +144,19 @@ class Policy:
             raise ValueError("'gate' has to have exactly the keys 'weights', 'sha256' and 'thresholds'")
         if not self.stages or any(stage.keep for stage in self.stages):
             raise ValueError("'stages' of a 'gate' are where it may let all visual tokens leave: 'keep' is 0")
-        for key in ("weights", "sha256"):
-            if not isinstance(gate[key], str):
-                raise ValueError(f"'gate'['{key}'] = {gate[key]!r}: has to be a string")
+        if not isinstance(gate["weights"], str):
+            raise ValueError(f"'gate'['weights'] = {short(gate['weights'])}: has to be a string")
+        if not isinstance(gate["sha256"], str) or not re.fullmatch("[0-9a-f]{64}", gate["sha256"]):
+            found = short(gate["sha256"])
+            raise ValueError(f"'gate'['sha256'] = {found}: has to be 64 digits from 0 to f, in lower case")
         thresholds = gate["thresholds"]
         if (
             not isinstance(thresholds, list)
             or len(thresholds) != len(self.stages)
-            or not all(type(threshold) in (int, float) and isfinite(threshold) for threshold in thresholds)
+            or not all(map(_is_finite, thresholds))
         ):
             raise ValueError(
-                f"'gate'['thresholds'] = {thresholds!r}: has to be a number for every stage, "
+                f"'gate'['thresholds'] = {short(thresholds)}: has to be a number for every stage, "
                 f"{len(self.stages)}"
             )
         return Gate(gate["weights"], gate["sha256"], tuple(map(float, thresholds)))
@@ -151,3 +191,10 @@ class Policy:
         """The decoder layers of every stage, stage 0 included."""
         borders = [0, *(stage.layer for stage in self.stages), num_hidden_layers]
         return [range(start, stop) for start, stop in pairwise(borders)]
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return type(value) in (int, float) and isfinite(value)
+    except OverflowError:  # 10**400
+        return False

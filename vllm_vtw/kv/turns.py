@@ -1,18 +1,18 @@
 """Which prompt gets a step of its own, where a prompt has to be computed in one step."""
 
 PATIENCE = 8
-"""For so many steps a prompt waits for room before it gets a step of its own, and so many lie between two such
-steps."""
+"""For so many steps a prompt waits for room before it gets a step of its own."""
 
 
 class Turns:
     """Sees to it that a prompt as long as a step is computed, and that it holds nobody up until then.
 
-    vLLM gives tokens to the running requests first. While any of them decodes, a prompt that needs the whole
-    step finds no room, and vLLM 0.32 admits nobody behind it. So a prompt that was passed over is tried in
-    every second step only, which lets others pass; after `PATIENCE` steps the running requests sit out one
-    step for it. Where it still lacks a place or KV blocks then, it becomes the first in line: nobody else is
-    admitted until it has been, as vLLM does by itself with a request that lacks blocks.
+    vLLM gives tokens to the running requests first. While any of them decodes, a prompt that needs the
+    whole step finds no room, and vLLM 0.32 admits nobody behind it. So a prompt that was passed over is
+    tried in every second step only, which lets others pass; after `PATIENCE` steps the running requests sit
+    out one step for it, at most once in `PATIENCE` steps. Where it still lacks a place or KV blocks then,
+    it becomes the first in line: nobody else is admitted until it has been, as vLLM does by itself with a
+    request that lacks blocks.
 
     With three such prompts in the queue, the last one is computed after about `3 * PATIENCE` steps, and the
     running requests sit out three of these.

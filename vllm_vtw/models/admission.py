@@ -1,7 +1,7 @@
 """Refuses what a policy cannot serve right before it is queued, with the reason.
 
-vLLM shows prompts to the model's processor before they are queued: what it raises is the request's error, HTTP
-400 or an exception of `LLM.generate`.
+vLLM shows prompts to the model's processor before they are queued. What the processor raises is the request's
+error: HTTP 400, or an exception of `LLM.generate`.
 """
 
 import dataclasses

@@ -1,8 +1,9 @@
 """The seam into vLLM's beam search: it is refused for prompts that retain other tokens when they grow.
 
-vLLM's beam search sends the prompt and the tokens so far to the engine as a new prompt, for every token. What
-is withdrawn of a prompt may depend on where it ends: on what its last token attends to, on the text behind its
-last picture, or on whether that token is visual itself. A generated token must not be taken for a prompt's last.
+vLLM's beam search sends the prompt and the tokens so far to the engine as a new prompt, for every token.
+What is withdrawn of a prompt may depend on where it ends: on what its last token attends to, on the text
+behind its last picture, or on whether that token is visual itself. A generated token must not be taken for
+a prompt's last one.
 """
 
 import functools

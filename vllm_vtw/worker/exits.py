@@ -53,11 +53,11 @@ class Gates(nn.Module):
 
 
 def _on_device(gate: nn.Sequential, device: torch.device) -> nn.Sequential:
-    """The gate in float32, with buffers in place of its parameters."""
+    """The gate with buffers in place of its parameters."""
     for layer in gate.children():
         for name, weight in list(layer.named_parameters()):
             delattr(layer, name)
-            layer.register_buffer(name, weight.detach().to(device, torch.float32), persistent=False)
+            layer.register_buffer(name, weight.detach().to(device), persistent=False)
     return gate
 
 

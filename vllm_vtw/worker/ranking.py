@@ -107,8 +107,8 @@ class RankedPrompts:
         """Indices among the tokens of the stage before of those that stay, in the order of `targets`.
 
         Args:
-            attention: That each token of the prompts got, shape `(prompts, longest)`, float32; None where none
-                of those that may leave stays.
+            attention: That each token of the prompts got, shape `(prompts, longest)`, float32; None where all
+                that may leave do.
             kept_before: Indices in the batch of the tokens of the stage before; None where it computes all.
             is_candidate: Whether each token of the batch may leave, shape `(tokens,)`.
         """

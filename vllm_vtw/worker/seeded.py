@@ -10,7 +10,7 @@ class RewindableGenerator(torch.Generator):
     """A CPU generator that takes back what was drawn since it was made.
 
     Model runner V1 samples in every row, also where a step takes a part of a prompt only. It throws that
-    token away, and takes the draw back by winding the generator's offset back. CUDA's generators have an offset.
+    token away, and takes the draw back by winding the generator's offset back. CUDA's generators have one.
     The CPU's have none, so there a seeded request whose prompt is cut ends vLLM's engine, with the plugin or
     without it.
 

@@ -20,7 +20,7 @@ def longest_query(query_start_loc: np.ndarray) -> int:
     """The `max_query_len` of a batch, whose rows may have no tokens.
 
     Kernels take 1 for "every row has one token": FlashAttention 2 with grouped queries reshapes by the number
-    of rows then. With starts `[0, 1, 1, 2]`, whose second row has no token, this is 2, which is an upper bound
+    of rows then. With starts `[0, 1, 1, 2]`, whose second row has no token, this is 2, which is a bound
     all the same.
     """
     lengths = np.diff(query_start_loc)
