@@ -109,9 +109,8 @@ def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
     budget = calibration.Budget(eta, arguments.max_answer_kl, arguments.max_token_change)
     result = calibration.result(model, llava, settings, measured, budget)
     result["skipped"] = skipped
-    result["notes"] = notes(
-        result, arguments.criterion, {sample.task for sample in subject.data.samples} - result["tasks"].keys()
-    )
+    unseen = subject.tasks - result["tasks"].keys()
+    result["notes"] = notes(result, arguments.criterion, unseen) + llava.prompts.notes
     return result
 
 

@@ -11,6 +11,8 @@ from vllm_vtw.config import TEXT_MODELS, Model
 # By vision tower, the tokens that it makes of an image beside those of its patches.
 VISION_TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+
 # Beside them, a training's folder has its optimizer's states.
 FILES_OF_A_MODEL = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 
@@ -23,14 +25,33 @@ def read_config(name: str) -> Any:
     """
     from transformers import AutoConfig
 
+    failed = f"cannot read a model configuration from {name!r}"
     is_path = name.startswith((".", "~", os.sep))
     if is_path and not Path(name).expanduser().exists():
-        raise ValueError(f"cannot read a model configuration from {name!r}: there is no such file or folder")
+        raise ValueError(f"{failed}: there is no such file or folder")
     try:
         return AutoConfig.from_pretrained(name)
     except Exception as error:  # transformers raises what comes, KeyError and TypeError among it
-        where = "" if Path(name).exists() else ", which is not here, so it was looked up by name"
-        raise ValueError(f"cannot read a model configuration from {name!r}{where}: {error!r}") from error
+        if Path(name).is_dir() and not (Path(name) / "config.json").exists():
+            raise ValueError(f"{failed}: the folder has no config.json") from error
+        if isinstance(error, OSError) and not Path(name).exists():
+            raise ValueError(f"{failed}: {_looked_for(error)}") from error
+        raise ValueError(f"{failed}: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _looked_for(error: Exception) -> str:
+    offline = [f"{name}={os.environ[name]}" for name in OFFLINE if os.environ.get(name, "0") != "0"]
+    where = f"on the Hugging Face Hub ({_first_line(error)})"
+    if offline:
+        where = f"among the models that were downloaded before, as {' and '.join(offline)} is set"
+    return (
+        f"there is no such folder, and it was not found {where}: "
+        "give a folder with a config.json, or the name of a model on the Hub"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")
 
 
 def supported_model(hf_config: Any, model_types: Sequence[str]) -> Model:

@@ -20,9 +20,10 @@ TEXT_MODELS = ("llama", "mistral", "qwen2")
 SERVED_MODEL_TYPES = ("llava",)
 KEYS = ("layer", "policy", "align")
 WHAT_IT_COSTS = (
-    "At such a layer multiple-choice and yes/no questions mostly keep their answers; captions, OCR and other "
-    "open answers do not. `vtw calibrate MODEL --data FILE` finds the layer for your own data, and "
-    '--additional-config \'{"vtw": {"layer": K}}\' sets it'
+    "Multiple-choice and yes/no questions mostly keep their answers there; captions and OCR do not. In "
+    "published re-runs of LLaVA-1.5-7B at layer 16, MMBench goes from 64.1 to 64.0 and POPE from 85.9 to "
+    "86.9, but CIDEr on Flickr30k from 74.9 to 44.5 and OCRBench from 31.5 to 5.2. `vtw calibrate MODEL "
+    '--data FILE` finds a layer for your own data, and --additional-config \'{"vtw": {"layer": K}}\' sets it'
 )
 SCHEDULER = "vllm_vtw.kv.scheduler.make_scheduler"
 WORKER = "vllm_vtw.worker.process.GatedWorker"
@@ -109,10 +110,8 @@ class VTWConfig:
 
 
 def _error(key: str, value: Any, allowed: str) -> ValueError:
-    where = f'["{key}"]' if key else ""
-    # A path is the user's own, and has to be seen whole.
-    shown = repr(value) if isinstance(value, str) else short(value)
-    return ValueError(f'--additional-config ["vtw"]{where} = {shown}: {allowed}')
+    where = f'["{short(key)[1:-1]}"]' if key else ""
+    return ValueError(f'--additional-config ["vtw"]{where} = {short(value)}: {allowed}')
 
 
 def _policy(options: dict[str, Any], model: Model) -> Policy:

@@ -118,11 +118,14 @@ def _entry_point() -> Finding:
 
 def _switches() -> Finding:
     if os.environ.get("VLLM_VTW_DISABLE") == "1":
-        return Finding("VLLM_VTW_DISABLE=1 takes the plugin out", remedy="unset VLLM_VTW_DISABLE")
+        return Finding(
+            "VLLM_VTW_DISABLE=1 takes the plugin out: --model-impl vtw serves stock vLLM, with a warning",
+            remedy="unset VLLM_VTW_DISABLE",
+        )
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "vtw" not in allowed.split(","):
         return Finding(
-            f"VLLM_PLUGINS={allowed} keeps the plugin out",
+            f"VLLM_PLUGINS={allowed} keeps the plugin out: --model-impl vtw serves stock vLLM without a word",
             remedy=f"set VLLM_PLUGINS={','.join(filter(None, [allowed, 'vtw']))}, or unset it",
         )
     return Finding("nothing switches the plugin off")

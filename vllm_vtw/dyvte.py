@@ -2,16 +2,16 @@
 
 import argparse
 import hashlib
-import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
 from math import isfinite, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_vtw.calibrate import values_of_layer
-from vllm_vtw.policy import Gate, Policy, Stage
+from vllm_vtw.files import short
+from vllm_vtw.policy import Gate, Policy, Stage, read_json
 from vllm_vtw.results import leave, write
 from vllm_vtw.samples import Subject, add_options, bound, collected, count, enough
 
@@ -108,6 +108,7 @@ def _train(arguments: argparse.Namespace) -> None:
     kept = subject.settings | {"layers": layers}
     store = Store(arguments.out, kept, model.hidden_size, with_answers=False, resume=arguments.resume)
     llava, seen, skipped = _looked_at(arguments, subject, layers, store)
+    of_prompts = llava.prompts.notes
     del llava  # gates may need its room
     settings = Settings(arguments.epochs, arguments.learning_rate, arguments.batch_size, arguments.seed)
     of = kept | _samples(seen)
@@ -140,7 +141,7 @@ def _train(arguments: argparse.Namespace) -> None:
         "curves": trained.curves,
         "skipped": skipped,
     }
-    result["notes"] = dyvte_report.notes(result, subject.tasks - tasks.keys())
+    result["notes"] = dyvte_report.notes(result, subject.tasks - tasks.keys()) + of_prompts
     sha256 = save_gates(dict(zip(layers, trained.gates, strict=True)), arguments.out / WEIGHTS)
     policy = Policy(tuple(Stage(layer, 0.0) for layer in layers), Gate(WEIGHTS, sha256, (0.0,) * len(layers)))
     content = policy.to_file(result["model"]) | {"training": result["made"]}
@@ -160,7 +161,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 
     subject = Subject.of(arguments, MODEL_TYPES)
     model = subject.model
-    policy = _gated(arguments.policy, model.as_dict())
+    policy, learned_from = _gated(arguments.policy, model.as_dict())
     assert policy.gate is not None
     layers = [stage.layer for stage in policy.stages]
     gates = load_gates(policy.gate, layers, model.hidden_size)
@@ -190,10 +191,10 @@ def _eval(arguments: argparse.Namespace) -> None:
         "rows": evaluated(seen, found, policy, price, model.num_hidden_layers, arguments.thresholds),
         "skipped": skipped,
     }
-    learned_from = json.loads(arguments.policy.read_text()).get("training", {}).get("data_sha256")
-    result["notes"] = notes = dyvte_report.notes_of_evaluation(
+    notes = dyvte_report.notes_of_evaluation(
         result, subject.tasks - tasks.keys(), learned_from == subject.data.sha256
     )
+    result["notes"] = notes = notes + llava.prompts.notes
     write(
         arguments,
         result,
@@ -202,15 +203,16 @@ def _eval(arguments: argparse.Namespace) -> None:
     )
 
 
-def _gated(file: Path, model: dict[str, Any]) -> Policy:
-    """The policy of a file, with the path of its gates."""
+def _gated(file: Path, model: dict[str, Any]) -> tuple[Policy, Any]:
+    """The policy of a file, with the path of its gates, and the SHA-256 of the data that they learned."""
     try:
-        policy = Policy.from_file(json.loads(file.read_text()), model)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--policy {file}: {error}") from error
+        policy = Policy.read(file, model)
+        training = read_json(file).get("training")
+    except ValueError as error:
+        raise ValueError(f"--policy {short(str(file))}: {error}") from error
     if policy.gate is None:
-        raise ValueError(f"--policy {file} has no gates: `vtw dyvte train` makes them")
-    return replace(policy, gate=replace(policy.gate, weights=str(file.parent / policy.gate.weights)))
+        raise ValueError(f"--policy {short(str(file))} has no gates: `vtw dyvte train` makes them")
+    return policy, training.get("data_sha256") if isinstance(training, dict) else None
 
 
 def _looked_at(

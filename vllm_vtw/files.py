@@ -6,8 +6,10 @@ import stat
 from pathlib import Path
 from typing import Any
 
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+MOST_SHOWN = 200
+_OUTLINE = reprlib.Repr()
+_OUTLINE.maxlevel = 2
+_OUTLINE.maxstring = _OUTLINE.maxother = MOST_SHOWN
 
 
 def read_file(path: Path, most_bytes: int) -> bytes:
@@ -15,25 +17,31 @@ def read_file(path: Path, most_bytes: int) -> bytes:
 
     Args:
         path: The file.
-        most_bytes: So long it may be.
+        most_bytes: A longer file is refused before any of it is read.
 
     Raises:
         ValueError: There is no such file, it cannot be read, is too long, or is a folder, pipe or device.
     """
     try:
-        # A pipe that nobody writes to would be waited for.
+        # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise ValueError("it is no regular file")
-            content = b"" if found.st_size > most_bytes else file.read(most_bytes + 1)
+            if found.st_size > most_bytes:
+                raise ValueError(f"it has {found.st_size} bytes, and may have {most_bytes}")
+            return file.read(found.st_size)
     except OSError as error:
-        raise ValueError(error.strerror or str(error)) from error
-    if max(found.st_size, len(content)) > most_bytes:
-        raise ValueError(f"it has {found.st_size} bytes, and may have {most_bytes}")
-    return content
+        raise ValueError(error.strerror or short(error)) from error
 
 
 def short(value: Any) -> str:
-    """A value as it is shown in a message: one line, cut where it is long."""
-    return _SHORT.repr(value)
+    """A value as a message shows it: in one line, at most `MOST_SHOWN` characters, the middle left out."""
+    try:
+        shown = _OUTLINE.repr(value)
+    except ValueError:  # Python does not write out integers of more than 4,300 digits.
+        shown = f"<{type(value).__name__} with more digits than can be shown>"
+    if len(shown) <= MOST_SHOWN:
+        return shown
+    end = (MOST_SHOWN - 3) // 2
+    return f"{shown[:end]}...{shown[-end:]}"

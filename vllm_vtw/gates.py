@@ -9,14 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
-from vllm_vtw.files import read_file
+from vllm_vtw.files import read_file, short
 from vllm_vtw.policy import Gate
 
 WIDTH = 2048
+MOST_GATES = 128
+"""Of a file, in 16 bits: it may have gates for layers that the policy does not use, but no model has more."""
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def new_gate(hidden_size: int) -> nn.Sequential:
@@ -69,34 +71,45 @@ def load_gates(gate: Gate, layers: Sequence[int], hidden_size: int) -> list[nn.S
         hidden_size: Of the model.
 
     Raises:
-        ValueError: The file is not there, not the one that the policy was made with, or lacks a gate.
+        ValueError: The file is not there, not the one that the policy was made with, or lacks a gate. The
+            message is one short line.
     """
-    # Twice what gates take in float32, and room for the names.
-    most_bytes = (1 << 20) + len(layers) * 8 * WIDTH * (2 * hidden_size + 2)
+    named = f"gates {short(gate.weights)}"
+    # A megabyte for the names and shapes, which stand before the weights.
+    most_bytes = MOST_GATES * 2 * WIDTH * (2 * hidden_size + 2) + (1 << 20)
     try:
         content = read_file(Path(gate.weights), most_bytes)
     except ValueError as error:
         raise ValueError(
-            f"gates {gate.weights}, which the policy file names, cannot be read: {error}. "
-            "They belong beside it"
+            f"{named}, which the policy file names, cannot be read: {error}. They belong beside it"
         ) from error
     found = hashlib.sha256(content).hexdigest()
     if found != gate.sha256:
         raise ValueError(
-            f"gates {gate.weights} are not those of the policy, whose SHA-256 is {gate.sha256}: theirs is "
+            f"{named} are not those of the policy, whose SHA-256 is {short(gate.sha256)}: theirs is "
             f"{found}. Keep policy and gates of one training together"
         )
+    not_these = f"{named} are not for layers {short(list(layers))} of a model of hidden size {hidden_size}"
     try:
         tensors = load(content)
-        gates = []
-        for layer in layers:
-            with torch.device("meta"):
-                one = new_gate(hidden_size)
-            one.load_state_dict({name: tensors[f"{layer}.{name}"] for name in one.state_dict()}, assign=True)
-            if not all(weight.is_floating_point() for weight in one.parameters()):
-                raise ValueError("weights have to be floating-point numbers")
-            gates.append(one.requires_grad_(False).float())
-    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
-        why = " ".join(str(error).split())
-        raise ValueError(f"gates {gate.weights} are not for layers {list(layers)}: {why}") from error
+    except Exception as error:  # whatever safetensors and torch raise about a file that somebody made up
+        raise ValueError(f"{not_these}: {short(error)}") from error
+    gates = []
+    for layer in layers:
+        with torch.device("meta"):
+            one = new_gate(hidden_size)
+        weights = {}
+        for name, wanted in one.state_dict().items():
+            tensor = tensors.get(f"{layer}.{name}")
+            if tensor is None:
+                raise ValueError(f"{not_these}: {layer}.{name} is missing")
+            if tensor.shape != wanted.shape or tensor.dtype not in DTYPES:
+                raise ValueError(
+                    f"{not_these}: {layer}.{name} has the type {tensor.dtype} and the shape "
+                    f"{short(tuple(tensor.shape))}; it has to be of floating-point numbers of 16 or 32 bits, "
+                    f"and of the shape {tuple(wanted.shape)}"
+                )
+            weights[name] = tensor.float()
+        one.load_state_dict(weights, assign=True)
+        gates.append(one.requires_grad_(False))
     return gates

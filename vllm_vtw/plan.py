@@ -81,7 +81,8 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
             output_tokens=arguments.output_tokens,
         )
     except ValueError as error:
-        parser.error(str(error).removeprefix('--additional-config ["vtw"]'))
+        said = str(error).removeprefix('--additional-config ["vtw"]')
+        parser.exit(2, f"{parser.prog}: error: {said}\n")
     print(json.dumps(result, indent=2) if arguments.json else describe(result))
 
 

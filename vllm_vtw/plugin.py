@@ -10,12 +10,13 @@ SUPPORTED_VLLM = ("0.32.0",)
 
 
 def register() -> None:
-    """Makes `--model-impl vtw` known to vLLM. Under `VLLM_VTW_DISABLE=1` it only says that it does not."""
+    """Makes `--model-impl vtw` known to vLLM. Under `VLLM_VTW_DISABLE=1` it only logs that it does not."""
     if os.environ.get("VLLM_VTW_DISABLE") == "1":
-        # vLLM loads plugins in all of its processes; one of them has to say so.
+        # Engines and workers are processes that the server starts, and load the plugin, too.
         if multiprocessing.parent_process() is None:
             logger.warning(
-                "vtw: VLLM_VTW_DISABLE=1 keeps the plugin out: --model-impl vtw serves the stock model"
+                "vtw: VLLM_VTW_DISABLE=1 is set: the plugin does nothing, and --model-impl vtw would serve "
+                "the stock model"
             )
         return
     from vllm_vtw.models import registry

@@ -12,8 +12,9 @@ from vllm_vtw.checkpoint import read_config, revision, supported_model
 from vllm_vtw.config import Model
 
 if TYPE_CHECKING:
-    from vllm_vtw.search.data import BadSampleError, Data
+    from vllm_vtw.search.data import Data
     from vllm_vtw.search.llava import Placement
+    from vllm_vtw.search.sample import Skipped
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LEAST_SAMPLES = 8
@@ -30,7 +31,7 @@ def add_options(add: Callable[..., Any], out: str, samples: int) -> None:
         samples: Default number of them.
     """
     add("model", help="a checkpoint's name or folder")
-    add("--data", type=Path, required=True, help="JSON lines, or a folder of pictures")
+    add("--data", type=Path, required=True, help="JSON lines, a JSON list, or a folder of pictures")
     add("--prompt", help="the question about every picture, where --data is a folder")
     add("--out", type=Path, default=Path(out), help="folder for results (default: %(default)s)")
     add(
@@ -121,7 +122,9 @@ class Subject:
     @property
     def skipped(self) -> list[str]:
         """The bad samples, and why."""
-        return [f"{where}: {why}" for where, why in self.data.bad.items()]
+        from vllm_vtw.search.sample import told
+
+        return told(self.data.bad)
 
     @classmethod
     def of(cls, arguments: argparse.Namespace, model_types: Sequence[str]) -> "Subject":
@@ -150,8 +153,7 @@ class Subject:
             "versions": {name: version(name) for name in ("vllm-vtw", "torch", "transformers")},
         }
         subject = cls(config, model, placement, data, settings)
-        for line in subject.skipped:
-            print(f"skipped: {line}", file=sys.stderr)
+        _print_skipped(subject.skipped)
         enough(len(data.samples), arguments.data)
         if len(subject.tasks) > arguments.limit:
             raise ValueError(
@@ -160,23 +162,32 @@ class Subject:
         return subject
 
 
-def collected(outcomes: "Iterable[BadSampleError | T]", total: int, what: str, skipped: list[str]) -> list[T]:
-    """The good samples, behind a bar; bad ones are told and added to `skipped`."""
+def collected(outcomes: "Iterable[Skipped | T]", total: int, what: str, skipped: list[str]) -> list[T]:
+    """The good samples, behind a bar; bad ones are told, though it be interrupted, and added to `skipped`."""
     from tqdm import tqdm
 
-    from vllm_vtw.search.data import BadSampleError
+    from vllm_vtw.search.sample import Skipped, told
 
-    good = []
-    with tqdm(total=total, unit="sample", desc=what) as bar:
-        for outcome in outcomes:
-            if isinstance(outcome, BadSampleError):
-                bar.clear()
-                print(f"skipped: {outcome}", file=sys.stderr)
-                skipped.append(str(outcome))
-            else:
-                good.append(outcome)
-                bar.update()
+    good: list[T] = []
+    bad: list[Skipped] = []
+    try:
+        with tqdm(total=total, unit="sample", desc=what) as bar:
+            for outcome in outcomes:
+                if isinstance(outcome, Skipped):
+                    bad.append(outcome)
+                else:
+                    good.append(outcome)
+                    bar.update()
+    finally:
+        lines = told(bad)
+        _print_skipped(lines)
+        skipped += lines
     return good
+
+
+def _print_skipped(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(f"skipped: {line}", file=sys.stderr)
 
 
 def enough(samples: int, data: Path) -> None:

@@ -2,8 +2,7 @@
 
 import argparse
 import hashlib
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_vtw.policy import Policy
 from vllm_vtw.results import leave
-from vllm_vtw.samples import Subject, add_budget, add_options, count, enough, share
+from vllm_vtw.samples import Subject, add_budget, add_options, collected, count, enough, share
 
 if TYPE_CHECKING:
     from vllm_vtw.search.criteria import Curve
     from vllm_vtw.search.effect import Asked
     from vllm_vtw.search.llava import Llava
     from vllm_vtw.search.price import Price, Request
+    from vllm_vtw.search.sample import Skipped
 
 
 @dataclass
@@ -178,45 +178,46 @@ def _searched(method: str, arguments: argparse.Namespace, prepare: Prepare) -> t
         },
         "skipped": answers.skipped,
     }
-    result["notes"] = notes(result, subject.tasks - answers.tasks.keys())
+    result["notes"] = notes(result, subject.tasks - answers.tasks.keys()) + llava.prompts.notes
     return result, found.policy
 
 
 def _answers(llava: "Llava", subject: Subject, arguments: argparse.Namespace) -> Answers:
-    from tqdm import tqdm
-
-    from vllm_vtw.search.data import BadSampleError, drawn
+    from vllm_vtw.search.data import drawn
     from vllm_vtw.search.effect import Asked
     from vllm_vtw.search.price import Request
+    from vllm_vtw.search.sample import BadSampleError, Skipped
     from vllm_vtw.search.seen import inputs_digest
 
     order = drawn(subject.data.samples, arguments.seed)
-    asked: list[Asked] = []
     tasks: dict[str, dict[str, int]] = {}
-    skipped = subject.skipped
     text = output = 0
     digest = hashlib.sha256()
-    with tqdm(total=min(arguments.limit, len(order)), unit="sample", desc="answering") as bar:
+
+    def answer() -> "Iterator[Skipped | Asked]":
+        nonlocal text, output
+        good = 0
         for sample in order:
-            if len(asked) == arguments.limit:
-                break
+            if good == arguments.limit:
+                return
             try:
                 inputs = llava.encode(sample, arguments.max_tokens)
             except BadSampleError as error:
-                bar.clear()
-                print(f"skipped: {sample.where}: {error}", file=sys.stderr)
-                skipped.append(f"{sample.where}: {error}")
+                yield Skipped(sample.where, error)
                 continue
+            good += 1
             answered = llava.answer(inputs, arguments.max_tokens)
             digest.update(inputs_digest(inputs).encode())
-            asked.append(Asked.of(llava, sample.task, answered))
             text += answered.text_tokens
             output += len(answered.tokens)
             counts = tasks.setdefault(sample.task, {"samples": 0, "tokens": 0, "cut": 0})
             counts["samples"] += 1
             counts["tokens"] += len(answered.tokens)
             counts["cut"] += answered.cut
-            bar.update()
+            yield Asked.of(llava, sample.task, answered)
+
+    skipped = subject.skipped
+    asked = collected(answer(), min(arguments.limit, len(order)), "answering", skipped)
     enough(len(asked), arguments.data)
     visual = sum(one.visual_tokens for one in asked)
     request = Request(visual / len(asked), text / len(asked), output / len(asked))

@@ -18,17 +18,29 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_vtw import plugin
 from vllm_vtw.worker import v1
 from vllm_vtw.kv import groups, spec
+from vllm_vtw.models import beam_search
+from vllm.entrypoints.generate.beam_search.utils import BeamSearchSequence
 from vllm.v1.core import kv_cache_utils
 for _ in range(2):
     plugin.register()
     v1.install()
     groups.install()
+    beam_search.install()
 def hooked(function):
     return hasattr(function, "__wrapped__")
 def depth(function):
     return 1 + depth(function.__wrapped__) if hooked(function) else 0
 print("registry", depth(ModelRegistry.inspect_model_cls), depth(ModelRegistry.resolve_model_cls))
 print("runner", depth(GPUModelRunner._build_attention_metadata))
+print("beams", depth(BeamSearchSequence.get_prompt))
+for kind in ("token", "multimodal"):
+    prompt = {"type": kind, "mm_kwargs": {}, "mm_hashes": {}, "mm_placeholders": {}}
+    BeamSearchSequence(prompt, [1], []).get_prompt()
+    beam_search.refuse(prompt)
+    try:
+        print("went on", BeamSearchSequence(prompt, [1], []).get_prompt())
+    except ValueError as error:
+        print("refused", str(error) == beam_search.REASON)
 print("groups", depth(kv_cache_utils._get_kv_cache_groups_uniform_page_size))
 """
 ENGINE = """
@@ -46,6 +58,9 @@ config = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
 print("GROUPS", [len(group.layer_names) for group in config.kv_cache_groups])
 print("TOKENS", answer[0].outputs[0].token_ids)
 """
+
+
+REFUSED = ["refused True", "refused True"]
 
 
 def installed() -> Path:
@@ -91,22 +106,27 @@ def run(code: str, *arguments: str, site: Path | None = None) -> list[str]:
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    kept = ("registry", "runner", "groups", "HOOKED", "GROUPS", "TOKENS")
+    kept = ("registry", "runner", "beams", "refused", "groups", "HOOKED", "GROUPS", "TOKENS")
     return [line for line in result.stdout.splitlines() if line.startswith(kept)]
 
 
 def test_there_is_one_diff_a_hook_and_a_row_for_each():
-    assert [diff.name for diff in DIFFS] == ["kv-cache-groups.diff", "model-impl.diff", "prepare-batch.diff"]
+    assert [diff.name for diff in DIFFS] == [
+        "beam-search.diff",
+        "kv-cache-groups.diff",
+        "model-impl.diff",
+        "prepare-batch.diff",
+    ]
     table = (PATCHES / "README.md").read_text()
     assert all(f"`{diff.name}`" in table for diff in DIFFS)
 
 
 def test_the_hooks_are_there_once_without_the_patches():
-    assert run(HOOKS) == ["registry 1 1", "runner 1", "groups 1"]
+    assert run(HOOKS) == ["registry 1 1", "runner 1", "beams 1", *REFUSED, "groups 1"]
 
 
 def test_no_hook_is_there_with_the_patches(patched):
-    assert run(HOOKS, site=patched) == ["registry 0 0", "runner 0", "groups 0"]
+    assert run(HOOKS, site=patched) == ["registry 0 0", "runner 0", "beams 0", *REFUSED, "groups 0"]
 
 
 def test_a_patched_engine_gives_the_same_answer(patched, tmp_path):

@@ -235,6 +235,8 @@ def test_a_server_answers_400_and_lives_on(checkpoint, tmp_path):
         assert chat(client, A).choices[0].token_ids
         with pytest.raises(BadRequestError, match="raise --max-num-batched-tokens to 2"):
             chat(client, B, A)
+        with pytest.raises(BadRequestError, match="Beam search sends every generated token"):
+            chat(client, A, extra_body={"use_beam_search": True, "n": 1})
         assert chat(client, B).choices[0].token_ids
         assert "vtw: withdrawing visual tokens, the least attended to" in server.log()
 

@@ -5,11 +5,15 @@ import math
 import pytest
 import torch
 from vllm import SamplingParams
+from vllm.sampling_params import BeamSearchParams
 
 from tests.engine.engines import (
+    FILLER,
     GREEDY,
     MODEL,
     SHAPES,
+    A,
+    Ask,
     assert_follows,
     free_blocks,
     logprobs_of,
@@ -98,6 +102,33 @@ def test_repeated_prompts_with_prefix_caching(engine, oracle):
         for ask, output in zip(SHAPES, outputs, strict=True):
             ids = output.outputs[0].token_ids
             assert_follows(oracle, ask, output.prompt_token_ids, ids, LAYER, align_to=1)
+
+
+def test_beam_search(engine, oracle):
+    """Greedy's tokens, or a refusal where the prompt's last token would no longer be the last one."""
+    for ask in SHAPES:
+        if ask.as_embeds:
+            continue
+        prompt = ask.to_vllm(oracle)
+        params = BeamSearchParams(beam_width=1, max_tokens=6, ignore_eos=True)
+        if ask.prompt.endswith("<image>"):
+            with pytest.raises(ValueError, match="Beam search sends every generated token"):
+                engine.beam_search([prompt], params)
+            assert not scheduler_of(engine).requests
+            continue
+        found = engine.beam_search([prompt], params)[0].sequences[0].tokens[-6:]
+        greedy = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+        assert found == engine.generate(prompt, greedy, use_tqdm=False)[0].outputs[0].token_ids, ask.name
+
+
+def test_a_seeded_request_whose_prompt_is_cut(engine, oracle):
+    """It is cut inside the text and the picture. The second time the text is cached: the same draws."""
+    seeded = SamplingParams(temperature=1, seed=7, max_tokens=12, ignore_eos=True)
+    engine.reset_prefix_cache()
+    ask = Ask("seeded", f"USER: {FILLER * 6}<image>\nWhat? ASSISTANT:", (A,))
+    cut, cached = (engine.generate(ask.to_vllm(oracle), seeded, use_tqdm=False)[0] for _ in range(2))
+    assert cut.num_cached_tokens == 0 < cached.num_cached_tokens
+    assert cut.outputs[0].token_ids == cached.outputs[0].token_ids
 
 
 def test_streaming_input_ends_with_an_error(engine, oracle, monkeypatch):

@@ -13,7 +13,7 @@ from benchmarks.small_llava import SmallLlava
 from tests.search.conftest import load_llava
 from tests.search.plain import plain_logits
 from vllm_vtw.search.criteria import Difference, first_token_layer
-from vllm_vtw.search.data import Sample
+from vllm_vtw.search.sample import Sample
 
 ANSWER = 10
 PROMPTS = {

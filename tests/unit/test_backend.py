@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
@@ -13,9 +15,11 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from vllm_vtw.retention import Question, Retention
 from vllm_vtw.worker.backend import StageAttention, stage_backend
+from vllm_vtw.worker.buffers import Front, Slots
 from vllm_vtw.worker.plan import Batch, Rows
 from vllm_vtw.worker.step import CurrentStep
 
@@ -243,3 +247,47 @@ def test_metadata_follow_what_gates_decide(step, make_builder):
     assert found.slot_mapping.tolist() == slots
     assert step.stages[0].kept.tolist() == [0, 1, *range(10, 19)]
     assert not step.asked
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 40), st.integers(1, 12), st.integers(0, 30), st.integers(0, 12)),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_metadata_are_what_kernels_rely_on(requests):
+    """Of requests with so many tokens computed, so many more in this step, and a picture at such a place.
+
+    Kernels index by `query_start_loc`, take `max_query_len == 1` for a token in every row, and take lengths
+    for what they may read.
+    """
+    stages = [
+        (Retention([(start, start + size)]) if size else Retention(),) for _, _, start, size in requests
+    ]
+    computed, scheduled = ([one[at] for one in requests] for at in (0, 1))
+    step = CurrentStep(1, torch.device("cpu"))
+    step.begin(Batch(Rows.of(stages), np.array(computed), np.cumsum([0, *scheduled])))
+    batch = metadata(computed, scheduled)
+    (stage,) = step.stages
+    assert stage is not None
+    stage.place(batch.positions)
+    seen = stage.metadata(batch, Front(torch.zeros(8, dtype=torch.int32)), Slots(128, torch.device("cpu")))
+    lengths = seen.query_start_loc.diff()
+    assert seen.query_start_loc.tolist() == seen.query_start_loc_cpu.tolist()
+    assert len(seen.query_start_loc) == seen.num_reqs + 1 == len(requests) + 1
+    assert (seen.query_start_loc[0], seen.query_start_loc[-1]) == (0, seen.num_actual_tokens)
+    assert (lengths >= 0).all()
+    assert lengths.max() <= seen.max_query_len
+    assert seen.max_query_len > 1 or seen.num_actual_tokens == seen.num_reqs
+    assert (lengths <= seen.seq_lens).all()
+    assert (seen.seq_lens <= seen.max_seq_len).all()
+    assert len(seen.slot_mapping) == seen.num_actual_tokens
+    # What vLLM's backends make of it: decodes first, each of one token.
+    for threshold in (1, 4):
+        decodes, prefills, decode_tokens, prefill_tokens = split_decodes_and_prefills(
+            seen, decode_threshold=threshold
+        )
+        assert decodes + prefills == seen.num_reqs
+        assert decode_tokens + prefill_tokens == seen.num_actual_tokens
+        assert (lengths[:decodes] <= threshold).all()

@@ -1,4 +1,4 @@
-"""Policy and gates files that are broken, or meant to do harm: one line, and nothing else happens."""
+"""Policy and gates files that are broken or hostile are refused with one short line, whatever is in them."""
 
 import json
 import os
@@ -12,130 +12,213 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save
+from vllm.engine.arg_utils import EngineArgs
 
-from vllm_vtw import cli
+from benchmarks.quality.model import CHECKPOINT
+from tests.search.command import vtw
+from vllm_vtw.config import Model, VTWConfig
+from vllm_vtw.files import MOST_SHOWN, short
 from vllm_vtw.gates import load_gates, new_gate, save_gates
 from vllm_vtw.policy import MOST_BYTES, Gate, Policy
 
-MODEL = {"model_type": "llava", "num_hidden_layers": 8, "hidden_size": 16}
+HIDDEN, LAYERS = 16, (3, 5)
+MODEL = Model("llava", "llama", 8, HIDDEN)
 GATE = {"weights": "gates.safetensors", "sha256": "0" * 64, "thresholds": [0, 1.5]}
 GATED = {
     "format": "vllm-vtw-policy/1",
-    "model": MODEL,
+    "model": MODEL.as_dict(),
     "stages": [{"layer": 3, "keep": 0}, {"layer": 5, "keep": 0.0}],
     "ranking": None,
     "gate": GATE,
+    "training": {"data_sha256": "0" * 64},
 }
-LONGEST_MESSAGE = 800
-LAYERS = (3, 5)
+RANKED = GATED | {
+    "stages": [{"layer": 3, "keep": 0.5}, {"layer": 5, "keep": 0.25}],
+    "ranking": "last-token-attention",
+    "gate": None,
+}
+LONGEST_MESSAGE = 1000
+
+
+def one_short_line(message: str) -> str:
+    assert len(message.splitlines()) <= 1
+    assert len(message) < LONGEST_MESSAGE
+    return message
 
 
 def refusal(file: Path) -> str:
-    """The one line that reading a file ends with."""
+    """Why an engine does not take a policy file."""
     with pytest.raises(ValueError) as refused:  # noqa: PT011 - every message is looked at
-        Policy.read(file, MODEL)
-    assert "\n" not in str(refused.value)
-    assert len(str(refused.value)) < LONGEST_MESSAGE
-    return str(refused.value)
+        VTWConfig.parse({"policy": str(file)}, MODEL, prefix_caching=True)
+    assert str(file) in str(refused.value)
+    return one_short_line(str(refused.value))
+
+
+def written(folder: Path, content: Any) -> Path:
+    file = folder / "policy.json"
+    file.write_text(json.dumps(content))
+    return file
+
+
+def with_gate(**changed: Any) -> bytes:
+    return json.dumps(GATED | {"gate": GATE | changed}).encode()
 
 
 def test_the_file_that_others_are_made_from_is_good(tmp_path):
-    (tmp_path / "policy.json").write_text(json.dumps(GATED))
-    policy = Policy.read(tmp_path / "policy.json", MODEL)
+    policy = Policy.read(written(tmp_path, GATED), MODEL.as_dict())
     assert policy.gate == Gate(str(tmp_path / "gates.safetensors"), "0" * 64, (0, 1.5))
 
 
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (json.dumps(GATED).replace("1.5", "1" + 400 * "0"), "has to be a number for every stage"),
-        (json.dumps(GATED).replace("1.5", "1" + 5000 * "0"), "cannot be read as JSON"),
-        (json.dumps(GATED).replace("1.5", "NaN"), "has to be a number for every stage"),
-        ("[" * 100_000 + "]" * 100_000, "cannot be read as JSON"),
-        ('{"a":' * 100_000, "cannot be read as JSON"),
-        ("\ufeff\ud800", "cannot be read as JSON"),
-        (json.dumps(GATED)[:-1], "cannot be read as JSON"),
-        (json.dumps(GATED | {"model": {"model_type": "x" * 10**6}}), "made for another model"),
-        (json.dumps(GATED | {"gate": GATE | {"weights": "../gates.safetensors"}}), "a file beside it"),
-        (json.dumps(GATED | {"gate": GATE | {"weights": "/etc/passwd"}}), "a file beside it"),
-        (json.dumps(GATED | {"gate": GATE | {"weights": ".."}}), "a file beside it"),
-        (json.dumps(GATED | {"gate": GATE | {"weights": "a\nb"}}), "a file beside it"),
-        (json.dumps(GATED | {"gate": GATE | {"sha256": "a\nb"}}), "has to be 64 digits"),
-        (json.dumps(GATED | {"stages": [{"layer": 10**400, "keep": 0}]}), "has to be an integer from 1 to 7"),
+        (with_gate(thresholds=[0, 10**400]), "'thresholds'] = [0, 1000"),
+        (with_gate().replace(b"1.5", b"1" + 5000 * b"0"), "cannot be read as JSON: Exceeds the limit"),
+        (with_gate().replace(b"1.5", b"1e999"), "[0, inf]: has to be a number for every stage"),
+        (with_gate().replace(b"1.5", b"NaN"), "[0, nan]: has to be a number for every stage"),
+        (with_gate().replace(b"1.5", b"-Infinity"), "[0, -inf]: has to be a number for every stage"),
+        (b"[" * 100_000 + b"]" * 100_000, "cannot be read as JSON: maximum recursion depth"),
+        (b'{"a":' * 100_000, "cannot be read as JSON: maximum recursion depth"),
+        (b"\xed\xa0\x80", "cannot be read as JSON"),
+        (b"\xff\xfe\xfd", "cannot be read as JSON"),
+        (b"", "cannot be read as JSON"),
+        (with_gate()[:-1], "cannot be read as JSON"),
+        (json.dumps(GATED | {"model": {"model_type": "x" * 10**6}}).encode(), "made for another model: {"),
+        (json.dumps(GATED | {"model": [[["x" * 99] * 9] * 9] * 9}).encode(), "made for another model: ["),
+        (json.dumps(GATED | {"ranking": "a\nb" * 10**5}).encode(), "has to be None"),
+        (json.dumps(GATED | {"stages": [{"layer": 10**400, "keep": 0}]}).encode(), "from 1 to 7"),
+        (json.dumps(GATED | {"stages": [{"layer": 3, "keep": 10**400}]}).encode(), "less than 1"),
+        (json.dumps(GATED | {"stages": [{"layer": 3, "keep": 0, "x" * 10**6: 0}]}).encode(), "the keys"),
+        (with_gate(weights="../gates.safetensors"), "has to be the name of a file beside it"),
+        (with_gate(weights="../../etc/passwd"), "has to be the name of a file beside it"),
+        (with_gate(weights="/etc/passwd"), "has to be the name of a file beside it"),
+        (with_gate(weights="sub/gates.safetensors"), "has to be the name of a file beside it"),
+        (with_gate(weights=".."), "has to be the name of a file beside it"),
+        (with_gate(weights="."), "has to be the name of a file beside it"),
+        (with_gate(weights=""), "has to be the name of a file beside it"),
+        (with_gate(weights="a\nb"), "has to be the name of a file beside it"),
+        (with_gate(weights="a\0b"), "has to be the name of a file beside it"),
     ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
 def test_contents(content, why, tmp_path):
-    (tmp_path / "policy.json").write_bytes(content.encode(errors="surrogatepass"))
+    (tmp_path / "policy.json").write_bytes(content)
     assert why in refusal(tmp_path / "policy.json")
 
 
 def test_files_that_are_none(tmp_path):
     assert "Is a directory" in refusal(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    assert "no regular file" in refusal(tmp_path / "pipe")
+    assert "it is no regular file" in refusal(tmp_path / "pipe")
     (tmp_path / "device").symlink_to("/dev/zero")
-    assert "no regular file" in refusal(tmp_path / "device")
+    assert "it is no regular file" in refusal(tmp_path / "device")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert "symbolic links" in refusal(tmp_path / "loop")
     assert "No such file" in refusal(tmp_path / "nothing")
     with (tmp_path / "huge").open("wb") as file:
-        file.truncate(10 << 30)  # it takes no room on the disk
+        file.truncate(10 << 30)  # It takes no room on the disk.
     assert f"it has {10 << 30} bytes, and may have {MOST_BYTES}" in refusal(tmp_path / "huge")
 
 
-def test_a_command_ends_with_one_line(tmp_path, monkeypatch, capsys):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
-    (tmp_path / "policy.json").write_text("[" * 100_000)
-    monkeypatch.setattr(
-        sys, "argv", ["vtw", "plan", str(tmp_path), "--policy", str(tmp_path / "policy.json")]
-    )
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    said = capsys.readouterr().err.strip().splitlines()
-    assert ended.value.code == 2
-    assert "cannot be read as JSON" in said[-1]
-    assert "Traceback" not in "".join(said)
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "x" * 10_000, "a\nb"])
+def test_paths_that_are_none(name):
+    with pytest.raises(ValueError, match="cannot be read as JSON") as refused:
+        VTWConfig.parse({"policy": name}, MODEL, prefix_caching=True)
+    one_short_line(str(refused.value))
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The ways to everything inside a JSON value."""
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path, *(place for key, one in inside for place in places(one, (*path, key)))]
+HUGE: list[Any] = [10**400, 10**5000, "x" * 10**6, [[[["x" * 999] * 9] * 9] * 9] * 9, {"x" * 999: {}}]
+
+
+@pytest.mark.parametrize("value", HUGE, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("key", ["layer", "policy", "align", "unknown", "x" * 10**6])
+def test_options_are_shown_in_short(key, value):
+    with pytest.raises(ValueError, match="--additional-config") as refused:
+        VTWConfig.parse({key: value}, MODEL, prefix_caching=True)
+    one_short_line(str(refused.value))
 
 
 ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(10**400),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(HUGE),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
 )
 
 
-@given(st.sampled_from(places(GATED)), ANYTHING)
-def test_anything_anywhere_is_read_or_refused_in_one_line(place, value):
-    content: Any = deepcopy(GATED)
-    if place:
-        holder = content
-        for key in place[:-1]:
-            holder = holder[key]
-        holder[place[-1]] = value
-    else:
-        content = value
-    said = ""
+@given(ANYTHING)
+def test_a_value_is_shown_in_one_short_line(value):
+    assert len(one_short_line(short(value))) <= MOST_SHOWN
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The ways to everything inside a JSON value, itself included."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, one in inside for place in places(one, (*path, key)))]
+
+
+def changed(content: Any, place: tuple[Any, ...], value: Any) -> Any:
+    """The content with another value at one place."""
+    if not place:
+        return value
+    content = deepcopy(content)
+    holder = content
+    for key in place[:-1]:
+        holder = holder[key]
+    holder[place[-1]] = value
+    return content
+
+
+@given(st.data(), st.sampled_from([GATED, RANKED]), ANYTHING)
+def test_anything_anywhere_is_taken_or_refused_in_one_short_line(data, content, value):
+    """In the options that engine processes get, which hold the policy itself."""
+    content = changed(content, data.draw(st.sampled_from(places(content))), value)
     try:
-        Policy.from_file(content, MODEL)
+        VTWConfig.parse({"policy": content}, MODEL, prefix_caching=True)
     except ValueError as error:
-        said = str(error)
-    assert "\n" not in said
-    assert len(said) < LONGEST_MESSAGE
+        one_short_line(str(error))
 
 
-GATES = {layer: new_gate(MODEL["hidden_size"]) for layer in LAYERS}  # type: ignore[call-overload]
+def garbled(content: bytes) -> st.SearchStrategy[bytes]:
+    """The content cut short, or with other bytes somewhere."""
+
+    def with_other(at: int, other: bytes) -> bytes:
+        return content[:at] + other + content[at + len(other) :]
+
+    places = st.integers(0, len(content) - 1)
+    return st.builds(lambda at: content[:at], places) | st.builds(
+        with_other, places | st.integers(0, min(300, len(content) - 1)), st.binary(min_size=1, max_size=8)
+    )
 
 
 @pytest.fixture(scope="module")
-def gate(tmp_path_factory) -> Gate:
-    file = tmp_path_factory.mktemp("gates") / "gates.safetensors"
+def folder(tmp_path_factory) -> Path:
+    """For files that examples write over one another."""
+    return tmp_path_factory.mktemp("files")
+
+
+@given(garbled(json.dumps(GATED).encode()))
+def test_garbled_policies_are_taken_or_refused_in_one_short_line(folder, content):
+    file = folder / "policy.json"
+    file.write_bytes(content)
+    try:
+        policy = Policy.read(file, MODEL.as_dict())
+    except ValueError as error:
+        one_short_line(str(error))
+    else:
+        assert policy.gate is None or Path(policy.gate.weights).parent == folder
+
+
+GATES = {layer: new_gate(HIDDEN) for layer in LAYERS}
+STATES = {f"{n}.{name}": tensor for n, one in GATES.items() for name, tensor in one.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def gate(folder) -> Gate:
+    file = folder / "gates.safetensors"
     return Gate(str(file), save_gates(GATES, file), (0, 0))
 
 
@@ -147,41 +230,122 @@ def of(content: bytes, folder: Path) -> Gate:
 
 def refused(gate: Gate, why: str) -> None:
     with pytest.raises(ValueError, match=why) as error:
-        load_gates(gate, LAYERS, 16)
-    assert "\n" not in str(error.value)
+        load_gates(gate, LAYERS, HIDDEN)
+    assert gate.weights in str(error.value)
+    one_short_line(str(error.value))
 
 
-def test_gates_that_are_not_those_of_the_policy(gate, tmp_path):
-    weights = [weight for one in load_gates(gate, LAYERS, 16) for weight in one.parameters()]
-    assert {weight.dtype for weight in weights} == {torch.float32}
+def test_gates_that_are_not_those_of_the_policy(gate, folder):
+    loaded = [weight for one in load_gates(gate, LAYERS, HIDDEN) for weight in one.parameters()]
+    assert {weight.dtype for weight in loaded} == {torch.float32}
     content = Path(gate.weights).read_bytes()
-    swapped = of(save({"3.0.weight": torch.zeros(2048, 32)}), tmp_path)
-    refused(swapped, "are not for layers")
-    refused(replace(swapped, sha256=gate.sha256), "are not those of the policy")
-    refused(of(content[: len(content) // 2], tmp_path), "are not for layers")
-    refused(of(pickle.dumps({"3.0.weight": 1}), tmp_path), "are not for layers")
-    refused(of(b"", tmp_path), "are not for layers")
-    for dtype in (torch.int32, torch.complex64):
-        tensors = {f"{n}.{k}": w.to(dtype) for n, one in GATES.items() for k, w in one.state_dict().items()}
-        refused(of(save(tensors), tmp_path), "floating.point")
-    refused(of(content + b"0" * (100 << 20), tmp_path), "may have")
+    retrained = save({name: tensor + 1 for name, tensor in STATES.items()})
+    refused(replace(of(retrained, folder), sha256=gate.sha256), "are not those of the policy")
+    refused(replace(gate, sha256="a\nb" * 10**5), "are not those of the policy")
+    refused(replace(of(content[:-1], folder), sha256=gate.sha256), "are not those of the policy")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (save(STATES)[:-1], "SafetensorError"),
+        (pickle.dumps(STATES), "SafetensorError"),
+        (b"", "SafetensorError"),
+        ((1 << 63).to_bytes(8, "little") + b"{}", "SafetensorError"),
+        (save({"3.0.weight": STATES["3.0.weight"]}), r"3\.2\.weight is missing"),
+        (save(STATES | {"5.0.weight": torch.zeros(2048, 2)}), r"5\.0\.weight has .* shape \(2048, 2\)"),
+        (save(STATES | {"5.0.weight": torch.zeros([1] * 999)}), r"5\.0\.weight has .* shape \(1, 1"),
+        *(
+            (save({name: tensor.to(dtype) for name, tensor in STATES.items()}), f"has the type {dtype}")
+            for dtype in (torch.int8, torch.int32, torch.complex64, torch.float8_e4m3fn, torch.float64)
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_gates_of_a_right_digest_that_are_none(content, why, folder):
+    refused(of(content, folder), rf"are not for layers \[3, 5\] of a model of hidden size 16: .*{why}")
 
 
 def test_links(gate, tmp_path):
-    """A snapshot of a hub is made of links: one that leads to the right content is good."""
-    (tmp_path / "link").symlink_to(gate.weights)
-    assert len(load_gates(replace(gate, weights=str(tmp_path / "link")), LAYERS, 16)) == 2
-    for target, why in (("/dev/zero", "no regular file"), (tmp_path, "Is a directory")):
-        (tmp_path / "none").unlink(missing_ok=True)
-        (tmp_path / "none").symlink_to(target)
-        refused(replace(gate, weights=str(tmp_path / "none")), why)
+    """A snapshot of the Hugging Face hub is made of links: one that leads to the right content is good."""
+    (tmp_path / "gates.safetensors").symlink_to(gate.weights)
+    (tmp_path / "blob").write_text(json.dumps(GATED | {"gate": GATE | {"sha256": gate.sha256}}))
+    (tmp_path / "policy.json").symlink_to(tmp_path / "blob")
+    linked = Policy.read(tmp_path / "policy.json", MODEL.as_dict()).gate
+    assert linked is not None
+    assert len(load_gates(linked, LAYERS, HIDDEN)) == 2
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(10 << 30)
     (tmp_path / "text").write_text("something else")
-    (tmp_path / "elsewhere").symlink_to(tmp_path / "text")
-    refused(replace(gate, weights=str(tmp_path / "elsewhere")), "are not those of the policy")
+    os.mkfifo(tmp_path / "pipe")
+    for target, why in (
+        ("/dev/zero", "it is no regular file"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "pipe", "it is no regular file"),
+        (tmp_path / "huge", f"it has {10 << 30} bytes, and may have "),
+        (tmp_path / "text", "are not those of the policy"),
+        (tmp_path / "nothing", "No such file"),
+    ):
+        (tmp_path / "gates.safetensors").unlink()
+        (tmp_path / "gates.safetensors").symlink_to(target)
+        refused(linked, why)
 
 
-@given(st.integers(0, 200), st.binary(min_size=1, max_size=8))
-def test_garbled_gates_are_refused_in_one_line(gate, tmp_path_factory, at, garbage):
-    content = bytearray(Path(gate.weights).read_bytes()[:5000])
-    content[at : at + len(garbage)] = garbage
-    refused(of(bytes(content), tmp_path_factory.getbasetemp()), "are not for layers")
+@example(save(STATES))
+@given(garbled(save(STATES)))
+def test_garbled_gates_are_loaded_or_refused_in_one_short_line(folder, content):
+    """Though their digest be right."""
+    try:
+        gates = load_gates(of(content, folder), LAYERS, HIDDEN)
+    except ValueError as error:
+        one_short_line(str(error))
+    else:
+        assert [weight.dtype for one in gates for weight in one.parameters()] == [torch.float32] * 4
+
+
+BROKEN = {
+    "deep": b"[" * 100_000,
+    "large": with_gate(thresholds=[0, 10**400]),
+    "another model": json.dumps(GATED | {"model": ["x\n" * 10**6]}).encode(),
+    "elsewhere": with_gate(weights="../gates.safetensors"),
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("command", ["plan", "dyvte eval"])
+def test_a_command_ends_with_one_line(command, content, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    line = json.dumps({"image": "a.png", "prompt": "What?"})
+    (tmp_path / "data.jsonl").write_text(f"{line}\n" * 8)
+    file = tmp_path / "policy.json"
+    shape = json.loads(CHECKPOINT.joinpath("config.json").read_text())["text_config"]
+    num_layers, hidden_size = shape["num_hidden_layers"], shape["hidden_size"]
+    # Only what is broken is to be refused.
+    model = json.dumps(Model("llava", "llama", num_layers, hidden_size).as_dict()).encode()
+    file.write_bytes(content.replace(json.dumps(MODEL.as_dict()).encode(), model))
+    options = [f"--data={tmp_path / 'data.jsonl'}", f"--out={tmp_path / 'out'}"] if "eval" in command else []
+    ended = vtw(*command.split(), str(CHECKPOINT), f"--policy={file}", *options)
+    assert (ended.status, ended.out) == (2, ""), ended.err
+    assert ended.err.startswith(f"vtw {command}: error: ")
+    assert str(file) in one_short_line(ended.err)
+
+
+def test_an_engine_does_not_start(gate, tmp_path):
+    """The error is vLLM's, around the plugin's."""
+    text = {"num_hidden_layers": 8, "hidden_size": HIDDEN, "num_attention_heads": 2, "vocab_size": 64}
+    architecture = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
+    config = architecture | {"text_config": text | {"model_type": "llama"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for file, why in (("pipe", "it is no regular file"), ("gates.safetensors", "it is no regular file")):
+        policy = written(tmp_path, GATED)
+        (tmp_path / file).unlink(missing_ok=True)
+        os.mkfifo(tmp_path / file)
+        policy = tmp_path / file if file == "pipe" else policy
+        engine = EngineArgs(
+            model=str(tmp_path),
+            model_impl="vtw",
+            skip_tokenizer_init=True,
+            additional_config={"vtw": {"policy": str(policy)}},
+        )
+        with pytest.raises(ValueError, match=f"{tmp_path / file}.*{why}"):
+            engine.create_engine_config()

@@ -11,16 +11,16 @@ import numpy as np
 from vllm_vtw.config import Model
 from vllm_vtw.policy import Policy
 from vllm_vtw.search.criteria import Curve, Difference, answer_layer, first_token_layer
-from vllm_vtw.search.data import BadSampleError, Sample
 from vllm_vtw.search.llava import Llava
 from vllm_vtw.search.price import STOCK, Price, Request
 from vllm_vtw.search.progress import Measured, Progress, Settings
+from vllm_vtw.search.sample import Sample, Skipped
 from vllm_vtw.search.seen import Inputs, go_through
 
 
 def measure(
     llava: Llava, samples: Sequence[Sample], limit: int, settings: Settings, progress: Progress
-) -> Iterator[BadSampleError | Measured]:
+) -> Iterator[Skipped | Measured]:
     """Goes through samples in their order until `limit` are good. What `progress` has is not computed again.
 
     Yields:
@@ -45,7 +45,7 @@ def _measured(llava: Llava, sample: Sample, inputs: Inputs, digest: str, setting
         where=sample.where,
         task=sample.task,
         inputs_sha256=digest,
-        prompt=llava.prompt(sample),
+        prompt=llava.prompts.text(sample),
         answer=llava.processor.tokenizer.decode(answered.tokens, skip_special_tokens=True).strip(),
         expected=sample.answer,
         visual_tokens=answered.visual_tokens,

@@ -11,9 +11,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from vllm_vtw.gates import features
-from vllm_vtw.search.data import BadSampleError, Sample
 from vllm_vtw.search.journal import Journal
 from vllm_vtw.search.llava import Answered, Llava
+from vllm_vtw.search.sample import BadSampleError, Sample, Skipped
 from vllm_vtw.search.seen import Inputs, go_through
 
 AGREEMENT, MOST_LOSS = 0.99, 1.03
@@ -114,7 +114,7 @@ def look(
     layers: Sequence[int],
     max_tokens: int,
     store: Store,
-) -> Iterator[BadSampleError | Exits]:
+) -> Iterator[Skipped | Exits]:
     """Goes through samples in their order until `limit` are good. What `store` has is not computed again.
 
     Yields:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache, GenerationConfig
 
-from vllm_vtw.search.data import BadSampleError, Sample
+from vllm_vtw.search.prompts import Prompts
+from vllm_vtw.search.sample import Sample
 
 MODEL_TYPES = ("llava", "llava_next")
 
@@ -89,7 +90,6 @@ class Llava:
         name: A checkpoint's name or folder.
         config: Its configuration.
         placement: Where it computes.
-
     Raises:
         ValueError: transformers cannot load it.
     """
@@ -104,6 +104,7 @@ class Llava:
             )
         except Exception as error:  # transformers raises what comes
             raise ValueError(f"cannot load {name}: {error}") from error
+        self.prompts = Prompts(self.processor, config)
         self.model: Any = model.to(placement.device).eval()
         self.decoder: Any = self.model.model.language_model
         # A checkpoint's own may punish repetition: then no answer is that of its logits alone.
@@ -118,51 +119,14 @@ class Llava:
         """Of one decoder layer."""
         return sum(parameter.numel() for parameter in self.decoder.layers[0].parameters())
 
-    def prompt(self, sample: Sample) -> str:
-        """The text that the model gets, with one placeholder for each picture.
-
-        Raises:
-            ValueError: There is no chat template.
-            BadSampleError: Placeholders and pictures differ in number, or the chat template refuses the chat.
-        """
-        if sample.prompt is not None:
-            text = sample.prompt
-        elif self.processor.chat_template is None:
-            raise ValueError("the checkpoint has no chat template: give whole prompts, with <image> in them")
-        else:
-            try:
-                text = self.processor.apply_chat_template(list(sample.messages), add_generation_prompt=True)
-            except Exception as error:  # templates raise what they like
-                raise BadSampleError(f"the model's chat template refuses it: {error}") from error
-        token = self.processor.image_token
-        if text.count(token) != len(sample.images):
-            raise BadSampleError(
-                f"{len(sample.images)} images, and {token} {text.count(token)} times in the prompt"
-            )
-        return text
-
     def encode(self, sample: Sample, max_tokens: int) -> Mapping[str, torch.Tensor]:
         """The model's inputs for a sample, where an answer of `max_tokens` fits behind it.
 
         Raises:
+            ValueError: There is no chat template.
             BadSampleError: It has no good prompt, an unreadable picture, or is too long.
         """
-        text = self.prompt(sample)
-        # A template may have written the first token, which the tokenizer would write again.
-        first = self.processor.tokenizer.bos_token
-        begun = first is not None and text.startswith(first)
-        pictures = sample.pictures()
-        try:
-            inputs = self.processor(
-                images=pictures, text=text, add_special_tokens=not begun, return_tensors="pt"
-            )
-        except Exception as error:  # processors raise what they like
-            raise BadSampleError(f"the model's processor refuses it: {error}") from error
-        length, limit = inputs["input_ids"].shape[1], self.config.get_text_config().max_position_embeddings
-        if length + max_tokens > limit:
-            raise BadSampleError(
-                f"a prompt of {length} and an answer of up to {max_tokens} tokens: over the model's {limit}"
-            )
+        inputs = self.prompts.inputs(sample, max_tokens)
         return inputs.to(self.model.device, self.model.dtype)
 
     @torch.inference_mode()

@@ -7,8 +7,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from vllm_vtw.search.data import BadSampleError, Sample
 from vllm_vtw.search.llava import Llava
+from vllm_vtw.search.sample import BadSampleError, Sample, Skipped
 
 Inputs = Mapping[str, torch.Tensor]
 
@@ -41,7 +41,7 @@ def go_through(
     known: Mapping[str, S],
     file: Path,
     look: Callable[[Sample, Inputs, str], S],
-) -> Iterator[BadSampleError | S]:
+) -> Iterator[Skipped | S]:
     """Goes through samples in their order until `limit` are good.
 
     Args:
@@ -69,7 +69,7 @@ def go_through(
             digest = inputs_digest(inputs)
             seen = known.get(sample.where) or look(sample, inputs, digest)
         except BadSampleError as error:
-            yield BadSampleError(f"{sample.where}: {error}")
+            yield Skipped(sample.where, error)
             continue
         if seen.inputs_sha256 != digest:
             raise ValueError(
