@@ -15,6 +15,7 @@ from vllm_vtw.worker import backend, v1
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="it is of a CPU that this speaks")
 
 CAN = "This environment can serve: vllm serve MODEL --model-impl vtw"
+KEPT_OUT = "keeps the plugin out: --model-impl vtw serves stock vLLM without a word"
 CANNOT = "This environment cannot serve with --model-impl vtw yet."
 
 
@@ -61,9 +62,14 @@ def without(*missing: str):
 @pytest.mark.parametrize(
     ("setting", "value", "found", "remedy"),
     [
-        ("VLLM_VTW_DISABLE", "1", "VLLM_VTW_DISABLE=1 takes the plugin out", "unset VLLM_VTW_DISABLE"),
-        ("VLLM_PLUGINS", "a", "VLLM_PLUGINS=a keeps the plugin out", "set VLLM_PLUGINS=a,vtw, or unset it"),
-        ("VLLM_PLUGINS", "", "VLLM_PLUGINS= keeps the plugin out", "set VLLM_PLUGINS=vtw, or unset it"),
+        (
+            "VLLM_VTW_DISABLE",
+            "1",
+            "VLLM_VTW_DISABLE=1 takes the plugin out: --model-impl vtw serves stock vLLM, with a warning",
+            "unset VLLM_VTW_DISABLE",
+        ),
+        ("VLLM_PLUGINS", "a", f"VLLM_PLUGINS=a {KEPT_OUT}", "set VLLM_PLUGINS=a,vtw, or unset it"),
+        ("VLLM_PLUGINS", "", f"VLLM_PLUGINS= {KEPT_OUT}", "set VLLM_PLUGINS=vtw, or unset it"),
     ],
 )
 def test_a_switch_in_the_way(capsys, quick, setting, value, found, remedy):

@@ -1,5 +1,6 @@
 """The entry point: loaded again and again, switched off, beside an untested vLLM, beside a changed one."""
 
+import os
 import re
 import subprocess
 import sys
@@ -54,10 +55,51 @@ def test_registering_again_changes_nothing(bare):
     assert [getattr(type(ModelRegistry), target) for target in registry.TARGETS] == methods
 
 
-def test_the_kill_switch(bare):
+@pytest.mark.parametrize("version", ["0.32.0", "0.99.0"])
+def test_the_kill_switch(bare, logged, version):
+    bare.setattr(vllm, "__version__", version)
     bare.setenv("VLLM_VTW_DISABLE", "1")
     plugin.register()
     assert hooked() == [False, False]
+    (said,) = logged
+    assert (said.name, said.levelname) == ("vllm.vtw", "WARNING")
+    assert "the plugin does nothing, and --model-impl vtw would serve the stock model" in said.message
+
+
+STARTED = """
+from multiprocessing import get_context
+from vllm.plugins import load_general_plugins
+
+if __name__ == "__main__":
+    load_general_plugins()
+    load_general_plugins()
+    for method in ("spawn", "fork"):
+        process = get_context(method).Process(target=load_general_plugins)
+        process.start()
+        process.join()
+    import sys
+    print(sorted(name for name in sys.modules if name.startswith("vllm_vtw")))
+"""
+
+
+def test_the_kill_switch_is_told_once_for_all_processes(tmp_path):
+    """vLLM loads plugins in every process, and those that it starts inherit the switch."""
+    script = tmp_path / "server.py"
+    script.write_text(STARTED)
+    env = os.environ | {"VLLM_VTW_DISABLE": "1"}
+    command = [sys.executable, str(script)]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert (ended.stdout + ended.stderr).count("VLLM_VTW_DISABLE=1 is set") == 1
+    assert ended.stdout.splitlines()[-1] == "['vllm_vtw', 'vllm_vtw.plugin']"
+
+
+@pytest.mark.parametrize("model_impl", ["vtw", "whatever"])
+def test_without_the_plugin_vllm_takes_any_name_for_its_own_implementation(bare, model_impl):
+    """What the README and `vtw doctor` say of VLLM_PLUGINS and VLLM_VTW_DISABLE."""
+    asked = SimpleNamespace(model_impl=model_impl, convert_type="none", _architecture="")
+    model, name = ModelRegistry.resolve_model_cls("LlavaForConditionalGeneration", asked)
+    assert name == model.__name__ == "LlavaForConditionalGeneration"
+    assert model.__module__ == "vllm.model_executor.models.llava"
 
 
 def test_an_untested_vllm_is_refused_when_vtw_is_asked_for_and_only_then(bare):

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import sys
 from copy import deepcopy
 from dataclasses import replace
 from hashlib import sha256
@@ -131,10 +130,10 @@ def test_paths_that_are_none(name):
     one_short_line(str(refused.value))
 
 
-HUGE: list[Any] = [10**400, 10**5000, "x" * 10**6, [[[["x" * 999] * 9] * 9] * 9] * 9, {"x" * 999: {}}]
+HUGE: list[Any] = [10**400, "\ud800\n" * 10**5, [[[["x" * 999] * 9] * 9] * 9] * 9, {"x" * 999: {}}]
 
 
-@pytest.mark.parametrize("value", HUGE, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("value", [*HUGE, 10**5000], ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize("key", ["layer", "policy", "align", "unknown", "x" * 10**6])
 def test_options_are_shown_in_short(key, value):
     with pytest.raises(ValueError, match="--additional-config") as refused:
@@ -330,7 +329,7 @@ def test_a_command_ends_with_one_line(command, content, tmp_path):
     assert str(file) in one_short_line(ended.err)
 
 
-def test_an_engine_does_not_start(gate, tmp_path):
+def test_an_engine_does_not_start(tmp_path):
     """The error is vLLM's, around the plugin's."""
     text = {"num_hidden_layers": 8, "hidden_size": HIDDEN, "num_attention_heads": 2, "vocab_size": 64}
     architecture = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
