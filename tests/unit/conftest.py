@@ -6,12 +6,23 @@ from collections.abc import Iterator
 import pytest
 
 
+class Kept(logging.Handler):
+    """Keeps records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
 @pytest.fixture
-def logged(caplog, monkeypatch) -> Iterator[list[logging.LogRecord]]:
+def logged(monkeypatch) -> Iterator[list[logging.LogRecord]]:
     """The plugin's records from INFO on."""
-    logger = logging.getLogger("vllm.vtw")
-    monkeypatch.setattr(logger, "propagate", False)
-    logger.addHandler(caplog.handler)
-    with caplog.at_level("INFO", logger.name):
-        yield caplog.records
-    logger.removeHandler(caplog.handler)
+    kept, logger = Kept(), logging.getLogger("vllm.vtw")
+    monkeypatch.setattr(logger, "handlers", [kept])
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    yield kept.records
+    logger.setLevel(level)

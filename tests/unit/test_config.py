@@ -42,16 +42,16 @@ def test_published_layers(layers, hidden, published, logged):
     assert config.policy == Policy.withdraw_at(published, layers)
     (said,) = logged
     assert said.levelname == "INFO"
-    assert f"at layer {published}, published for LLaVA-1.5" in said.message
-    assert_says_what_it_costs(said.message)
+    assert f"at layer {published}, published for LLaVA-1.5" in said.getMessage()
+    assert_says_what_it_costs(said.getMessage())
 
 
 def test_an_unknown_model_takes_half_and_says_so(logged):
     assert parse({}).policy == Policy.withdraw_at(4, 8)
     (said,) = logged
     assert said.levelname == "WARNING"
-    assert "taking 4, half of its 8 layers" in said.message
-    assert_says_what_it_costs(said.message)
+    assert "taking 4, half of its 8 layers" in said.getMessage()
+    assert_says_what_it_costs(said.getMessage())
 
 
 def assert_says_what_it_costs(message: str) -> None:

@@ -63,7 +63,7 @@ def test_the_kill_switch(bare, logged, version):
     assert hooked() == [False, False]
     (said,) = logged
     assert (said.name, said.levelname) == ("vllm.vtw", "WARNING")
-    assert "the plugin does nothing, and --model-impl vtw would serve the stock model" in said.message
+    assert "the plugin does nothing, and --model-impl vtw would serve the stock model" in said.getMessage()
 
 
 STARTED = """
