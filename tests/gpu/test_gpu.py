@@ -147,3 +147,29 @@ def test_gates_decide_between_graphs(checkpoint, reference, replays, tmp_path, k
     exits = [assert_gated(oracle, *told, gates, MODEL) for told in zip(SHAPES, outputs, strict=True)]
     assert set(exits) == {1, 3, MODEL.layers}
     assert replays["FULL"]
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_gates_and_graphs_outlast_a_sleep(checkpoint, reference, tmp_path, level):
+    """At level 2 weights are dropped and loaded again. Gates and the inputs of graphs are kept."""
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    gates = dividing(tmp_path, oracle, model=MODEL, layers=(1, 2))
+    options = {
+        "enforce_eager": False,
+        "block_size": BLOCK_SIZE,
+        "max_num_batched_tokens": 640,
+        "enable_sleep_mode": True,
+    }
+    prompts = [ask.to_vllm(oracle) for ask in SHAPES]
+    with running(folder, gates.options, **options) as llm:
+        before = llm.generate(prompts, GREEDY, use_tqdm=False)
+        llm.sleep(level)
+        if level == 2:
+            llm.wake_up(["weights"])
+            llm.collective_rpc("reload_weights")
+        llm.wake_up()
+        after = llm.generate(prompts, GREEDY, use_tqdm=False)
+    for ask, one, other in zip(SHAPES, before, after, strict=True):
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids
+        assert_gated(oracle, ask, other, gates, MODEL)
