@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from vllm_vtw.plan import plan
+from vllm_vtw.commands.plan import plan
 
 DEPTHS = (24, 28, 32, 40)
 HEADER = """\

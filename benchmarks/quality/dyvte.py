@@ -33,11 +33,11 @@ from benchmarks.quality.evaluate import OPTIONS, TIE, Answer, Sample, Score, ans
 from benchmarks.quality.model import CHECKPOINT, LAYERS, MAX_ANSWER_TOKENS
 from benchmarks.quality.plots import plot_exits
 from benchmarks.quality.tasks import TASKS, samples
-from vllm_vtw.checkpoint import read_config, supported_model
-from vllm_vtw.dyvte import default_layers
+from vllm_vtw.commands.dyvte import default_layers
 from vllm_vtw.policy import Gate, Policy, Stage
-from vllm_vtw.search.gated import kv_share
-from vllm_vtw.search.llava import Llava, Placement
+from vllm_vtw.search.checkpoint import read_config, supported_model
+from vllm_vtw.search.dyvte.gated import kv_share
+from vllm_vtw.search.model import Llava, Placement
 from vllm_vtw.search.price import Price, Request
 
 CALIBRATED = QUALITY.with_name("calibration.json")

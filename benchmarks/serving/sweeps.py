@@ -12,7 +12,7 @@ from benchmarks.serving.models import LLAVA_7B, QUARTER, Llava
 from benchmarks.serving.workload import Workload
 from vllm_vtw.policy import Policy
 from vllm_vtw.search.price import Request
-from vllm_vtw.search.schedule import FIRST_LAYER, merged
+from vllm_vtw.search.schedules.schedule import FIRST_LAYER, merged
 
 GIB = 1 << 10
 

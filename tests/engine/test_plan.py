@@ -14,7 +14,7 @@ from vllm.model_executor.models.vision import get_num_selected_vision_tokens, ge
 
 from benchmarks.small_llava import SmallLlava
 from tests.engine.engines import A, Ask, assert_follows, held_blocks, running, scheduler_of, step_until
-from vllm_vtw.cli import main
+from vllm_vtw.commands.cli import main
 from vllm_vtw.kv.spec import StageSpec
 from vllm_vtw.policy import Gate, Policy, Stage
 

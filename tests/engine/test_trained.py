@@ -11,7 +11,7 @@ from benchmarks.quality.model import CHECKPOINT, LAYERS
 from benchmarks.quality.schedules import largest_gap
 from benchmarks.quality.tasks import TASKS, samples
 from tests.engine.engines import running
-from vllm_vtw.cli import main
+from vllm_vtw.commands.cli import main
 
 SAMPLES = 12  # of each task
 

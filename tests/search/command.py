@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 from benchmarks.quality.model import CHECKPOINT
-from vllm_vtw.cli import main
+from vllm_vtw.commands.cli import main
 
 SAMPLES = 48
 """Of the trained model's questions, in the data of these tests."""

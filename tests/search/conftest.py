@@ -10,8 +10,8 @@ from benchmarks.quality.calibration import write_data
 from benchmarks.quality.tasks import TASKS
 from benchmarks.small_llava import SmallLlava
 from tests.search.command import SAMPLES, Ended, calibrate
-from vllm_vtw.checkpoint import read_config
-from vllm_vtw.search.llava import Llava, Placement
+from vllm_vtw.search.checkpoint import read_config
+from vllm_vtw.search.model import Llava, Placement
 
 
 def load_llava(folder: Path) -> Llava:

@@ -7,8 +7,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from vllm_vtw.search.llava import Llava
-from vllm_vtw.search.sample import BadSampleError, Sample, Skipped
+from vllm_vtw.search.data.sample import BadSampleError, Sample, Skipped
+from vllm_vtw.search.model import Llava
 
 Inputs = Mapping[str, torch.Tensor]
 

@@ -1,0 +1,1 @@
+"""The `vtw` command, one file for each of its commands."""

@@ -1,0 +1,123 @@
+"""`vtw calibrate`: the withdrawal layer K for a model on a user's own data."""
+
+import argparse
+from typing import Any
+
+from vllm_vtw.commands.results import leave
+from vllm_vtw.commands.samples import Subject, add_budget, add_options, bound, collected, enough
+from vllm_vtw.policy import Policy
+from vllm_vtw.search.reports.summary import notes, table
+from vllm_vtw.search.vtw.criteria import FIRST_LAYER, default_eta
+
+CRITERIA = ("answer", "first-token")
+
+
+def add_command(commands: Any) -> None:
+    """Adds `calibrate` to the `vtw` command."""
+    parser = commands.add_parser(
+        "calibrate",
+        help="the withdrawal layer for a model on your data",
+        description="Chooses the withdrawal layer K for a LLaVA on your data. Needs transformers, not vLLM.",
+    )
+    add = parser.add_argument
+    add_options(add, out="vtw-calibration", samples=64)
+    add("--resume", action="store_true", help="go on with what --out holds; a larger --limit adds samples")
+    add(
+        "--layers", help=f"values of K, as 8-20 or 8,12,16 (default: all from {FIRST_LAYER} on, as published)"
+    )
+    add(
+        "--criterion",
+        choices=CRITERIA,
+        default="answer",
+        help="whose K the policy file has (default: answer)",
+    )
+    add_budget(add)
+    add(
+        "--eta",
+        type=bound,
+        help="of the first-token criterion, in nats (default: as published for the model)",
+    )
+    parser.set_defaults(run=lambda arguments: _run(parser, arguments))
+
+
+def values_of_layer(text: str | None, num_layers: int) -> list[int]:
+    """The values of K that `--layers` asks for, ascending.
+
+    Raises:
+        ValueError: It is no list or range of them.
+    """
+    if text is None:
+        text = f"{min(FIRST_LAYER, num_layers - 1)}-{num_layers - 1}"
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        ends = [first, last if dash else first]
+        if not all(end.isdecimal() for end in ends):
+            raise ValueError(f"--layers {text}: has to be like 8-20 or 8,12,16")
+        start, stop = map(int, ends)
+        if not 1 <= start <= stop < num_layers:
+            within = f"1-{num_layers - 1}, as the model has {num_layers} layers"
+            raise ValueError(f"--layers {text}: {part} is not a range within {within}")
+        layers.update(range(start, stop + 1))
+    return sorted(layers)
+
+
+def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    try:
+        from vllm_vtw.search.reports import calibration as report
+
+        result = _calibrate(arguments)
+    except ImportError as error:
+        parser.exit(2, f"vtw calibrate: {error}: install vllm-vtw with its extra [calibrate]\n")
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"vtw calibrate: error: {error}\n")
+    except KeyboardInterrupt as stop:
+        parser.exit(130, f"\nstopped. {stop}\n")
+    criterion = arguments.criterion
+    found = result["layer"][criterion] is not None
+    policy = policy_file(result, criterion) if found else None
+    leave(arguments, result, policy, report.html, table(result), f", by the {criterion} criterion")
+
+
+def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `result.json` has."""
+    from vllm_vtw.search.data.read import drawn
+    from vllm_vtw.search.model import MODEL_TYPES, Llava
+    from vllm_vtw.search.vtw import calibration
+    from vllm_vtw.search.vtw.progress import Progress, Settings
+
+    subject = Subject.of(arguments, MODEL_TYPES)
+    model = subject.model
+    skipped = subject.skipped
+    layers = values_of_layer(arguments.layers, model.num_hidden_layers)
+    settings = Settings(**subject.settings, layers=layers)
+    progress = Progress(arguments.out, settings, arguments.resume)
+    llava = Llava(arguments.model, subject.config, subject.placement)
+    order = drawn(subject.data.samples, arguments.seed)
+    outcomes = calibration.measure(llava, order, arguments.limit, settings, progress)
+    try:
+        measured = collected(outcomes, min(arguments.limit, len(order)), "calibrating", skipped)
+    except KeyboardInterrupt:
+        kept = f"{len(progress.measured)} samples are kept in {arguments.out}"
+        raise KeyboardInterrupt(f"{kept}: the same command with --resume goes on") from None
+    enough(len(measured), arguments.data)
+    eta = (
+        default_eta(model, subject.config.get_text_config().vocab_size)
+        if arguments.eta is None
+        else arguments.eta
+    )
+    budget = calibration.Budget(eta, arguments.max_answer_kl, arguments.max_token_change)
+    result = calibration.result(model, llava, settings, measured, budget)
+    result["skipped"] = skipped
+    unseen = subject.tasks - result["tasks"].keys()
+    result["notes"] = notes(result, arguments.criterion, unseen) + llava.prompts.notes
+    return result
+
+
+def policy_file(result: dict[str, Any], criterion: str) -> dict[str, Any]:
+    """The policy file of a criterion's choice, which says how it was made."""
+    model = result["model"]
+    policy = Policy.withdraw_at(result["layer"][criterion], model["num_hidden_layers"])
+    kept = ("made", "budget", "layer", "tasks", "layers", "first_token_kl", "curves")
+    calibration = {"criterion": criterion} | {key: result[key] for key in kept}
+    return policy.to_file(model) | {"calibration": calibration}

@@ -1,0 +1,23 @@
+"""The `vtw` command."""
+
+import argparse
+
+from vllm_vtw import __version__
+from vllm_vtw.commands import calibrate, doctor, dyvte, plan, schedules
+from vllm_vtw.plugin import SUPPORTED_VLLM
+
+
+def main() -> None:
+    """Runs one of the commands."""
+    parser = argparse.ArgumentParser(prog="vtw", description="Visual-token withdrawal inside vLLM.")
+    parser.add_argument("--version", action="version", version=_versions())
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in (plan, calibrate, schedules, dyvte, doctor):
+        command.add_command(commands)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+def _versions() -> str:
+    _, installed = doctor.installed_vllm() or ("", "none")
+    return f"vllm-vtw {__version__}, for vLLM {', '.join(SUPPORTED_VLLM)}; installed: {installed}"

@@ -1,0 +1,243 @@
+"""`vtw plan`: what a withdrawal layer or policy makes of KV memory, from a model's configuration alone."""
+
+import argparse
+import json
+import re
+from typing import Any
+
+from vllm_vtw.capacity import Groups, visual_held
+from vllm_vtw.config import SERVED_MODEL_TYPES, VTWConfig
+from vllm_vtw.search.checkpoint import VISION_TOWERS, read_config, supported_model
+
+BYTES_PER_VALUE = {"auto": 2, "float16": 2, "bfloat16": 2, "float32": 4}
+UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def add_command(commands: Any) -> None:
+    """Adds `plan` to the `vtw` command."""
+    parser = commands.add_parser(
+        "plan",
+        help="KV memory of a model with and without withdrawal",
+        description="KV memory of a model with and without withdrawal. Starts no engine.",
+    )
+    parser.add_argument("model", help="a checkpoint's name or folder, or its config.json")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--layer", type=int, help="the withdrawal layer K; by default as in --model-impl vtw")
+    what.add_argument("--policy", help="a policy file")
+    numbers = (
+        ("--kv-memory", _memory, "8GiB", "memory of the KV cache, of all GPUs of a model together"),
+        ("--prompt-tokens", _count, 64, "text tokens of a prompt"),
+        ("--images", _count, 1, "images of a prompt"),
+        ("--output-tokens", _count, 128, "tokens of an answer"),
+        ("--block-size", _size, 16, "as vLLM's: tokens of a KV block"),
+    )
+    for name, kind, default, meaning in numbers:
+        parser.add_argument(name, type=kind, default=default, help=f"{meaning} (default: {default})")
+    parser.add_argument(
+        "--no-enable-prefix-caching",
+        action="store_true",
+        help="as vLLM's: every visual token leaves, not whole blocks of them",
+    )
+    parser.add_argument(
+        "--dtype", choices=BYTES_PER_VALUE, default="auto", help="as vLLM's, whose auto is one of 16 bits"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=lambda arguments: _run(parser, arguments))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens or images")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens from 1 on")
+    return int(text)
+
+
+def _memory(text: str) -> int:
+    match = re.fullmatch(r"([0-9.]+) ?([KMGT]i?B)", text)
+    if match is None or match[2] not in UNITS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not an amount of memory, a number and one of " + ", ".join(UNITS)
+        )
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    options = {"layer": arguments.layer, "policy": arguments.policy}
+    try:
+        result = plan(
+            read_config(arguments.model),
+            {key: value for key, value in options.items() if value is not None},
+            prefix_caching=not arguments.no_enable_prefix_caching,
+            block_size=arguments.block_size,
+            bytes_per_value=BYTES_PER_VALUE[arguments.dtype],
+            kv_memory=arguments.kv_memory,
+            text_tokens=arguments.prompt_tokens,
+            images=arguments.images,
+            output_tokens=arguments.output_tokens,
+        )
+    except ValueError as error:
+        said = str(error).removeprefix('--additional-config ["vtw"]')
+        parser.exit(2, f"{parser.prog}: error: {said}\n")
+    print(json.dumps(result, indent=2) if arguments.json else describe(result))
+
+
+def plan(
+    hf_config: Any,
+    vtw: dict[str, Any],
+    *,
+    prefix_caching: bool,
+    block_size: int,
+    bytes_per_value: int,
+    kv_memory: int,
+    text_tokens: int,
+    images: int,
+    output_tokens: int,
+) -> dict[str, Any]:
+    """What a request takes of the KV cache, and how many fit, in stock vLLM and with withdrawal.
+
+    Args:
+        hf_config: The checkpoint's configuration, of transformers.
+        vtw: The options under "vtw" of --additional-config.
+        prefix_caching: Whether vLLM's prefix caching is on, which settles `align`.
+        block_size: Tokens of a KV block.
+        bytes_per_value: Of keys and values.
+        kv_memory: Bytes.
+        text_tokens: Text tokens of the prompt.
+        images: Images of the prompt.
+        output_tokens: Tokens of the answer.
+
+    Raises:
+        ValueError: The model is not supported, or an option is wrong.
+    """
+    model = supported_model(hf_config, SERVED_MODEL_TYPES)
+    text = hf_config.get_text_config()
+    tokens_per_image = _tokens_per_image(hf_config)
+    num_layers = model.num_hidden_layers
+    config = VTWConfig.parse(vtw, model, prefix_caching)
+    groups = Groups.of(config.policy, num_layers)
+    align_to = config.align_to(block_size)
+    num_tokens = text_tokens + images * tokens_per_image + output_tokens
+    if num_tokens == 0:
+        raise ValueError("a request of no tokens takes nothing: give it text, an image or an answer")
+    of_text = text_tokens + output_tokens
+    held = [of_text + visual for visual in visual_held(config.policy, images, tokens_per_image, align_to)]
+    kept_of_image = visual_held(config.policy, 1, tokens_per_image, align_to)
+
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    layer_token = 2 * text.num_key_value_heads * head_size * bytes_per_value
+    layer_block = layer_token * block_size
+    blocks = {
+        "stock": -(-num_tokens // block_size),
+        "vtw": groups.blocks(held, block_size),
+    }
+    block_bytes = {"stock": num_layers * layer_block, "vtw": groups.width * layer_block}
+    needed = {side: blocks[side] * block_bytes[side] for side in blocks}
+    # vLLM keeps one block, the null block, for itself.
+    fit = {side: max(0, kv_memory // block_bytes[side] - 1) // blocks[side] for side in blocks}
+    exits = []
+    if config.policy.gate is not None:
+        for stage, layer in enumerate([*(stage.layer for stage in config.policy.stages), num_layers], 1):
+            visual = visual_held(config.policy, images, tokens_per_image, align_to, stage)
+            taken = groups.blocks([of_text + tokens for tokens in visual], block_size) * block_bytes["vtw"]
+            exits.append({"layer": layer, "kv_bytes_per_request": taken, "kv_ratio": taken / needed["stock"]})
+    return {
+        "model": model.as_dict(),
+        "num_hidden_layers": num_layers,
+        "stages": [
+            {"first_layer": layers.start, "last_layer": layers.stop - 1, "tokens_held": tokens}
+            for layers, tokens in zip(config.policy.segments(num_layers), held, strict=True)
+        ],
+        "groups": [
+            {"stage": stage, "layers": layers}
+            for stage, layers in zip(groups.stages, groups.layers, strict=True)
+        ],
+        "layers_per_group": groups.width,
+        "padding_fraction": groups.padding_fraction,
+        "align": config.align,
+        "ranking": config.policy.ranking,
+        "exits": exits,
+        "block_size": block_size,
+        "request": {
+            "text_tokens": text_tokens,
+            "images": images,
+            "tokens_per_image": tokens_per_image,
+            "output_tokens": output_tokens,
+        },
+        "kv_memory_bytes": kv_memory,
+        "kv_bytes_per_text_token": {
+            "stock": num_layers * layer_token,
+            "vtw": groups.width * len(groups.stages) * layer_token,
+        },
+        "kv_bytes_per_image": {
+            "stock": num_layers * layer_token * tokens_per_image,
+            "vtw": groups.width * layer_token * sum(kept_of_image[stage] for stage in groups.stages),
+        },
+        "kv_bytes_per_request": needed,
+        "kv_ratio": needed["vtw"] / needed["stock"],
+        "max_sequences": fit,
+    }
+
+
+def _tokens_per_image(hf_config: Any) -> int:
+    """What LLaVA makes of an image, as vLLM counts it."""
+    vision = hf_config.vision_config
+    tokens: int = (vision.image_size // vision.patch_size) ** 2 + VISION_TOWERS[vision.model_type]
+    return tokens - 1 if hf_config.vision_feature_select_strategy == "default" else tokens
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The same for people."""
+    request, needed, fit = result["request"], result["kv_bytes_per_request"], result["max_sequences"]
+    how = f"whole blocks of {result['block_size']}" if result["align"] else "every visual token"
+    if result["ranking"]:
+        how = "what the prompt's end attends to least"
+    if result["exits"]:
+        how = f"every visual token at layer {result['exits'][0]['layer']}, if the gate there says so"
+    stages = [
+        f"  layers {stage['first_layer']} to {stage['last_layer']} hold {stage['tokens_held']} tokens"
+        for stage in result["stages"]
+    ]
+    notes = []
+    if needed["vtw"] > needed["stock"]:
+        remedy = "take another layer" if request["images"] else "a request without images saves nothing"
+        notes = ["", f"Here padding takes more than withdrawal saves: {remedy}."]
+    for leaves in result["exits"][1:]:
+        at = f"leave at layer {leaves['layer']}" if leaves["layer"] < result["num_hidden_layers"] else "stay"
+        taken = leaves["kv_bytes_per_request"] / 2**20
+        notes.append(f"Where they {at}: {taken:.1f} MiB, x {leaves['kv_ratio']:.2f}")
+    if result["exits"]:
+        notes.append(
+            "A request is let in where there are blocks for the last of these, and gives back the rest."
+        )
+    groups = " + ".join(str(group["layers"]) for group in result["groups"])
+    return "\n".join(
+        [
+            f"A request of {request['text_tokens']} text, {request['images']} x "
+            f"{request['tokens_per_image']} visual and {request['output_tokens']} output tokens, "
+            f"withdrawing {how}:",
+            *stages,
+            f"KV cache groups of {groups} layers, each in the room of {result['layers_per_group']}: "
+            f"{result['padding_fraction']:.1%} of the memory is padding",
+            "",
+            f"{'':28}{'stock vLLM':>12}{'vtw':>12}",
+            _row("KV cache of a request, MiB", {side: needed[side] / 2**20 for side in needed}, ".1f"),
+            _row(f"requests in {_amount(result['kv_memory_bytes'])}", fit, "d"),
+            *notes,
+        ]
+    )
+
+
+def _amount(memory: int) -> str:
+    unit = "GiB" if memory >= UNITS["GiB"] else "MiB"
+    return f"{memory / UNITS[unit]:.4g} {unit}"
+
+
+def _row(name: str, values: dict[str, Any], form: str) -> str:
+    stock, vtw = values["stock"], values["vtw"]
+    ratio = f"   x {vtw / stock:.2f}" if stock else ""
+    return f"{name:28}{format(stock, form):>12}{format(vtw, form):>12}{ratio}"

@@ -1,0 +1,1 @@
+"""Users' samples: files, chats and pictures, read as `vllm serve` reads requests."""

@@ -1,0 +1,85 @@
+"""The samples that a search looks at: those of a file, or a folder of pictures."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from pathlib import Path
+from random import Random
+
+from vllm_vtw.search.data.entry import asked, sample_of
+from vllm_vtw.search.data.formats import entries
+from vllm_vtw.search.data.sample import BadSampleError, Sample, Skipped, told
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a file or folder holds.
+
+    Attributes:
+        samples: Those that can be used, as far as can be seen without their pictures.
+        bad: Those that cannot.
+        sha256: Of the file; of a folder, of the question and the pictures' names.
+    """
+
+    samples: list[Sample]
+    bad: list[Skipped]
+    sha256: str
+
+
+def read_data(path: Path, prompt: str | None) -> Data:
+    """Reads JSON lines, a JSON list, or a folder of pictures.
+
+    Args:
+        path: Of the file or folder.
+        prompt: The question about each picture of a folder; only there.
+
+    Raises:
+        OSError: The path cannot be read.
+        ValueError: `prompt` is missing, or is there for a file that has its own; or nothing in the file can
+            be used, for one reason.
+    """
+    if path.is_dir():
+        if prompt is None:
+            raise ValueError(f"{path} is a folder of pictures: give the question about them with --prompt")
+        return _pictures_of(path, prompt)
+    if prompt is not None:
+        raise ValueError(f"--prompt is for a folder of pictures; {path} has a prompt in every line")
+    content = path.read_bytes()
+    try:
+        found = entries(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    samples, bad = [], []
+    for where, entry in found:
+        try:
+            if isinstance(entry, BadSampleError):
+                raise entry
+            samples.append(sample_of(where, entry, path.parent))
+        except BadSampleError as error:
+            bad.append(Skipped(where, error))
+    reasons = told(bad)
+    if not samples and len(reasons) == 1:
+        raise ValueError(f"{path}: {reasons[0]}")
+    return Data(samples, bad, hashlib.sha256(content).hexdigest())
+
+
+def _pictures_of(folder: Path, prompt: str) -> Data:
+    names = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    whole, messages = asked(prompt, 1)
+    samples = [Sample(f"file {name}", (name,), whole, messages, folder=folder) for name in names]
+    return Data(samples, [], hashlib.sha256("\0".join([prompt, *names]).encode()).hexdigest())
+
+
+def drawn(samples: Iterable[Sample], seed: int) -> list[Sample]:
+    """The samples in random order, the tasks by turns, so that the first few have some of every task."""
+    shuffled = list(samples)
+    Random(seed).shuffle(shuffled)
+    by_task: dict[str, list[Sample]] = defaultdict(list)
+    for sample in shuffled:
+        by_task[sample.task].append(sample)
+    turns = zip_longest(*(by_task[task] for task in sorted(by_task)))
+    return [sample for sample in chain.from_iterable(turns) if sample is not None]

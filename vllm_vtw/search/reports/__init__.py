@@ -1,0 +1,1 @@
+"""What the searches tell people: HTML pages, tables and notes."""

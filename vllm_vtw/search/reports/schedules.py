@@ -1,0 +1,115 @@
+"""The report of a searched schedule, beside other methods that take no more."""
+
+from collections.abc import Collection
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from vllm_vtw.search.reports.page import MARKERS, Draw, by_layer, page
+from vllm_vtw.search.reports.summary import of_data
+
+NAMES = {"gsearch": "G-Search", "psigmoid": "P-Sigmoid"}
+
+
+def html(result: dict[str, Any], command: str | None) -> str:
+    """The report.
+
+    Args:
+        result: As `result.json` has it.
+        command: How to serve the schedule, where it can be served.
+    """
+    return page("schedules.html", _plots(result), result=result, command=command, names=NAMES, layers=stages)
+
+
+def stages(policy: dict[str, Any]) -> str:
+    """A policy's stages, in words."""
+    return (
+        ", ".join(f"{stage['keep']:.3g} from layer {stage['layer']} on" for stage in policy["stages"])
+        or "all"
+    )
+
+
+def notes(result: dict[str, Any], unseen: Collection[str]) -> list[str]:
+    """What a reader has to know beside the numbers; `unseen` are tasks without a good sample."""
+    found, said = result["policies"][result["method"]], []
+    if not found["stages"]:
+        said.append(
+            "Within this budget nothing can be withdrawn, so there is no policy file: allow more with "
+            "--max-answer-kl or --max-token-change."
+            if result["method"] == "gsearch"
+            else "This budget pays for all visual tokens, so there is no policy file: give less."
+        )
+    elif found["kv_share"] >= 1:
+        way = "allow more" if result["method"] == "gsearch" else "give less, or bound memory with --kv-budget"
+        said.append(f"The padding of vLLM's KV-cache groups takes more memory than withdrawal saves: {way}.")
+    return said + of_data(result, result["made"].get("max_token_change"), unseen)
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """The schedules side by side, in lines."""
+    tasks = list(next(iter(result["policies"].values()))["curves"])
+    width = max(len(NAMES.get(name, name)) for name in result["policies"])
+    heads = [f"{head:>6}" for head in ("work", "KV", *tasks, "answers", "KL")]
+    lines = [
+        f"{result['made']['samples']} samples, {result['model']['num_hidden_layers']} layers. In percent: of "
+        "stock vLLM's, the decoder's work in prefill and KV memory;",
+        "of the full model's answers, by task, the tokens that would be others, and the answers with such a "
+        "token;",
+        "KL(full || schedule) of a token in nats; both of the worst task.",
+        "",
+        "  ".join([" " * width, *heads]),
+    ]
+    for name, policy in result["policies"].items():
+        values = [policy["prefill_flops_share"], policy["kv_share"]]
+        values += [policy["curves"][task]["token_change"] for task in tasks]
+        curves = policy["curves"].values()
+        values.append(_worst(curves, "answer_change"))
+        cells = [f"{100 * value:{len(head)}.1f}" for value, head in zip(values, heads, strict=False)]
+        cells.append(f"{_worst(curves, 'mean_kl'):6.2g}")
+        lines.append("  ".join([f"{NAMES.get(name, name):{width}}", *cells]))
+    chosen = result["policies"][result["method"]]
+    return [
+        *lines,
+        "",
+        f"{NAMES[result['method']]} was searched on these samples, the others were not: they take no more "
+        f"{result['others_take_no_more']}, but FastV as published.",
+        f"Visual tokens: {stages(chosen)}, layers counted from 0.",
+    ]
+
+
+def _plots(result: dict[str, Any]) -> dict[str, Draw]:
+    num_layers, policies = result["model"]["num_hidden_layers"], result["policies"]
+
+    def fractions(policy: dict[str, Any]) -> list[float]:
+        keeps = [1.0] * num_layers
+        for stage in policy["stages"]:
+            keeps[stage["layer"] :] = [stage["keep"]] * (num_layers - stage["layer"])
+        return keeps
+
+    def schedule(axes: Axes) -> None:
+        axes.plot(range(num_layers), result["keeps"], "k.", label="found for the layer")
+        for name, policy in policies.items():
+            axes.step(range(num_layers), fractions(policy), where="mid", label=NAMES.get(name, name))
+        axes.set_ylabel("fraction of visual tokens")
+        by_layer(axes, "layer, from 0 on")
+
+    def against(share: str, label: str) -> Draw:
+        def draw(axes: Axes) -> None:
+            for marker, (name, policy) in zip(MARKERS, policies.items(), strict=False):
+                changed = _worst(policy["curves"].values(), "token_change")
+                axes.plot([100 * policy[share]], [100 * changed], marker, label=NAMES.get(name, name))
+            axes.set_xlim(0, 100 * max(1, *(policy[share] for policy in policies.values())) + 5)
+            axes.set_xlabel(label)
+            axes.set_ylabel("tokens changed on the worst task (%)")
+
+        return draw
+
+    return {
+        "Schedule": schedule,
+        "Quality against work": against("prefill_flops_share", "decoder's work in prefill (% of stock vLLM)"),
+        "Quality against memory": against("kv_share", "KV memory (% of stock vLLM)"),
+    }
+
+
+def _worst(curves: Collection[dict[str, float]], name: str) -> float:
+    return max(curve[name] for curve in curves)

@@ -1,0 +1,1 @@
+"""G-Search and P-Sigmoid: a fraction of the visual tokens for each layer."""
