@@ -9,7 +9,6 @@ from benchmarks.small_llava import SmallLlava
 from tests.engine.engines import SHAPES, assert_follows, logprobs_of, running
 from tests.engine.test_gated import assert_gated, dividing
 from tests.engine.test_ranked import assert_ranked, written
-from vllm_vtw.models.received import KEYS, Received
 
 LAYERS = 4
 MODEL = SmallLlava(layers=LAYERS)
@@ -28,43 +27,6 @@ def two_cores(monkeypatch):
     """Workers share what cores there are; an engine of several steps in a process of its own."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-
-
-def record_rows(worker) -> None:
-    """In a worker: notes how many rows it receives."""
-    worker.rows_received = []
-    original = Received.copy_
-
-    def copy_(self, source, non_blocking=False):
-        worker.rows_received.append(len(source))
-        return original(self, source, non_blocking)
-
-    Received.copy_ = copy_  # type: ignore[method-assign]
-
-
-def rows_received(worker) -> list[int]:
-    return worker.rows_received
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("layer", "kept_only"), [(2, True), (3, False)])
-def test_what_the_second_rank_receives(checkpoint, reference, monkeypatch, layer, kept_only):
-    """Past the withdrawal layer no row of a withdrawn token, but where its state is asked for."""
-    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-    folder = checkpoint(MODEL)
-    oracle = reference(folder)
-    ask = next(ask for ask in ASKS if ask.name == "several apart")
-    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-    with running(folder, {"layer": layer, "align": False}, **PIPELINE) as llm:
-        llm.collective_rpc(record_rows)
-        prompt = llm.generate(ask.to_vllm(oracle), params, use_tqdm=False)[0].prompt_token_ids
-        first, second = llm.collective_rpc(rows_received)
-    visual = sum(oracle.dropped(prompt, len(prompt), 1))
-    assert first == []
-    per_tensor = [second[index :: len(KEYS)] for index in range(len(KEYS))]
-    prefill = len(prompt) - (visual if kept_only else 0)
-    assert per_tensor[0] == per_tensor[1] == [prefill] + [1] * (params.max_tokens - 1)
-    assert per_tensor[2] == [0] * params.max_tokens
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ OVERRIDES = {
     },
     "StageSpec": {"max_memory_usage_bytes", "uses_slot_mapping"},
     "StagedKVCacheManager": {"estimate_cached_tokens"},
-    "VTWLlavaForConditionalGeneration": {"_processor_factory", "forward", "make_empty_intermediate_tensors"},
+    "VTWLlavaForConditionalGeneration": {"_processor_factory", "forward"},
     "VTWModelConfig": {"verify_and_update_config"},
     "VTWModelState": {"add_request", "initialize_kv_cache", "prepare_attn", "remove_request"},
     "VTWScheduler": {

@@ -81,7 +81,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
 
 def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `result.json` has."""
-    from vllm_vtw.search.data.read import drawn
+    from vllm_vtw.search.data.draw import drawn
     from vllm_vtw.search.model import MODEL_TYPES, Llava
     from vllm_vtw.search.vtw import calibration
     from vllm_vtw.search.vtw.progress import Progress, Settings

@@ -219,7 +219,7 @@ def _looked_at(
     arguments: argparse.Namespace, subject: Subject, layers: list[int], store: "Store"
 ) -> "tuple[Llava, list[Exits], list[str]]":
     """The model, what was seen of samples, and the bad ones."""
-    from vllm_vtw.search.data.read import drawn
+    from vllm_vtw.search.data.draw import drawn
     from vllm_vtw.search.dyvte.exits import look
     from vllm_vtw.search.model import Llava
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_vtw.config import Model
 from vllm_vtw.search.checkpoint import read_config, revision, supported_model
+from vllm_vtw.search.data.draw import SEEDS
 
 if TYPE_CHECKING:
     from vllm_vtw.search.data.read import Data
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LEAST_SAMPLES = 8
-SEEDS = 1 << 32
 T = TypeVar("T")
 
 

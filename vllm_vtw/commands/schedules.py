@@ -183,7 +183,7 @@ def _searched(method: str, arguments: argparse.Namespace, prepare: Prepare) -> t
 
 
 def _answers(llava: "Llava", subject: Subject, arguments: argparse.Namespace) -> Answers:
-    from vllm_vtw.search.data.read import drawn
+    from vllm_vtw.search.data.draw import drawn
     from vllm_vtw.search.data.sample import BadSampleError, Skipped
     from vllm_vtw.search.price import Request
     from vllm_vtw.search.schedules.effect import Asked

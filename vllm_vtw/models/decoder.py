@@ -11,8 +11,8 @@ from vllm.forward_context import BatchDescriptor, get_forward_context, override_
 from vllm.sequence import IntermediateTensors
 
 from vllm_vtw.models.graph_inputs import GraphInputs
-from vllm_vtw.models.received import EXIT_STATES, received_rows
 from vllm_vtw.models.segment import Segment, compiled_segment
+from vllm_vtw.models.token_states import TokenStates
 from vllm_vtw.policy import Policy
 from vllm_vtw.worker.backend import StageAttention
 from vllm_vtw.worker.exits import Gates
@@ -39,9 +39,8 @@ class StagedDecoder:
         self.is_last_rank = get_pp_group().is_last_rank
         start, end = text_model.start_layer, text_model.end_layer
         borders = [stage.layer for stage in policy.stages]
-        self.first_stage = bisect_right(borders, start)
-        self.next_stage = bisect_right(borders, end) if not self.is_last_rank else len(borders)
-        """The stage whose tokens the next rank expects; on the last rank, the last."""
+        self.stages = range(bisect_right(borders, start), bisect_right(borders, end - 1) + 1)
+        """The stages that this rank has layers of."""
         self.segments: dict[int, Segment] = {}
         for stage, layers in enumerate(policy.segments(len(text_model.layers))):
             own = [text_model.layers[i] for i in layers if start <= i < end]
@@ -67,62 +66,44 @@ class StagedDecoder:
         received: IntermediateTensors | None,
         inputs_embeds: torch.Tensor | None,
     ) -> torch.Tensor | IntermediateTensors:
-        """The final hidden states of the whole batch, shape `(tokens, hidden_size)`.
-
-        Before the last pipeline rank: the states of the tokens that the next rank computes.
-
-        A withdrawn token's row is its state where it left, after the final norm, in steps where that is
-        read, and zero otherwise. Nothing is sampled from it.
+        """Computes one step of this pipeline rank's layers.
 
         Args:
             input_ids: Token ids, shape `(tokens,)`; read only where there are no embeddings.
             positions: Position ids in the prompts as they came, shape `(tokens,)`.
-            received: What the rank before returned, in at least as many rows.
+            received: What the pipeline rank before returned.
             inputs_embeds: Embeddings of text and pictures, shape `(tokens, hidden_size)`.
+
+        Returns:
+            On the last rank, the final hidden states, shape `(tokens, hidden_size)`; on others, hidden states
+            and residual for the next rank, in the same shape. `TokenStates.scatter` says what the rows of
+            withdrawn tokens hold.
         """
         # Where vLLM measures memory, or keeps an idle rank in step, there is no batch.
         is_dummy = get_forward_context().attn_metadata is None
         steps = self._steps(is_dummy)
-        residual: torch.Tensor | None = None
-        exit_states: torch.Tensor | None = None
         if received is None:
-            hidden = self.text_model.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+            embedded = self.text_model.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+            states = TokenStates(embedded, residual=None)
         else:
-            kept = _kept(steps[self.first_stage])
-            rows = len(positions) if kept is None else len(kept)
-            hidden, residual = (received_rows(received, key, rows) for key in ("hidden_states", "residual"))
-            if kept is not None and self.step.prompt_logprobs:
-                exit_states = received_rows(received, EXIT_STATES, len(positions))
+            states = TokenStates(received["hidden_states"], received["residual"])
 
-        for stage in range(self.first_stage, self.next_stage + 1):
-            if stage > self.first_stage and self.step.asked and not is_dummy:
-                assert residual is not None
-                get_forward_context().attn_metadata.update(self.step.decide(stage, hidden, residual))
+        for stage in self.stages:
+            if stage > self.stages.start and self.step.asked and not is_dummy:
+                assert states.residual is not None
+                changed = self.step.decide(stage, states.hidden, states.residual)
+                get_forward_context().attn_metadata.update(changed)
                 steps = self._steps(is_dummy)
-            step = steps[stage]
-            if stage > self.first_stage and step is not None and step.gather is not None:
-                assert residual is not None
-                if self.step.prompt_logprobs:
-                    exit_states = _noted(exit_states, _kept(steps[stage - 1]), hidden + residual)
-                hidden, residual = hidden[step.gather], residual[step.gather]
-            if stage in self.segments:
-                hidden, residual = self._run(stage, step, positions, hidden, residual)
-
-        if not self.is_last_rank:
-            assert residual is not None
-            if exit_states is None:
-                exit_states = hidden.new_empty(0, hidden.shape[1])
-            return IntermediateTensors(
-                {"hidden_states": hidden, "residual": residual, EXIT_STATES: exit_states}
+            states.gather(steps[stage], self.step.prompt_logprobs)
+            states.hidden, states.residual = self._run(
+                stage, steps[stage], positions, states.hidden, states.residual
             )
-        kept = _kept(steps[self.next_stage])
-        if kept is None:
-            return hidden
-        if exit_states is None:
-            whole = hidden.new_zeros(len(positions), hidden.shape[1])
-        else:
-            whole = self.text_model.norm(exit_states)
-        return whole.index_copy_(0, kept, hidden)
+
+        states.scatter(len(positions), self.text_model.norm if self.is_last_rank else None)
+        if self.is_last_rank:
+            return states.hidden
+        assert states.residual is not None
+        return IntermediateTensors({"hidden_states": states.hidden, "residual": states.residual})
 
     def _steps(self, is_dummy: bool) -> tuple[StageStep | None, ...]:
         """By stage, stage 0 included; None for what computes everything."""
@@ -145,7 +126,7 @@ class StagedDecoder:
             return hidden, residual  # a chunk of nothing but withdrawn tokens
         assert residual is not None
         piecewise = context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE
-        kept = _kept(step)
+        kept = None if step is None else step.kept
         size = rows if piecewise else None
         if kept is not None:
             # A batch too large for a graph may have few enough tokens left.
@@ -165,16 +146,3 @@ class StagedDecoder:
         with override_forward_context(context):
             hidden, residual = segment(positions, hidden, residual)
         return hidden[:rows], None if residual is None else residual[:rows]
-
-
-def _kept(step: StageStep | None) -> torch.Tensor | None:
-    return None if step is None else step.kept
-
-
-def _noted(
-    exit_states: torch.Tensor | None, kept_before: torch.Tensor | None, states: torch.Tensor
-) -> torch.Tensor:
-    """The states of the whole batch, with those of the stage that ends here brought up to date."""
-    if exit_states is None or kept_before is None:
-        return states
-    return exit_states.index_copy_(0, kept_before, states)

@@ -1,6 +1,5 @@
 """LLaVA with its visual tokens withdrawn: the model classes that `--model-impl vtw` selects."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_vtw.models.admission import limited
 from vllm_vtw.models.decoder import StagedDecoder
-from vllm_vtw.models.received import received_buffers
 from vllm_vtw.startup import vtw_config
 from vllm_vtw.worker import v1
 from vllm_vtw.worker.step import CurrentStep
@@ -35,8 +33,6 @@ class VTWLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         self.decoder = StagedDecoder(vllm_config, self.language_model.model, config.policy, self.step)
         # Registered here, as the decoder is no module.
         self.graph_inputs, self.gates = self.decoder.graph_inputs, self.step.gates
-        hidden_size = vllm_config.model_config.get_hidden_size()
-        self.make_empty_intermediate_tensors = partial(received_buffers, hidden_size=hidden_size)
         if not vllm_config.use_v2_model_runner:
             self.prepare_batch = v1.V1Batches(config, self.step).prepare
             v1.install()

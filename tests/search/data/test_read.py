@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from vllm_vtw.search.data.read import Data, drawn, read_data
+from vllm_vtw.search.data.draw import drawn
+from vllm_vtw.search.data.read import Data, read_data
 from vllm_vtw.search.data.sample import Sample
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)

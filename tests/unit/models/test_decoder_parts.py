@@ -1,13 +1,16 @@
-"""The buffers between a decoder's segments, and between pipeline ranks."""
+"""What lies between a decoder's segments, and between pipeline ranks."""
 
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
+from torch import nn
 from vllm.config import CUDAGraphMode
 
 from vllm_vtw.models.graph_inputs import GraphInputs
-from vllm_vtw.models.received import KEYS, received_buffers, received_rows
+from vllm_vtw.models.token_states import TokenStates
+from vllm_vtw.worker.step import StageStep
 
 
 def graph_inputs(mode: CUDAGraphMode) -> GraphInputs:
@@ -47,14 +50,58 @@ def test_the_runner_may_settle_on_piecewise_graphs_later():
     assert len(inputs.write(size, torch.arange(5), torch.ones(5, 4), torch.ones(5, 4))[1]) == 8
 
 
-@pytest.mark.parametrize("rows", [0, 1, 3, 5])
-def test_a_rank_takes_as_many_rows_as_come(rows):
-    """Both model runners copy into the first rows of a buffer, one for each of the batch's 5 tokens."""
-    buffers = received_buffers(8, 4, torch.float32, torch.device("cpu"))
-    sent = torch.rand(rows, 4)
-    taken = {key: buffers[key][:5].copy_(sent[:5], non_blocking=True) for key in KEYS}
-    assert all(len(rows) == 5 for rows in taken.values())
-    for key in KEYS:
-        assert torch.equal(received_rows(buffers, key, rows), sent)
-        assert received_rows(buffers[:5], key, 5).data_ptr() == buffers[key].data_ptr()
-        assert type(received_rows(buffers, key, rows)) is torch.Tensor
+def stage(kept: list[int] | None, gather: list[int] | None) -> StageStep:
+    """As much of a stage's plan as its border needs."""
+    of_batch, of_stage_before = (None if at is None else torch.tensor(at) for at in (kept, gather))
+    return cast(StageStep, SimpleNamespace(kept=of_batch, gather=of_stage_before))
+
+
+@pytest.mark.parametrize("keep_exit_states", [False, True])
+def test_tokens_are_gathered_at_borders_and_scattered_back(keep_exit_states):
+    """Two borders: of five tokens 0, 3 and 4 stay, and then 0 and 4; a third stage computes the same."""
+    hidden, residual = torch.rand(5, 4), torch.rand(5, 4)
+    states = TokenStates(hidden.clone(), residual.clone())
+    states.gather(None, keep_exit_states)
+    assert states.kept is None
+    states.gather(stage([0, 3, 4], [0, 3, 4]), keep_exit_states)
+    assert states.residual is not None
+    states.hidden, states.residual = states.hidden + 1, states.residual + 1
+    states.gather(stage([0, 4], [0, 2]), keep_exit_states)
+    states.gather(stage([0, 4], None), keep_exit_states)
+    assert states.hidden.equal(hidden[[0, 4]] + 1)
+    assert states.residual.equal(residual[[0, 4]] + 1)
+
+    states.scatter(5, norm=None)
+    assert states.kept is None
+    assert states.hidden[[0, 4]].equal(hidden[[0, 4]] + 1)
+    assert states.residual[[0, 4]].equal(residual[[0, 4]] + 1)
+    left = states.hidden + states.residual
+    if keep_exit_states:
+        assert left[[1, 2]].equal((hidden + residual)[[1, 2]])
+        assert left[3].allclose((hidden + residual)[3] + 2)
+    else:
+        assert not left[[1, 2, 3]].any()
+
+
+def test_the_next_rank_goes_on_with_what_the_rank_before_scattered():
+    """It knows nothing of the stages before its own, so it gathers by the indices in the batch."""
+    hidden, residual = torch.rand(5, 4), torch.rand(5, 4)
+    first = TokenStates(hidden.clone(), residual.clone())
+    first.gather(stage([0, 3, 4], [0, 3, 4]), keep_exit_states=True)
+    first.scatter(5, norm=None)
+    second = TokenStates(first.hidden, first.residual)
+    second.gather(stage([0, 4], [0, 2]), keep_exit_states=True)
+    assert second.hidden.equal(hidden[[0, 4]])
+    assert second.residual is not None
+    second.hidden, second.residual = second.hidden + second.residual, None
+    second.scatter(5, norm=nn.Identity())
+    assert second.hidden.allclose(hidden + residual)
+
+
+def test_a_batch_without_withdrawn_tokens_is_left_alone():
+    hidden, residual = torch.rand(5, 4), torch.rand(5, 4)
+    states = TokenStates(hidden, residual)
+    states.gather(stage(None, None), keep_exit_states=True)
+    states.scatter(5, norm=nn.Identity())
+    assert states.hidden is hidden
+    assert states.residual is residual

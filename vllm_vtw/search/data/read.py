@@ -1,12 +1,8 @@
 """The samples that a search looks at: those of a file, or a folder of pictures."""
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain, zip_longest
 from pathlib import Path
-from random import Random
 
 from vllm_vtw.search.data.entry import asked, sample_of
 from vllm_vtw.search.data.formats import entries
@@ -72,14 +68,3 @@ def _pictures_of(folder: Path, prompt: str) -> Data:
     whole, messages = asked(prompt, 1)
     samples = [Sample(f"file {name}", (name,), whole, messages, folder=folder) for name in names]
     return Data(samples, [], hashlib.sha256("\0".join([prompt, *names]).encode()).hexdigest())
-
-
-def drawn(samples: Iterable[Sample], seed: int) -> list[Sample]:
-    """The samples in random order, the tasks by turns, so that the first few have some of every task."""
-    shuffled = list(samples)
-    Random(seed).shuffle(shuffled)
-    by_task: dict[str, list[Sample]] = defaultdict(list)
-    for sample in shuffled:
-        by_task[sample.task].append(sample)
-    turns = zip_longest(*(by_task[task] for task in sorted(by_task)))
-    return [sample for sample in chain.from_iterable(turns) if sample is not None]

@@ -16,8 +16,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from vllm_vtw.commands.samples import SEEDS
 from vllm_vtw.policy import Policy
+from vllm_vtw.search.data.draw import SEEDS
 from vllm_vtw.search.price import Price
 from vllm_vtw.search.schedules.schedule import FIRST_LAYER, GRID, at_borders, merged
 from vllm_vtw.search.vtw.criteria import Curve
