@@ -22,8 +22,8 @@ from benchmarks.small_llava import SmallLlava
 from tests.search.plain import dropping
 from vllm_vtw.search.checkpoint import read_config
 from vllm_vtw.search.data.sample import Sample
+from vllm_vtw.search.divergence import Difference
 from vllm_vtw.search.model import Llava, Placement
-from vllm_vtw.search.vtw.criteria import Difference
 
 MODEL = SmallLlava(layers=32, hidden=512, heads=8, kv_heads=8, image_side=24, vocab=512)
 LAYERS = range(5, 32)

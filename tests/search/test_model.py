@@ -13,7 +13,8 @@ from benchmarks.small_llava import SmallLlava
 from tests.search.conftest import load_llava
 from tests.search.plain import plain_logits
 from vllm_vtw.search.data.sample import Sample
-from vllm_vtw.search.vtw.criteria import Difference, first_token_layer
+from vllm_vtw.search.divergence import Difference
+from vllm_vtw.search.vtw.criteria import first_token_layer
 
 ANSWER = 10
 PROMPTS = {

@@ -14,10 +14,10 @@ from vllm_vtw.policy import Policy
 
 if TYPE_CHECKING:
     from vllm_vtw.search.data.sample import Skipped
+    from vllm_vtw.search.divergence import Curve
     from vllm_vtw.search.model import Llava
     from vllm_vtw.search.price import Price, Request
     from vllm_vtw.search.schedules.effect import Asked
-    from vllm_vtw.search.vtw.criteria import Curve
 
 
 @dataclass

@@ -14,6 +14,7 @@ from vllm_vtw.models.graph_inputs import GraphInputs
 from vllm_vtw.models.segment import Segment, compiled_segment
 from vllm_vtw.models.token_states import TokenStates
 from vllm_vtw.policy import Policy
+from vllm_vtw.rankings import RANKINGS
 from vllm_vtw.worker.backend import StageAttention
 from vllm_vtw.worker.exits import Gates
 from vllm_vtw.worker.ranking import rank_behind
@@ -53,8 +54,9 @@ class StagedDecoder:
                 for layer in own:
                     StageAttention.adopt(layer.self_attn.attn, stage, policy.keeps[stage], step)
         if policy.ranking is not None:
+            ranking = RANKINGS[policy.ranking]()
             for stage, border in enumerate(borders, 1):
-                rank_behind(text_model.layers[border - 1].self_attn.attn, stage, step)
+                rank_behind(text_model.layers[border - 1].self_attn.attn, stage, step, ranking)
         if policy.gate is not None:
             step.gates = Gates(policy, vllm_config.model_config.get_hidden_size(), step.device)
         self.graph_inputs = GraphInputs(vllm_config, step.device)

@@ -17,6 +17,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionImpl
 
+from vllm_vtw.rankings import Ranking
 from vllm_vtw.retention import Retention
 
 KEY_DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -102,71 +103,64 @@ class RankedPrompts:
         self._sources, self.targets = moves
 
     def staying(
-        self, attention: torch.Tensor | None, kept_before: torch.Tensor | None, is_candidate: torch.Tensor
+        self, scores: torch.Tensor | None, kept_before: torch.Tensor | None, is_candidate: torch.Tensor
     ) -> torch.Tensor:
         """Indices among the tokens of the stage before of those that stay, in the order of `targets`.
 
         Args:
-            attention: That each token of the prompts got, shape `(prompts, longest)`, float32; None where all
-                that may leave do.
+            scores: Of each token of the prompts, shape `(prompts, longest)`, float32; None where all that may
+                leave do.
             kept_before: Indices in the batch of the tokens of the stage before; None where it computes all.
             is_candidate: Whether each token of the batch may leave, shape `(tokens,)`.
         """
         exists = self._places < self._lengths
         before = torch.where(exists, self._starts + self._places, self._starts)
         in_batch = before if kept_before is None else kept_before[before]
-        if attention is None:
+        if scores is None:
             got = torch.zeros_like(before, dtype=torch.float32)
         else:
-            got = attention.gather(1, (self._cached + self._places).clamp(max=self.longest - 1))
+            got = scores.gather(1, (self._cached + self._places).clamp(max=self.longest - 1))
         order = ranked(got, is_candidate[in_batch], exists)
         staying = torch.where(self._places < self._counts, order, len(self._places)).sort(1).values
         return (self._starts + staying).flatten()[self._sources]
 
 
-def ranked(attention: torch.Tensor, is_candidate: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
-    """The places of each row, those that may not leave first, then the most attended to, then the padding.
+def ranked(scores: torch.Tensor, is_candidate: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
+    """The places of each row: those that may not leave, then those with the highest scores, then padding.
 
     Args:
-        attention: That each token got, shape `(prompts, tokens)`, float32.
+        scores: Of each token, shape `(prompts, tokens)`, float32.
         is_candidate: Whether it may leave, same shape.
         exists: False for padding, same shape.
     """
-    worth = torch.where(is_candidate, attention.nan_to_num(), torch.inf)
+    worth = torch.where(is_candidate, scores.nan_to_num(), torch.inf)
     worth = torch.where(exists, worth, -torch.inf)
     return worth.sort(dim=1, descending=True, stable=True).indices
 
 
-def attention_of_last(
+def scores_of(
+    ranking: Ranking,
     prompts: RankedPrompts,
     query: torch.Tensor,
     keys_of: Callable[[RankedPrompt], torch.Tensor],
-    num_kv_heads: int,
     scale: float,
 ) -> torch.Tensor:
-    """The attention that each prompt's last token pays to its tokens, shape `(prompts, longest)`, float32.
-
-    It is summed over the heads of all ranks.
+    """The scores of each prompt's tokens over the heads of all ranks, shape `(prompts, longest)`, float32.
 
     Args:
+        ranking: What the prompts rank by.
         prompts: That rank.
         query: Of the tokens of the step, shape `(tokens, heads, head_size)`.
-        keys_of: Returns the keys of a prompt's tokens, shape `(num_prompt, num_kv_heads, head_size)`.
-        num_kv_heads: Of this rank.
+        keys_of: Returns the keys of a prompt's tokens, shape `(num_prompt, kv_heads, head_size)`.
         scale: Of the products.
     """
-    groups = query.shape[1] // num_kv_heads
-    shape = (len(prompts.prompts), num_kv_heads, groups, prompts.longest)
-    scores = query.new_full(shape, -torch.inf, dtype=torch.float32)
+    scores = query.new_zeros((len(prompts.prompts), prompts.longest), dtype=torch.float32)
     # Prompt by prompt: padded to the longest one, the keys of all would take gigabytes.
     for row, prompt in zip(scores, prompts.prompts, strict=True):
         if prompt.keeps_some:
-            heads = query[prompt.last].float().unflatten(0, (num_kv_heads, groups))
-            products = torch.einsum("kgd,nkd->kgn", heads, keys_of(prompt).float())
-            row[..., : prompt.num_prompt] = products * scale
-    weights = scores.softmax(-1).sum((1, 2))
+            row[: prompt.num_prompt] = ranking.score(query[prompt.last], keys_of(prompt), scale)
     # Summed in one order on every rank: a last bit could choose another token.
-    return get_tp_group().all_gather(weights[None], dim=0).sum(0)
+    return get_tp_group().all_gather(scores[None], dim=0).sum(0)
 
 
 def key_order(impl: Any, layer: torch.nn.Module, kv_cache: torch.Tensor) -> torch.Tensor:
@@ -206,6 +200,7 @@ def ranking_impl(impl: Any) -> type[AttentionImpl]:
     class RankingImpl(impl):
         step: Any
         stage: int
+        ranking: Ranking
         order: torch.Tensor | None
 
         def forward(
@@ -221,7 +216,7 @@ def ranking_impl(impl: Any) -> type[AttentionImpl]:
         ) -> torch.Tensor:
             stage = self.step.stages[self.stage - 1]
             if stage is not None and stage.ranked is not None and attn_metadata is not None:
-                attention = None
+                scores = None
                 if any(prompt.keeps_some for prompt in stage.ranked.prompts):
 
                     def keys_of(prompt: RankedPrompt) -> torch.Tensor:
@@ -232,8 +227,8 @@ def ranking_impl(impl: Any) -> type[AttentionImpl]:
                         cached = self._cached_keys(prompt, layer, kv_cache, attn_metadata)
                         return torch.cat([cached, computed])
 
-                    attention = attention_of_last(stage.ranked, query, keys_of, key.shape[1], self.scale)
-                stage.choose(attention)
+                    scores = scores_of(self.ranking, stage.ranked, query, keys_of, self.scale)
+                stage.choose(scores)
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
 
         def _cached_keys(
@@ -250,7 +245,7 @@ def ranking_impl(impl: Any) -> type[AttentionImpl]:
     return RankingImpl
 
 
-def rank_behind(attention: Attention, stage: int, step: Any) -> None:
+def rank_behind(attention: Attention, stage: int, step: Any, ranking: Ranking) -> None:
     """Makes an attention layer rank for `stage`, which begins behind it.
 
     Its implementation sees whole batches also where the layers around it are compiled or captured. Changing
@@ -267,4 +262,4 @@ def rank_behind(attention: Attention, stage: int, step: Any) -> None:
     impl: Any = attention.impl
     of_vllm: Any = type(impl)
     impl.__class__ = ranking_impl(of_vllm)
-    impl.step, impl.stage, impl.order = step, stage, None
+    impl.step, impl.stage, impl.ranking, impl.order = step, stage, ranking, None

@@ -121,16 +121,16 @@ class StageStep:
         ]
         self.ranked = RankedPrompts(prompts, self.withdrawn.device)
 
-    def choose(self, attention: torch.Tensor | None) -> None:
+    def choose(self, scores: torch.Tensor | None) -> None:
         """Settles which tokens of the ranked prompts stay.
 
         Args:
-            attention: As `RankedPrompts.staying` takes it.
+            scores: As `RankedPrompts.staying` takes them.
         """
         assert self.ranked is not None
         assert self.kept is not None
         assert self.gather is not None
-        staying = self.ranked.staying(attention, self._kept_before, self._mask)
+        staying = self.ranked.staying(scores, self._kept_before, self._mask)
         self.kept[self.ranked.targets] = staying if self._kept_before is None else self._kept_before[staying]
         self.gather[self.ranked.targets] = staying
 
@@ -170,28 +170,33 @@ class StageStep:
             slots: As `write_slots` left them.
         """
         rows = len(self.plan.withdrawn)
-        seen = CommonAttentionMetadata.__new__(CommonAttentionMetadata)
-        vars(seen).update(vars(batch))  # `batch.replace` takes five times as long, in every step
-        seen.seq_lens = seq_lens.view(batch.num_reqs)
+        lengths = seq_lens.view(batch.num_reqs)
         if rows == batch.num_reqs:
-            torch.sub(batch.seq_lens, self.withdrawn, out=seen.seq_lens)
+            torch.sub(batch.seq_lens, self.withdrawn, out=lengths)
         else:
-            torch.sub(batch.seq_lens[:rows], self.withdrawn, out=seen.seq_lens[:rows])
-            seen.seq_lens[rows:] = 0
-        # A bound, as backends need it. The exact one would cost as much in every step as all lengths.
-        seen.max_seq_len = batch.max_seq_len - self._least_withdrawn
-        seen.seq_lens_cpu_upper_bound = None
+            torch.sub(batch.seq_lens[:rows], self.withdrawn, out=lengths[:rows])
+            lengths[rows:] = 0
+        changed: dict[str, Any] = {}
         if self._starts_cpu is not None:
             assert batch.num_reqs == rows, "a step of a fixed shape gathers nothing"
-            seen.query_start_loc = self._starts
-            seen.query_start_loc_cpu = torch.from_numpy(self._starts_cpu)
-            seen.num_actual_tokens = self.num_tokens
-            seen.max_query_len = longest_query(self._starts_cpu)
-        seen.slot_mapping = slots.view(seen.num_actual_tokens)
-        # Rotary positions were applied before; what builders take from here would index the whole batch.
-        seen.positions = None
-        seen._num_computed_tokens_cache = seen._token_to_req_indices_cache = None
-        return seen
+            changed = {
+                "query_start_loc": self._starts,
+                "query_start_loc_cpu": torch.from_numpy(self._starts_cpu),
+                "num_actual_tokens": self.num_tokens,
+                "max_query_len": longest_query(self._starts_cpu),
+            }
+        return batch.replace(
+            seq_lens=lengths,
+            # A bound, as backends need it. The exact one would cost as much in every step as all lengths.
+            max_seq_len=batch.max_seq_len - self._least_withdrawn,
+            seq_lens_cpu_upper_bound=None,
+            slot_mapping=slots.view(changed.get("num_actual_tokens", batch.num_actual_tokens)),
+            # Rotary positions were applied before; what builders take from here would index the whole batch.
+            positions=None,
+            _num_computed_tokens_cache=None,
+            _token_to_req_indices_cache=None,
+            **changed,
+        )
 
 
 class CurrentStep:

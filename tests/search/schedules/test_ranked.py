@@ -17,6 +17,7 @@ from tests.search.plain import plain_ranked_logits
 from tests.search.test_model import ANSWER, PROMPTS, pictures, sample  # noqa: F401
 from vllm_vtw.policy import Policy, Stage
 from vllm_vtw.search.checkpoint import read_config
+from vllm_vtw.search.divergence import Curve, Difference
 from vllm_vtw.search.model import Llava, Placement
 from vllm_vtw.search.price import Price, Request
 from vllm_vtw.search.schedules.effect import Asked
@@ -25,7 +26,6 @@ from vllm_vtw.search.schedules.psigmoid import LEAST, affordable, cheapest, p_si
 from vllm_vtw.search.schedules.ranked import answer_logits
 from vllm_vtw.search.schedules.rivals import rivals
 from vllm_vtw.search.schedules.schedule import GRID, at_borders, merged
-from vllm_vtw.search.vtw.criteria import Curve, Difference
 
 KEEPS: tuple[list[float], ...] = ([1, 1, 1, 1], [1, 0.5, 0.5, 0.5], [1, 0.9, 0.312, 0], [1, 1, 0.25, 0.125])
 

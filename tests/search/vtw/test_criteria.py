@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from vllm_vtw.config import Model
 from vllm_vtw.policy import Policy
+from vllm_vtw.search.divergence import Curve, Difference
 from vllm_vtw.search.price import Price, Request
-from vllm_vtw.search.vtw.criteria import Curve, Difference, answer_layer, default_eta, first_token_layer
+from vllm_vtw.search.vtw.criteria import answer_layer, default_eta, first_token_layer
 
 LOGITS = st.floats(-8, 8, width=32)
 KLS = st.floats(0, 5)

@@ -7,9 +7,9 @@ from itertools import pairwise
 import torch
 
 from vllm_vtw.policy import Stage
+from vllm_vtw.search.divergence import Curve, Difference
 from vllm_vtw.search.model import Answered, Llava
 from vllm_vtw.search.schedules.ranked import Rows, answer_logits, through
-from vllm_vtw.search.vtw.criteria import Curve, Difference
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from tqdm import tqdm
 
 from vllm_vtw.policy import Policy
+from vllm_vtw.search.divergence import Curve
 from vllm_vtw.search.model import Llava
 from vllm_vtw.search.price import Price
 from vllm_vtw.search.schedules.effect import Asked, effect
 from vllm_vtw.search.schedules.schedule import GRID, at_borders, merged, of_policy
-from vllm_vtw.search.vtw.criteria import Curve
 
 Within = Callable[[Mapping[str, Curve]], bool]
 

@@ -18,9 +18,9 @@ from optuna.trial import TrialState
 
 from vllm_vtw.policy import Policy
 from vllm_vtw.search.data.draw import SEEDS
+from vllm_vtw.search.divergence import Curve
 from vllm_vtw.search.price import Price
 from vllm_vtw.search.schedules.schedule import FIRST_LAYER, GRID, at_borders, merged
-from vllm_vtw.search.vtw.criteria import Curve
 
 LEAST = 1e-4
 BISECTIONS = 24

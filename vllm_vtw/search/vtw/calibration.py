@@ -11,10 +11,11 @@ import numpy as np
 from vllm_vtw.config import Model
 from vllm_vtw.policy import Policy
 from vllm_vtw.search.data.sample import Sample, Skipped
+from vllm_vtw.search.divergence import Curve, Difference
 from vllm_vtw.search.model import Llava
 from vllm_vtw.search.price import STOCK, Price, Request
 from vllm_vtw.search.seen import Inputs, go_through
-from vllm_vtw.search.vtw.criteria import Curve, Difference, answer_layer, first_token_layer
+from vllm_vtw.search.vtw.criteria import answer_layer, first_token_layer
 from vllm_vtw.search.vtw.progress import Measured, Progress, Settings
 
 

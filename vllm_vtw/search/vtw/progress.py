@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from vllm_vtw.search.divergence import Difference
 from vllm_vtw.search.journal import Journal
-from vllm_vtw.search.vtw.criteria import Difference
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,17 @@
+"""Visual tokens ranked by the attention of the prompt's last token."""
+
+import torch
+
+from vllm_vtw.rankings.base import Ranking
+
+
+class LastTokenAttention(Ranking):
+    """The attention that the prompt's last token pays to each token, summed over the heads.
+
+    This is the criterion of FastV (arXiv 2403.06764). A sum orders tokens as FastV's mean over heads does.
+    """
+
+    def score(self, query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+        grouped = query.float().unflatten(0, (keys.shape[1], -1))
+        products = torch.einsum("kgd,nkd->kgn", grouped, keys.float())
+        return (products * scale).softmax(-1).sum((0, 1))
