@@ -23,7 +23,7 @@ from tests.search.plain import dropping
 from vllm_vtw.search.checkpoint import read_config
 from vllm_vtw.search.data.sample import Sample
 from vllm_vtw.search.divergence import Difference
-from vllm_vtw.search.model import Llava, Placement
+from vllm_vtw.search.model import HFModel, Placement
 
 MODEL = SmallLlava(layers=32, hidden=512, heads=8, kv_heads=8, image_side=24, vocab=512)
 LAYERS = range(5, 32)
@@ -33,18 +33,18 @@ SAMPLES = 3
 
 
 @torch.inference_mode()
-def plain(llava: Llava, inputs: Any) -> list[float]:
+def plain(llava: HFModel, inputs: Any) -> list[float]:
     """KL(P_withdrawn || P_full) of the first token for every K."""
     ids = inputs["input_ids"]
     kept = ids[0] != llava.config.image_token_index
     kept[-1] = True
-    embeds = llava.model.get_input_embeddings()(ids)
-    pictures = llava.model.model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
+    embeds = llava.hf_model.get_input_embeddings()(ids)
+    pictures = llava.hf_model.model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
     embeds[:, ids[0] == llava.config.image_token_index] = pictures[0]
 
     def last() -> torch.Tensor:
         states = llava.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
-        return llava.model.lm_head(states[0, -1:])
+        return llava.hf_model.lm_head(states[0, -1:])
 
     full, found = last(), []
     for layer in LAYERS:
@@ -53,7 +53,7 @@ def plain(llava: Llava, inputs: Any) -> list[float]:
     return found
 
 
-def ours(llava: Llava, inputs: Any, answer_tokens: int) -> list[float]:
+def ours(llava: HFModel, inputs: Any, answer_tokens: int) -> list[float]:
     answered = llava.answer(inputs, answer_tokens)
     rows = llava.withdrawn_logits(answered, LAYERS)
     return [Difference.between(answered.logits, row).first_token_kl for row in rows]
@@ -73,7 +73,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         name = str(MODEL.save(Path(folder)))
         config = read_config(name)
-        llava = Llava(name, config, Placement.of("cpu", "float32", config))
+        llava = HFModel(name, config, Placement.of("cpu", "float32", config))
         side = MODEL.image_side * 14
         Image.effect_noise((side, side), 80).convert("RGB").save(f"{folder}/noise.png")
         inputs = llava.encode(Sample("", ("noise.png",), PROMPT, folder=Path(folder)), ANSWER)

@@ -33,7 +33,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from benchmarks.machine import processor
 from benchmarks.small_llava import PATCH_SIZE, SmallLlava
-from vllm_vtw.worker.step import StageStep
+from vllm_vtw.worker.stage_step import StageStep
 
 MODEL = SmallLlava(layers=4, image_side=4)
 MAX_MODEL_LEN = 512

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 from vllm_vtw.policy import Policy
 
-GROUPS_PER_STAGE = 2
+MAX_GROUPS_PER_STAGE = 2
 """At most, on average. Each has block tables and attention metadata of its own, which every step pays for."""
 
 
-def most_groups(num_stages: int) -> int:
+def max_groups(num_stages: int) -> int:
     """KV-cache groups that the layers of so many stages are split into at most."""
-    return max(2, num_stages) * GROUPS_PER_STAGE
+    return max(2, num_stages) * MAX_GROUPS_PER_STAGE
 
 
 def layers_per_group(stage_sizes: Sequence[int], keeps: Sequence[float]) -> int:
@@ -31,12 +31,12 @@ def layers_per_group(stage_sizes: Sequence[int], keeps: Sequence[float]) -> int:
         held = sum(count * (1 + keep) for count, keep in zip(counts[size], keeps, strict=True))
         return size * held, size * groups, groups
 
-    most = most_groups(len(stage_sizes))
+    most = max_groups(len(stage_sizes))
     return min((size for size in counts if sum(counts[size]) <= most), key=cost)
 
 
 @dataclass(frozen=True)
-class Groups:
+class LayerGroups:
     """The KV-cache groups of a decoder.
 
     Attributes:
@@ -48,7 +48,7 @@ class Groups:
     layers: tuple[int, ...]
 
     @classmethod
-    def of(cls, policy: Policy, num_hidden_layers: int) -> "Groups":
+    def of(cls, policy: Policy, num_hidden_layers: int) -> "LayerGroups":
         """The groups that a policy's layers are split into."""
         sizes = [len(segment) for segment in policy.segments(num_hidden_layers)]
         width = layers_per_group(sizes, policy.keeps)
@@ -80,8 +80,8 @@ class Groups:
         return sum(-(-held[stage] // block_size) for stage in self.stages)
 
 
-def visual_held(
-    policy: Policy, images: int, tokens_per_image: int, align_to: int, exit_stage: int = 1
+def visual_tokens_held(
+    policy: Policy, images: int, tokens_per_image: int, align_to: int, exit_stage: int | None = 1
 ) -> list[int]:
     """Visual tokens that each stage holds of a request whose images stand between texts.
 
@@ -89,17 +89,20 @@ def visual_held(
         policy: What is withdrawn.
         images: Of the request.
         tokens_per_image: Visual tokens.
-        align_to: As in `withdrawn_of_image`.
+        align_to: As in `withdrawn_per_image`.
         exit_stage: Where gates decide: the first stage without them.
     """
     everything = images * tokens_per_image
     if policy.ranking is not None:
         return [everything, *(stage.kept(everything) for stage in policy.stages)]
-    left = images * (tokens_per_image - withdrawn_of_image(tokens_per_image, align_to))
-    return [everything if stage < exit_stage else left for stage in range(len(policy.stages) + 1)]
+    left = images * (tokens_per_image - withdrawn_per_image(tokens_per_image, align_to))
+    return [
+        everything if exit_stage is None or stage < exit_stage else left
+        for stage in range(len(policy.stages) + 1)
+    ]
 
 
-def withdrawn_of_image(tokens: int, align_to: int) -> int:
+def withdrawn_per_image(tokens: int, align_to: int) -> int:
     """Visual tokens of one image that leave, wherever it stands between texts.
 
     Args:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_vtw.files import short
+from vllm_vtw.files import shorten
 from vllm_vtw.policy import Policy
 
 logger = logging.getLogger("vllm.vtw")
@@ -26,7 +26,7 @@ WHAT_IT_COSTS = (
     '--data FILE` finds a layer for your own data, and --additional-config \'{"vtw": {"layer": K}}\' sets it'
 )
 SCHEDULER = "vllm_vtw.kv.scheduler.make_scheduler"
-WORKER = "vllm_vtw.worker.process.GatedWorker"
+WORKER = "vllm_vtw.worker.gated_worker.GatedWorker"
 ADMISSION = "vtw_admission"
 """Attribute of vLLM's `ModelConfig`, where the processor of a model can see it: an `Admission`."""
 EXITS = "vtw_exits"
@@ -36,7 +36,7 @@ without its visual tokens: of vLLM's `SchedulerOutput`, about requests that begi
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelShape:
     """What the configuration has to know of the checkpoint."""
 
     model_type: str
@@ -59,11 +59,11 @@ class Admission:
 
     Attributes:
         policy: What is withdrawn, and before which layers.
-        longest_step: The most tokens of a step.
+        max_step_tokens: The most tokens of a step.
     """
 
     policy: Policy
-    longest_step: int
+    max_step_tokens: int
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class VTWConfig:
     align: bool
 
     @classmethod
-    def parse(cls, options: Any, model: Model, prefix_caching: bool) -> "VTWConfig":
+    def parse(cls, options: Any, model: ModelShape, prefix_caching: bool) -> "VTWConfig":
         """Resolves the options of a user, or those of `resolved`, to the same configuration.
 
         Raises:
@@ -93,10 +93,10 @@ class VTWConfig:
         if "layer" in options and "policy" in options:
             raise _error("layer", options["layer"], 'give either "layer" or "policy", not both')
         policy = _policy(options, model)
-        align = options.get("align", prefix_caching and not policy.depends_on_question)
+        align = options.get("align", prefix_caching and not policy.is_dynamic)
         if type(align) is not bool:
             raise _error("align", align, "has to be true or false")
-        if align and policy.depends_on_question:
+        if align and policy.is_dynamic:
             raise _error("align", align, "has to be false for a policy that ranks visual tokens or has gates")
         return cls(policy, align)
 
@@ -104,17 +104,17 @@ class VTWConfig:
         """Withdrawal goes by so many tokens at once."""
         return block_size if self.align else 1
 
-    def resolved(self, model: Model) -> dict[str, Any]:
+    def resolved(self, model: ModelShape) -> dict[str, Any]:
         """These settings as options that `parse` reads the same anywhere, without the policy's file."""
         return {"policy": self.policy.to_file(model.as_dict()), "align": self.align}
 
 
 def _error(key: str, value: Any, allowed: str) -> ValueError:
-    where = f'["{short(key)[1:-1]}"]' if key else ""
-    return ValueError(f'--additional-config ["vtw"]{where} = {short(value)}: {allowed}')
+    where = f'["{shorten(key)[1:-1]}"]' if key else ""
+    return ValueError(f'--additional-config ["vtw"]{where} = {shorten(value)}: {allowed}')
 
 
-def _policy(options: dict[str, Any], model: Model) -> Policy:
+def _policy(options: dict[str, Any], model: ModelShape) -> Policy:
     num_layers = model.num_hidden_layers
     if "policy" in options:
         return _read_policy(options["policy"], model)
@@ -141,7 +141,7 @@ def _policy(options: dict[str, Any], model: Model) -> Policy:
     return Policy.withdraw_at(layer, num_layers)
 
 
-def _read_policy(source: Any, model: Model) -> Policy:
+def _read_policy(source: Any, model: ModelShape) -> Policy:
     try:
         if isinstance(source, dict):
             return Policy.from_file(source, model.as_dict())  # `resolved` wrote it

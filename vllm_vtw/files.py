@@ -6,10 +6,10 @@ import stat
 from pathlib import Path
 from typing import Any
 
-MOST_SHOWN = 200
+MAX_SHOWN = 200
 _OUTLINE = reprlib.Repr()
 _OUTLINE.maxlevel = 2
-_OUTLINE.maxstring = _OUTLINE.maxother = MOST_SHOWN
+_OUTLINE.maxstring = _OUTLINE.maxother = MAX_SHOWN
 
 
 def read_file(path: Path, most_bytes: int) -> bytes:
@@ -32,16 +32,16 @@ def read_file(path: Path, most_bytes: int) -> bytes:
                 raise ValueError(f"it has {found.st_size} bytes, and may have {most_bytes}")
             return file.read(found.st_size)
     except OSError as error:
-        raise ValueError(error.strerror or short(error)) from error
+        raise ValueError(error.strerror or shorten(error)) from error
 
 
-def short(value: Any) -> str:
-    """A value as a message shows it: in one line, at most `MOST_SHOWN` characters, the middle left out."""
+def shorten(value: Any) -> str:
+    """A value as a message shows it: in one line, at most `MAX_SHOWN` characters, the middle left out."""
     try:
         shown = _OUTLINE.repr(value)
     except ValueError:  # Python does not write out integers of more than 4,300 digits.
         shown = f"<{type(value).__name__} with more digits than can be shown>"
-    if len(shown) <= MOST_SHOWN:
+    if len(shown) <= MAX_SHOWN:
         return shown
-    end = (MOST_SHOWN - 3) // 2
+    end = (MAX_SHOWN - 3) // 2
     return f"{shown[:end]}...{shown[-end:]}"

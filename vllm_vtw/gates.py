@@ -12,24 +12,24 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from vllm_vtw.files import read_file, short
+from vllm_vtw.files import read_file, shorten
 from vllm_vtw.policy import Gate
 
-WIDTH = 2048
-MOST_GATES = 128
+GATE_WIDTH = 2048
+MAX_GATES = 128
 """Of a file, in 16 bits: it may have gates for layers that the policy does not use, but no model has more."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def new_gate(hidden_size: int) -> nn.Sequential:
     """A gate as published, `(prompts, 2 * hidden_size)` to `(prompts, 2)`, with Xavier's weights."""
-    layers = nn.Linear(2 * hidden_size, WIDTH, bias=False), nn.Linear(WIDTH, 2, bias=False)
+    layers = nn.Linear(2 * hidden_size, GATE_WIDTH, bias=False), nn.Linear(GATE_WIDTH, 2, bias=False)
     for layer in layers:
         nn.init.xavier_uniform_(layer.weight)
     return nn.Sequential(layers[0], nn.GELU(), layers[1])
 
 
-def features(text: torch.Tensor) -> torch.Tensor:
+def gate_features(text: torch.Tensor) -> torch.Tensor:
     """What a gate reads of one prompt, shape `(2 * hidden_size,)`, float32.
 
     Args:
@@ -39,12 +39,12 @@ def features(text: torch.Tensor) -> torch.Tensor:
     return torch.cat([states[:-1].mean(0), states[-1]])
 
 
-def margins(gate: nn.Module, of_prompts: torch.Tensor) -> torch.Tensor:
+def leave_margins(gate: nn.Module, of_prompts: torch.Tensor) -> torch.Tensor:
     """By how much "leave" is above "stay", shape `(prompts,)`.
 
     Args:
         gate: One gate, in float32.
-        of_prompts: `features` of each prompt, shape `(prompts, 2 * hidden_size)`.
+        of_prompts: `gate_features` of each prompt, shape `(prompts, 2 * hidden_size)`.
     """
     logits = gate(of_prompts)
     return logits[:, 1] - logits[:, 0]
@@ -74,9 +74,9 @@ def load_gates(gate: Gate, layers: Sequence[int], hidden_size: int) -> list[nn.S
         ValueError: The file is not there, not the one that the policy was made with, or lacks a gate. The
             message is one short line.
     """
-    named = f"gates {short(gate.weights)}"
+    named = f"gates {shorten(gate.weights)}"
     # A megabyte for the names and shapes, which stand before the weights.
-    most_bytes = MOST_GATES * 2 * WIDTH * (2 * hidden_size + 2) + (1 << 20)
+    most_bytes = MAX_GATES * 2 * GATE_WIDTH * (2 * hidden_size + 2) + (1 << 20)
     try:
         content = read_file(Path(gate.weights), most_bytes)
     except ValueError as error:
@@ -86,14 +86,14 @@ def load_gates(gate: Gate, layers: Sequence[int], hidden_size: int) -> list[nn.S
     found = hashlib.sha256(content).hexdigest()
     if found != gate.sha256:
         raise ValueError(
-            f"{named} are not those of the policy, whose SHA-256 is {short(gate.sha256)}: theirs is "
+            f"{named} are not those of the policy, whose SHA-256 is {shorten(gate.sha256)}: theirs is "
             f"{found}. Keep policy and gates of one training together"
         )
-    not_these = f"{named} are not for layers {short(list(layers))} of a model of hidden size {hidden_size}"
+    not_these = f"{named} are not for layers {shorten(list(layers))} of a model of hidden size {hidden_size}"
     try:
         tensors = load(content)
     except Exception as error:  # whatever safetensors and torch raise about a file that somebody made up
-        raise ValueError(f"{not_these}: {short(error)}") from error
+        raise ValueError(f"{not_these}: {shorten(error)}") from error
     gates = []
     for layer in layers:
         with torch.device("meta"):
@@ -106,8 +106,8 @@ def load_gates(gate: Gate, layers: Sequence[int], hidden_size: int) -> list[nn.S
             if tensor.shape != wanted.shape or tensor.dtype not in DTYPES:
                 raise ValueError(
                     f"{not_these}: {layer}.{name} has the type {tensor.dtype} and the shape "
-                    f"{short(tuple(tensor.shape))}; it has to be of floating-point numbers of 16 or 32 bits, "
-                    f"and of the shape {tuple(wanted.shape)}"
+                    f"{shorten(tuple(tensor.shape))}; it has to hold floating-point "
+                    f"numbers of 16 or 32 bits, and have the shape {tuple(wanted.shape)}"
                 )
             weights[name] = tensor.float()
         one.load_state_dict(weights, assign=True)

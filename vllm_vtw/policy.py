@@ -10,9 +10,9 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from vllm_vtw.files import read_file, short
+from vllm_vtw.files import read_file, shorten
 
-MOST_BYTES = 16 << 20
+MAX_POLICY_BYTES = 16 << 20
 """Of a policy file, which takes less than a hundredth of that with the curves of a calibration."""
 FORMAT = "vllm-vtw-policy/1"
 RANKING = "last-token-attention"
@@ -77,7 +77,9 @@ class Policy:
             return policy
         weights = policy.gate.weights
         if weights in (".", "..") or not re.fullmatch(r"[^/\\\x00-\x1f]+", weights):
-            raise ValueError(f"'gate'['weights'] = {short(weights)}: has to be the name of a file beside it")
+            raise ValueError(
+                f"'gate'['weights'] = {shorten(weights)}: has to be the name of a file beside it"
+            )
         return replace(policy, gate=replace(policy.gate, weights=str(file.absolute().parent / weights)))
 
     @classmethod
@@ -96,7 +98,7 @@ class Policy:
             raise ValueError(f"not a policy file: expected a JSON object with 'format': '{FORMAT}'")
         made_for = content.get("model")
         if made_for != model:
-            raise ValueError(f"made for another model: {short(made_for)}; this one is {model}")
+            raise ValueError(f"made for another model: {shorten(made_for)}; this one is {model}")
         stages = content.get("stages")
         if not isinstance(stages, list):
             raise ValueError("'stages' has to be a list")
@@ -105,7 +107,7 @@ class Policy:
             policy = replace(policy, gate=policy._checked_gate(content["gate"]))
         ranking = content.get("ranking")
         if ranking != policy.ranking:
-            found = f"'ranking' = {short(ranking)}: has to be {policy.ranking!r}"
+            found = f"'ranking' = {shorten(ranking)}: has to be {policy.ranking!r}"
             raise ValueError(f"{found}, as {'a' if policy.ranking else 'no'} stage keeps some visual tokens")
         return policy
 
@@ -116,22 +118,22 @@ class Policy:
             where = f"'stages'[{number}]"
             if not isinstance(stage, dict) or set(stage) != {"layer", "keep"}:
                 raise ValueError(
-                    f"{where} has to have exactly the keys 'layer' and 'keep', got {short(stage)}"
+                    f"{where} has to have exactly the keys 'layer' and 'keep', got {shorten(stage)}"
                 )
             layer, keep = stage["layer"], stage["keep"]
             least = checked[-1].layer + 1 if checked else 1
             if type(layer) is not int or not least <= layer < num_hidden_layers:
                 most = num_hidden_layers - 1
                 raise ValueError(
-                    f"{where}['layer'] = {short(layer)}: has to be an integer from {least} to {most}"
+                    f"{where}['layer'] = {shorten(layer)}: has to be an integer from {least} to {most}"
                 )
             if type(keep) not in (int, float) or not 0 <= keep < 1:
                 raise ValueError(
-                    f"{where}['keep'] = {short(keep)}: has to be a number from 0 on, less than 1"
+                    f"{where}['keep'] = {shorten(keep)}: has to be a number from 0 on, less than 1"
                 )
             if checked and keep > checked[-1].keep:
                 raise ValueError(
-                    f"{where}['keep'] = {short(keep)}: more than before, where tokens left for good"
+                    f"{where}['keep'] = {shorten(keep)}: more than before, where tokens left for good"
                 )
             checked.append(Stage(layer, float(keep)))
         return tuple(checked)
@@ -143,7 +145,7 @@ class Policy:
             raise ValueError("'stages' of a 'gate' are where it may let all visual tokens leave: 'keep' is 0")
         for key in ("weights", "sha256"):
             if not isinstance(gate[key], str):
-                raise ValueError(f"'gate'['{key}'] = {short(gate[key])}: has to be a string")
+                raise ValueError(f"'gate'['{key}'] = {shorten(gate[key])}: has to be a string")
         thresholds = gate["thresholds"]
         if (
             not isinstance(thresholds, list)
@@ -151,7 +153,7 @@ class Policy:
             or not all(map(_is_finite, thresholds))
         ):
             raise ValueError(
-                f"'gate'['thresholds'] = {short(thresholds)}: has to be a number for every stage, "
+                f"'gate'['thresholds'] = {shorten(thresholds)}: has to be a number for every stage, "
                 f"{len(self.stages)}"
             )
         return Gate(gate["weights"], gate["sha256"], tuple(map(float, thresholds)))
@@ -173,7 +175,7 @@ class Policy:
         return RANKING if any(stage.keep > 0 for stage in self.stages) else None
 
     @property
-    def depends_on_question(self) -> bool:
+    def is_dynamic(self) -> bool:
         """Whether what is withdrawn is known only when a prompt is computed, from its first picture on."""
         return self.ranking is not None or self.gate is not None
 
@@ -195,7 +197,7 @@ def read_json(file: Path) -> Any:
         ValueError: The file cannot be read, or is no JSON. The message is one short line.
     """
     try:
-        return json.loads(read_file(file, MOST_BYTES))
+        return json.loads(read_file(file, MAX_POLICY_BYTES))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"cannot be read as JSON: {error}") from error
 

@@ -1,4 +1,8 @@
-"""Which of a request's tokens a stage holds: the one piece of arithmetic that scheduler and worker share."""
+"""Which tokens of a request a stage retains.
+
+No other code answers that question. The scheduler process allocates KV blocks by it, and the worker builds
+attention metadata by it.
+"""
 
 import sys
 from bisect import bisect_left, bisect_right
@@ -18,15 +22,18 @@ Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Question:
-    """A prompt from its first picture on, computed in one step, as what leaves depends on all of it.
+class OneStepPrefill:
+    """The part of a prompt that one step has to compute, because what is withdrawn depends on all of it.
+
+    It reaches from the prompt's first image to the prompt's end. Rankings and gates read the states of text
+    behind the images, and the visual tokens have to be there still when they do.
 
     Attributes:
-        start: Where the prompt's first picture begins.
-        stop: The prompt's length. Its last token's attention ranks.
-        candidates: Spans of the visual tokens that may leave, ascending.
-        text_start: Where the text behind the last picture begins.
-        gated: Whether gates read that text and decide when all candidates leave; otherwise they are ranked.
+        start: Position where the prompt's first image begins.
+        stop: Number of tokens of the prompt.
+        candidates: Spans of the visual tokens that may be withdrawn, ascending.
+        text_start: Position where the text behind the last image begins.
+        gated: Whether gates decide at which layer all candidates leave. If not, the candidates are ranked.
     """
 
     start: int
@@ -36,43 +43,49 @@ class Question:
     gated: bool
 
     def is_whole_in(self, start: int, stop: int) -> bool:
-        """Whether a step that computes positions `start` to `stop - 1` takes all of it."""
+        """Whether a step that computes the positions from `start` to `stop - 1` computes all of this part."""
         return start <= self.start and self.stop <= stop
 
     @property
     def visual_tokens(self) -> int:
-        """How many the candidates are."""
+        """The number of candidates."""
         return sum(stop - start for start, stop in self.candidates)
 
     @property
     def text_tokens(self) -> int:
-        """How many come after the last picture."""
+        """The number of tokens behind the last image."""
         return self.stop - self.text_start
 
 
 class Retention:
-    """What one stage holds of one request's tokens, prompt and output alike.
+    """Which tokens of one request, prompt and output alike, one stage retains.
 
-    The tokens at `withdrawn` positions are never stored; every other token is. The *rank* of a retained
-    token, its place in the stage's row, is the number of retained tokens before it: `count(position)`.
+    Tokens at `withdrawn` positions never get a slot in the stage's KV cache; every other token does. The
+    *rank* of a retained token is its place in the stage's row of the KV cache: the number of retained tokens
+    before it. If positions 2 to 9 are withdrawn, `count(12)` is 4, so the token at position 12 has rank 4.
 
-    But where tokens are ranked, only their number is known before the prompt is computed: `withdrawn` is the
-    first candidates, which stand for those that leave. As the prompt is computed in one step from its first
-    picture on, every count after a step is right; which positions are held the model finds out.
+    Under a policy that ranks visual tokens, only the number of those that stay is known before the prompt is
+    computed. `withdrawn` then holds the first candidates, as many as will leave. All of them are computed in
+    one step, so the counts after every step are right, and the worker finds out which tokens are held.
 
-    And where gates decide, nothing is `withdrawn` until they have: see `decided`.
+    Under a policy with gates, `withdrawn` is empty until the gates have decided; see `after_exit`.
 
     Args:
-        withdrawn: Spans of withdrawn prompt positions, ascending, neither empty nor overlapping.
-        shareable: So many tokens, at the start, any request that begins with the same ones retains alike.
-        question: Where it is not known yet which tokens leave.
+        withdrawn: Spans of withdrawn positions, ascending, non-empty and without overlap.
+        shareable: Length of the prompt's prefix whose retention depends on the tokens of that prefix alone.
+            KV blocks within it can be shared with other requests.
+        one_step: The part of the prompt that has to be computed in one step. None if there is none.
+
+    Attributes:
+        num_withdrawn: Tokens of the whole request that the stage never holds.
+        all_kept_from: The position from which on every token is retained.
     """
 
     def __init__(
         self,
         withdrawn: Sequence[Span] = (),
         shareable: int = sys.maxsize,
-        question: Question | None = None,
+        one_step: OneStepPrefill | None = None,
     ) -> None:
         self.withdrawn = tuple(withdrawn)
         self._starts = [start for start, _ in withdrawn]
@@ -84,15 +97,13 @@ class Retention:
             start - before for start, before in zip(self._starts, self._withdrawn_before[:-1], strict=True)
         ]
         self.shareable = shareable
-        self.question = question
+        self.one_step = one_step
         self.num_withdrawn = self._withdrawn_before[-1]
-        """Tokens of the whole request that the stage never holds."""
-        self.settled_at = self._stops[-1] if withdrawn else 0
-        """From this position on every token is retained."""
+        self.all_kept_from = self._stops[-1] if withdrawn else 0
 
     def count(self, num_tokens: int) -> int:
         """How many of the request's first `num_tokens` tokens the stage holds."""
-        if num_tokens >= self.settled_at:
+        if num_tokens >= self.all_kept_from:
             return num_tokens - self.num_withdrawn
         spans = bisect_left(self._starts, num_tokens)
         if spans == 0:
@@ -101,11 +112,11 @@ class Retention:
         return num_tokens - self._withdrawn_before[spans] + beyond
 
     def position(self, rank: int) -> int:
-        """Where in the request the retained token of this rank is: the inverse of `count`."""
+        """The position of the retained token of a rank. The inverse of `count`."""
         return rank + self._withdrawn_before[bisect_right(self._start_ranks, rank)]
 
-    def keep(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
-        """Whether each position in `start..stop-1` is retained, shape `(stop - start,)`."""
+    def keep_mask(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        """Whether each of the positions from `start` to `stop - 1` is retained, shape `(stop - start,)`."""
         mask = np.ones(stop - start, dtype=bool)
         for first, last in zip(self._starts, self._stops, strict=True):
             mask[max(first - start, 0) : max(last - start, 0)] = False
@@ -113,7 +124,11 @@ class Retention:
 
 
 def visual_spans(mm_features: Iterable[Any]) -> list[Span]:
-    """The spans whose embeddings come from an image or video encoder (vLLM's `MultiModalFeatureSpec`s)."""
+    """The spans of a prompt whose embeddings come from an image or video encoder.
+
+    Args:
+        mm_features: The request's `MultiModalFeatureSpec`s.
+    """
     return [
         (first, last + 1)
         for feature in mm_features
@@ -123,9 +138,17 @@ def visual_spans(mm_features: Iterable[Any]) -> list[Span]:
 
 
 def prompt_retention(spans: Iterable[Span], num_prompt_tokens: int, align_to: int) -> Retention:
-    """Withdraws visual positions by whole blocks of `align_to`, but never the prompt's last token.
+    """The retention of a stage that withdraws all visual tokens.
 
-    Spans that touch count as one, so a block may lie across two images.
+    Withdrawal goes by whole blocks of `align_to` tokens: a block is withdrawn if all its tokens are visual.
+    With `align_to=16`, an image at positions 35 to 610 loses positions 48 to 607, and 16 of its 576 tokens
+    stay. Spans that touch count as one, so a block may lie across two images. The prompt's last token always
+    stays, as the first output token is sampled from its state.
+
+    Args:
+        spans: Spans of visual tokens.
+        num_prompt_tokens: Tokens of the prompt.
+        align_to: 1 to withdraw every visual token.
     """
     merged: list[Span] = []
     for start, stop in sorted(spans):
@@ -137,7 +160,8 @@ def prompt_retention(spans: Iterable[Span], num_prompt_tokens: int, align_to: in
     withdrawn = [(start, stop) for start, stop in blocks if start < stop]
     if not withdrawn or withdrawn[-1][1] < num_prompt_tokens:
         return Retention(withdrawn)
-    # The prompt ends in a block that leaves. In a prompt that goes on from here it does leave.
+    # The prompt's last block would be withdrawn. It stays here, but not in a longer prompt that begins with
+    # the same tokens, so neither this block nor what follows can be shared.
     start, stop = withdrawn.pop()
     stop -= align_to
     if start < stop:
@@ -153,50 +177,59 @@ def request_retentions(
     Args:
         policy: What is withdrawn, and before which layers.
         mm_features: The request's `MultiModalFeatureSpec`s.
-        num_prompt_tokens: Length of the prompt as it came, also when a preempted request is resumed.
-        align_to: 1 to withdraw by tokens, the KV block size to withdraw by whole blocks.
+        num_prompt_tokens: Tokens of the original prompt, also when a preempted request is resumed.
+        align_to: 1 to withdraw every visual token, the KV block size to withdraw whole blocks. Dynamic
+            policies always withdraw by tokens.
     """
     mm_features = list(mm_features)
-    if policy.depends_on_question:
+    if policy.is_dynamic:
         align_to = 1
     spans = visual_spans(mm_features)
-    everything = prompt_retention(spans, num_prompt_tokens, align_to)
-    if not policy.depends_on_question or not everything.num_withdrawn:
-        return (everything,) * len(policy.stages)
+    all_withdrawn = prompt_retention(spans, num_prompt_tokens, align_to)
+    if not policy.is_dynamic or not all_withdrawn.num_withdrawn:
+        return (all_withdrawn,) * len(policy.stages)
     start = min(feature.mm_position.offset for feature in mm_features if feature.modality in VISUAL)
     gated = policy.gate is not None
     text_start = max(stop for _, stop in spans)
-    question = Question(start, num_prompt_tokens, everything.withdrawn, text_start, gated)
+    one_step = OneStepPrefill(start, num_prompt_tokens, all_withdrawn.withdrawn, text_start, gated)
     if not gated:
-        return tuple(_ranked_retentions(policy, question))
-    # There is no mean of the text but the last token where that is all there is.
-    undecided = Retention((), start, question if question.text_tokens > 1 else None)
-    return (undecided,) * len(policy.stages)
+        return tuple(_ranked_retentions(policy, one_step))
+    # A gate reads the mean over all but the last token of the text. A text of one token has no such mean, so
+    # gates are not asked and the visual tokens stay.
+    all_kept = Retention((), start, one_step if one_step.text_tokens > 1 else None)
+    return (all_kept,) * len(policy.stages)
 
 
-def _ranked_retentions(policy: Policy, question: Question) -> Iterator[Retention]:
+def _ranked_retentions(policy: Policy, one_step: OneStepPrefill) -> Iterator[Retention]:
     for stage in policy.stages:
-        leaving = question.visual_tokens - stage.kept(question.visual_tokens)
-        yield Retention(list(_first(leaving, question.candidates)), question.start, question)
+        leaving = one_step.visual_tokens - stage.kept(one_step.visual_tokens)
+        yield Retention(list(_first(leaving, one_step.candidates)), one_step.start, one_step)
 
 
-def is_undecided(retentions: Sequence[Retention]) -> bool:
-    """Whether gates have yet to decide about a request, given its retention of every stage past the first."""
-    question = retentions[0].question if retentions else None
-    return question is not None and question.gated
+def awaits_gates(retentions: Sequence[Retention]) -> bool:
+    """Whether gates have yet to decide about a request.
+
+    Args:
+        retentions: The request's retention in every stage past the first.
+    """
+    one_step = retentions[0].one_step if retentions else None
+    return one_step is not None and one_step.gated
 
 
-def decided(undecided: Sequence[Retention], exit_stage: int) -> tuple[Retention, ...]:
+def after_exit(retentions: Sequence[Retention], exit_stage: int | None) -> tuple[Retention, ...]:
     """The retention of every stage past the first, once gates have decided about a request.
 
     Args:
-        undecided: What `request_retentions` said.
-        exit_stage: The first stage without its visual tokens; the number of stages where they stay.
+        retentions: The same before, as `request_retentions` returned them.
+        exit_stage: The first stage that runs without the request's visual tokens. None if they stay.
     """
-    question = undecided[0].question
-    assert question is not None
-    stays, gone = Retention((), question.start), Retention(question.candidates, question.start)
-    return tuple(gone if stage >= exit_stage else stays for stage in range(1, len(undecided) + 1))
+    one_step = retentions[0].one_step
+    assert one_step is not None
+    all_kept, all_withdrawn = Retention((), one_step.start), Retention(one_step.candidates, one_step.start)
+    return tuple(
+        all_kept if exit_stage is None or stage < exit_stage else all_withdrawn
+        for stage in range(1, len(retentions) + 1)
+    )
 
 
 def _first(count: int, spans: Iterable[Span]) -> Iterator[Span]:

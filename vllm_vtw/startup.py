@@ -7,7 +7,7 @@ from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from vllm_vtw.config import ADMISSION, KEYS, SCHEDULER, TEXT_MODELS, WORKER, Admission, Model, VTWConfig
+from vllm_vtw.config import ADMISSION, KEYS, SCHEDULER, TEXT_MODELS, WORKER, Admission, ModelShape, VTWConfig
 from vllm_vtw.gates import load_gates
 from vllm_vtw.policy import Policy
 
@@ -29,10 +29,12 @@ def vtw_config(vllm_config: VllmConfig) -> VTWConfig:
     return VTWConfig.parse(options, _model(vllm_config), bool(vllm_config.cache_config.enable_prefix_caching))
 
 
-def _model(vllm_config: VllmConfig) -> Model:
+def _model(vllm_config: VllmConfig) -> ModelShape:
     model_config = vllm_config.model_config
     text = model_config.hf_text_config
-    return Model(model_config.hf_config.model_type, text.model_type, text.num_hidden_layers, text.hidden_size)
+    return ModelShape(
+        model_config.hf_config.model_type, text.model_type, text.num_hidden_layers, text.hidden_size
+    )
 
 
 class VTWModelConfig(VerifyAndUpdateConfig):
@@ -59,8 +61,8 @@ class VTWModelConfig(VerifyAndUpdateConfig):
         if config.policy.stages:
             admission = Admission(config.policy, scheduler.max_num_batched_tokens)
             setattr(vllm_config.model_config, ADMISSION, admission)
-        if config.policy.depends_on_question:
-            refuse_with_question(vllm_config, config.policy)
+        if config.policy.is_dynamic:
+            refuse_unsupported_dynamic(vllm_config, config.policy)
             if config.policy.gate is not None:
                 vllm_config.parallel_config.worker_cls = WORKER
 
@@ -72,10 +74,10 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         raise ValueError("--model-impl vtw cannot serve this configuration:\n- " + "\n- ".join(refused))
 
 
-def refuse_with_question(vllm_config: VllmConfig, policy: Policy) -> None:
+def refuse_unsupported_dynamic(vllm_config: VllmConfig, policy: Policy) -> None:
     """Raises a ValueError that names every option in the way of a policy that depends on a request's
     question, where there is one."""
-    refused = list(_refusals_with_question(vllm_config, policy))
+    refused = list(_dynamic_refusals(vllm_config, policy))
     if refused:
         what = "ask gates about" if policy.ranking is None else "rank"
         raise ValueError(f"--model-impl vtw cannot {what} visual tokens here:\n- " + "\n- ".join(refused))
@@ -145,7 +147,7 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
         yield f"the scheduler is the plugin's own: remove --scheduler-cls {scheduler.scheduler_cls}"
 
 
-def _refusals_with_question(vllm_config: VllmConfig, policy: Policy) -> Iterator[str]:
+def _dynamic_refusals(vllm_config: VllmConfig, policy: Policy) -> Iterator[str]:
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     if parallel.pipeline_parallel_size > 1:
         yield (

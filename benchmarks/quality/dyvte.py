@@ -36,9 +36,9 @@ from benchmarks.quality.tasks import TASKS, samples
 from vllm_vtw.commands.dyvte import default_layers
 from vllm_vtw.policy import Gate, Policy, Stage
 from vllm_vtw.search.checkpoint import read_config, supported_model
-from vllm_vtw.search.dyvte.gated import kv_share
-from vllm_vtw.search.model import Llava, Placement
-from vllm_vtw.search.price import Price, Request
+from vllm_vtw.search.dyvte.evaluation import kv_share
+from vllm_vtw.search.model import HFModel, Placement
+from vllm_vtw.search.price import Price, RequestTokens
 
 CALIBRATED = QUALITY.with_name("calibration.json")
 FIRST = 3
@@ -92,7 +92,7 @@ def prices(given: Sequence[Answer], image_token: int, layer_parameters: int, hid
     found = []
     for answer in given:
         visual = answer.prompt.count(image_token)
-        request = Request(visual, len(answer.prompt) - visual, len(answer.said))
+        request = RequestTokens(visual, len(answer.prompt) - visual, len(answer.said))
         found.append(Price(LAYERS, layer_parameters, hidden_size, request))
     return found
 
@@ -197,7 +197,7 @@ def main() -> None:
     asked = [sample for task in TASKS for sample in islice(samples("test", task), options.samples)]
     config = read_config(str(CHECKPOINT))
     model = supported_model(config, ("llava",))
-    parameters = Llava(str(CHECKPOINT), config, Placement.of("cpu", "float32", config)).layer_parameters
+    parameters = HFModel(str(CHECKPOINT), config, Placement.of("cpu", "float32", config)).layer_parameters
     rows: list[dict[str, Any]] = []
     fresh = multiprocessing.get_context("spawn")
     with (

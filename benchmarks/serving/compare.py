@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.serving.limits import Limits, limits
 from benchmarks.serving.models import Llava
 from vllm_vtw.policy import Policy, Stage
-from vllm_vtw.search.price import Request
+from vllm_vtw.search.price import RequestTokens
 
 FORMAT = "vllm-vtw-serving/2"
 Run = Mapping[str, Any]
@@ -124,11 +124,11 @@ class Comparison:
         )
 
     @property
-    def request(self) -> Request:
+    def request(self) -> RequestTokens:
         """A request's tokens."""
         output, workload = self.stock[0]["output"], self.point["workload"]
         visual = self.model.visual_tokens * workload["images"]
-        return Request(
+        return RequestTokens(
             visual, output["total_input_tokens"] / output["completed"] - visual, workload["output"]
         )
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks.serving.models import Llava
 from vllm_vtw.policy import Policy
-from vllm_vtw.search.price import Request
+from vllm_vtw.search.price import RequestTokens
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Limits:
 
 
 def limits(
-    request: Request,
+    request: RequestTokens,
     model: Llava,
     policy: Policy,
     prefill_share: float,

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from benchmarks.small_llava import CORPUS, PATCH_SIZE, make_processor, make_tokenizer
-from vllm_vtw.search.price import Price, Request
+from vllm_vtw.search.price import Price, RequestTokens
 
 MAX_POSITIONS = 4096
 
@@ -49,7 +49,7 @@ class Llava:
         """What a policy file says of the model."""
         return {"model_type": "llava", "num_hidden_layers": self.layers, "hidden_size": self.hidden}
 
-    def price(self, request: Request) -> Price:
+    def price(self, request: RequestTokens) -> Price:
         """Of policies, for requests of one kind."""
         return Price(self.layers, self.layer_parameters, self.hidden, request)
 

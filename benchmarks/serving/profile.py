@@ -43,7 +43,8 @@ def parts(llm: Any) -> list[tuple[type, str, str]]:
     from vllm.v1.engine.llm_engine import LLMEngine
 
     from vllm_vtw.models.decoder import StagedDecoder
-    from vllm_vtw.worker.step import CurrentStep, StageStep
+    from vllm_vtw.worker.current_step import CurrentStep
+    from vllm_vtw.worker.stage_step import StageStep
 
     core = llm.llm_engine.engine_core.engine_core
     runner = core.model_executor.driver_worker.worker.model_runner
@@ -56,7 +57,7 @@ def parts(llm: Any) -> list[tuple[type, str, str]]:
         (model, "compute_logits", "logits and sampling"),
         (StagedDecoder, "__call__", "gather and scatter"),
         (StagedDecoder, "_run", "decoder"),
-        *((StageStep, method, "step plan") for method in ("place", "write_slots", "metadata")),
+        *((StageStep, method, "step plan") for method in ("set_ranks", "write_slots", "metadata")),
         (CurrentStep, "begin", "step plan"),
     ]
     if hasattr(runner, "_build_attention_metadata"):  # model runner V1

@@ -11,7 +11,7 @@ from benchmarks.serving.compare import label, named
 from benchmarks.serving.models import LLAVA_7B, QUARTER, Llava
 from benchmarks.serving.workload import Workload
 from vllm_vtw.policy import Policy
-from vllm_vtw.search.price import Request
+from vllm_vtw.search.price import RequestTokens
 from vllm_vtw.search.schedules.schedule import FIRST_LAYER, merged
 
 GIB = 1 << 10
@@ -143,7 +143,7 @@ out the last."""
 
 def published_beside_vtw(model: Llava, workload: Workload) -> tuple[Policy, ...]:
     """`PUBLISHED` in four stages, and VTW at no more of the decoder's work."""
-    request = Request(model.visual_tokens, workload.text, workload.output)
+    request = RequestTokens(model.visual_tokens, workload.text, workload.output)
     price = model.price(request)
     keeps = PUBLISHED[:: len(PUBLISHED) // model.layers]
     policy = merged([*PUBLISHED[:FIRST_LAYER], *keeps[FIRST_LAYER:]], 4, price)

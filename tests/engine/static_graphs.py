@@ -27,7 +27,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttenti
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu import cudagraph_utils
 
-from vllm_vtw.worker.step import CurrentStep
+from vllm_vtw.worker.current_step import CurrentStep
 
 SIZES = [8, 16, 32]
 replays: collections.Counter = collections.Counter()

@@ -139,7 +139,7 @@ def test_a_prompt_that_is_cut_ends_alone(engine, monkeypatch):
 
     def cut(request, num_computed_tokens, *args, **options):
         if request.request_id.startswith("cut"):
-            num_computed_tokens = scheduler._question(request).start + 1
+            num_computed_tokens = scheduler._one_step(request).start + 1
         return original(request, num_computed_tokens, *args, **options)
 
     monkeypatch.setattr(scheduler, "_try_schedule_encoder_inputs", cut)
@@ -206,7 +206,7 @@ def test_an_id_that_is_used_again_while_its_step_is_in_flight(engine, monkeypatc
     assert outputs["twice"].outputs[0].finish_reason == "error"
     assert len(outputs["other"].outputs[0].token_ids) == GREEDY.max_tokens
     assert free_blocks(engine.llm) == all_free
-    assert not scheduler.undecided
+    assert not scheduler.awaiting_gates
     assert not scheduler.ended_in_flight
     monkeypatch.undo()
     engine.check(LONG, engine.llm.generate(LONG.to_vllm(engine.oracle), GREEDY, use_tqdm=False)[0])

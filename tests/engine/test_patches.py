@@ -16,14 +16,14 @@ HOOKS = """
 from vllm.model_executor.models import ModelRegistry
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_vtw import plugin
-from vllm_vtw.worker import v1
+from vllm_vtw.worker import runner_v1
 from vllm_vtw.kv import groups, spec
 from vllm_vtw.models import beam_search
 from vllm.entrypoints.generate.beam_search.utils import BeamSearchSequence
 from vllm.v1.core import kv_cache_utils
 for _ in range(2):
     plugin.register()
-    v1.install()
+    runner_v1.install()
     groups.install()
     beam_search.install()
 def hooked(function):

@@ -278,7 +278,7 @@ def test_what_did_not_come_through_the_processor_ends_with_an_error(
     oracle = reference(folder)
     too_long = next(ask for ask in SHAPES if ask.name == "several apart")
     with running(folder, written(tmp_path, SCHEDULES["two stages"]), max_num_batched_tokens=128) as llm:
-        admission = replace(getattr(llm.model_config, ADMISSION), longest_step=1 << 20)
+        admission = replace(getattr(llm.model_config, ADMISSION), max_step_tokens=1 << 20)
         monkeypatch.setattr(llm.model_config, ADMISSION, admission)
         output = llm.generate(too_long.to_vllm(oracle), GREEDY, use_tqdm=False)[0]
         assert output.outputs[0].finish_reason == "error"

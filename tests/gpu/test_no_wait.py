@@ -6,9 +6,9 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_vtw.retention import Retention
-from vllm_vtw.worker.buffers import Front, Slots
-from vllm_vtw.worker.plan import Batch, Rows
-from vllm_vtw.worker.step import CurrentStep
+from vllm_vtw.worker.buffers import SlotMapping, StepBuffer
+from vllm_vtw.worker.current_step import CurrentStep
+from vllm_vtw.worker.step_plan import Batch, BatchRetentions
 
 ROWS, BLOCKS, BLOCK_SIZE = 256, 8, 16
 
@@ -23,9 +23,12 @@ def waiting_fails():
 def test_decode(waiting_fails):
     device = torch.device("cuda")
     step = CurrentStep(1, device)
-    slots, seq_lens = Slots(ROWS, device), Front(torch.zeros(ROWS, dtype=torch.int32, device=device))
+    slots, seq_lens = (
+        SlotMapping(ROWS, device),
+        StepBuffer(torch.zeros(ROWS, dtype=torch.int32, device=device)),
+    )
     starts = np.arange(ROWS + 1)
-    first, second = (Rows.of([(Retention([(2, 2 + length)]),)] * ROWS) for length in (10, 20))
+    first, second = (BatchRetentions.of([(Retention([(2, 2 + length)]),)] * ROWS) for length in (10, 20))
     for rows, position in ((first, 60), (first, 61), (second, 70)):
         step.begin(Batch(rows, np.full(ROWS, position), starts))
         batch = CommonAttentionMetadata(
@@ -44,7 +47,7 @@ def test_decode(waiting_fails):
         (stage,) = step.stages
         assert stage is not None
         assert batch.positions is not None
-        stage.place(batch.positions)
+        stage.set_ranks(batch.positions)
         stage.write_slots(slots, batch, BLOCK_SIZE)
         stage.metadata(batch, seq_lens, slots)
     torch.cuda.set_sync_debug_mode("default")

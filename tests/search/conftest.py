@@ -11,19 +11,19 @@ from benchmarks.quality.tasks import TASKS
 from benchmarks.small_llava import SmallLlava
 from tests.search.command import SAMPLES, Ended, calibrate
 from vllm_vtw.search.checkpoint import read_config
-from vllm_vtw.search.model import Llava, Placement
+from vllm_vtw.search.model import HFModel, Placement
 
 
-def load_llava(folder: Path) -> Llava:
+def load_llava(folder: Path) -> HFModel:
     """On the CPU, in float32."""
     config = read_config(str(folder))
-    return Llava(str(folder), config, Placement.of("cpu", "float32", config))
+    return HFModel(str(folder), config, Placement.of("cpu", "float32", config))
 
 
 @pytest.fixture(scope="session")
-def llava(tmp_path_factory: pytest.TempPathFactory) -> Callable[[SmallLlava], Llava]:
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Callable[[SmallLlava], HFModel]:
     @functools.cache
-    def load(model: SmallLlava) -> Llava:
+    def load(model: SmallLlava) -> HFModel:
         return load_llava(model.save(tmp_path_factory.mktemp("model")))
 
     return load

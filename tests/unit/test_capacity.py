@@ -1,4 +1,4 @@
-"""Groups of layers and what requests take of them."""
+"""LayerGroups of layers and what requests take of them."""
 
 from itertools import product
 
@@ -6,7 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.strategies import Prompt
-from vllm_vtw.capacity import GROUPS_PER_STAGE, Groups, layers_per_group, visual_held, withdrawn_of_image
+from vllm_vtw.capacity import (
+    MAX_GROUPS_PER_STAGE,
+    LayerGroups,
+    layers_per_group,
+    visual_tokens_held,
+    withdrawn_per_image,
+)
 from vllm_vtw.policy import Policy, Stage
 
 
@@ -22,12 +28,12 @@ def policies(draw: st.DrawFn) -> tuple[Policy, int]:
 @given(policies())
 def test_every_layer_is_in_one_group_of_its_stage(given_policy):
     policy, num_layers = given_policy
-    groups = Groups.of(policy, num_layers)
+    groups = LayerGroups.of(policy, num_layers)
     for stage, segment in enumerate(policy.segments(num_layers)):
         sizes = [layers for of, layers in zip(groups.stages, groups.layers, strict=True) if of == stage]
         assert sum(sizes) == len(segment)
         assert max(sizes) - min(sizes) <= 1
-    assert len(groups.stages) <= GROUPS_PER_STAGE * max(2, len(policy.stages) + 1)
+    assert len(groups.stages) <= MAX_GROUPS_PER_STAGE * max(2, len(policy.stages) + 1)
     sizes = [len(segment) for segment in policy.segments(num_layers)]
     assert groups.width == layers_per_group(sizes, policy.keeps)
 
@@ -36,7 +42,7 @@ def test_every_layer_is_in_one_group_of_its_stage(given_policy):
 def test_no_other_split_takes_less(num_layers: int, data: st.DataObject):
     """For as many visual as other tokens, among all numbers of groups."""
     layer = data.draw(st.integers(1, num_layers - 1))
-    groups = Groups.of(Policy.withdraw_at(layer, num_layers), num_layers)
+    groups = LayerGroups.of(Policy.withdraw_at(layer, num_layers), num_layers)
 
     def taken(first: int, second: int) -> int:
         width = max(-(-layer // first), -(-(num_layers - layer) // second))
@@ -49,7 +55,7 @@ def test_no_other_split_takes_less(num_layers: int, data: st.DataObject):
 
 def test_known_splits():
     def split(layer: int, num_layers: int = 32) -> tuple[int, ...]:
-        return Groups.of(Policy.withdraw_at(layer, num_layers), num_layers).layers
+        return LayerGroups.of(Policy.withdraw_at(layer, num_layers), num_layers).layers
 
     assert split(16) == (16, 16)
     assert split(17) == (17, 15)
@@ -62,26 +68,26 @@ def test_known_splits():
 @given(st.integers(1, 100), st.sampled_from([1, 2, 8, 16]), st.integers(0, 40))
 def test_an_image_withdraws_at_least_what_is_said(tokens: int, align_to: int, start: int):
     retention = Prompt(start + tokens + 1, ((start, start + tokens),)).retention(align_to)
-    said = withdrawn_of_image(tokens, align_to)
+    said = withdrawn_per_image(tokens, align_to)
     assert said <= retention.num_withdrawn < said + 2 * align_to
 
 
 def test_where_padding_takes_more_than_withdrawal_saves():
     policies = {k: Policy.withdraw_at(k, 32) for k in range(1, 33)}
-    worse = [k for k, policy in policies.items() if Groups.of(policy, 32).takes_more_than_stock(policy)]
+    worse = [k for k, policy in policies.items() if LayerGroups.of(policy, 32).takes_more_than_stock(policy)]
     assert worse == [28, 29, 30, 31]
     keeps_most = Policy((Stage(8, 0.95), Stage(31, 0.9)))
-    assert Groups.of(keeps_most, 32).takes_more_than_stock(keeps_most)
+    assert LayerGroups.of(keeps_most, 32).takes_more_than_stock(keeps_most)
 
 
 def test_what_ranked_stages_hold():
     ranked = Policy((Stage(8, 0.5), Stage(16, 0.1), Stage(24, 0.0)))
-    assert visual_held(ranked, 3, 15, 1) == [45, 23, 5, 0]
-    assert visual_held(Policy.withdraw_at(8, 32), 3, 15, 4) == [45, 9]
-    assert Groups.of(ranked, 32).layers == (8, 8, 8, 8)
+    assert visual_tokens_held(ranked, 3, 15, 1) == [45, 23, 5, 0]
+    assert visual_tokens_held(Policy.withdraw_at(8, 32), 3, 15, 4) == [45, 9]
+    assert LayerGroups.of(ranked, 32).layers == (8, 8, 8, 8)
 
 
 def test_blocks_of_a_request():
-    groups = Groups.of(Policy.withdraw_at(24, 32), 32)
+    groups = LayerGroups.of(Policy.withdraw_at(24, 32), 32)
     assert groups.blocks([100, 30], block_size=16) == 3 * 7 + 2
     assert groups.padding_fraction == 0

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_vtw.config import Model, VTWConfig
+from vllm_vtw.config import ModelShape, VTWConfig
 from vllm_vtw.policy import Gate, Policy, Stage
 
-SMALL = Model("llava", "llama", 8, 64)
+SMALL = ModelShape("llava", "llama", 8, 64)
 POLICY = {
     "format": "vllm-vtw-policy/1",
     "model": {"model_type": "llava", "num_hidden_layers": 8, "hidden_size": 64},
@@ -25,7 +25,7 @@ RANKED = {
 }
 
 
-def parse(options: object, model: Model = SMALL, prefix_caching: bool = False) -> VTWConfig:
+def parse(options: object, model: ModelShape = SMALL, prefix_caching: bool = False) -> VTWConfig:
     return VTWConfig.parse(options, model, prefix_caching)
 
 
@@ -38,7 +38,7 @@ def test_layer_and_align():
 
 @pytest.mark.parametrize(("layers", "hidden", "published"), [(32, 4096, 16), (40, 5120, 20)])
 def test_published_layers(layers, hidden, published, logged):
-    config = parse({}, Model("llava", "llama", layers, hidden))
+    config = parse({}, ModelShape("llava", "llama", layers, hidden))
     assert config.policy == Policy.withdraw_at(published, layers)
     (said,) = logged
     assert said.levelname == "INFO"
@@ -152,7 +152,7 @@ def test_a_gated_policy(tmp_path):
     file.write_text(json.dumps(POLICY | {"gate": GATE}))
     config = parse({"policy": str(file)}, prefix_caching=True)
     assert config.policy.gate == Gate(str(tmp_path / "gates.safetensors"), "0" * 64, (0.5, 0.0))
-    assert config.policy.depends_on_question
+    assert config.policy.is_dynamic
     assert not config.align
     elsewhere = json.loads(json.dumps(config.resolved(SMALL)))
     assert parse(elsewhere, prefix_caching=True) == config

@@ -16,7 +16,7 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
 import vllm_vtw
 from vllm_vtw.kv.scheduler import VTWScheduler
-from vllm_vtw.models.admission import limited_processor
+from vllm_vtw.models.admission import admission_processor
 from vllm_vtw.worker.backend import stage_backend
 from vllm_vtw.worker.ranking import ranking_impl
 
@@ -24,7 +24,7 @@ BACKENDS = (CPUAttentionBackend, FlashAttentionBackend, TritonAttentionBackend)
 
 OVERRIDES = {
     "GatedWorker": {"execute_model", "sample_tokens"},
-    "LimitedProcessor": {"apply"},
+    "AdmissionProcessor": {"apply"},
     "RankingImpl": {"forward"},
     "StageAttention": {"get_attn_backend", "get_kv_cache_spec"},
     "StageBuilder": {"build", "get_cudagraph_support", "supports_update_block_table"},
@@ -51,7 +51,7 @@ OVERRIDES = {
         "schedule",
         "update_from_output",
     },
-    "WithExits": {"get_output"},
+    "OutputWithExits": {"get_output"},
     "WithdrawalMetrics": {"log_engine_initialized", "record"},
 }
 """What each class means to override. A name that is not here and is in a base is a fault: add it only where
@@ -67,7 +67,7 @@ def subclasses() -> dict[str, type]:
     """Every class of the plugin that subclasses one of vLLM's, those made at run time too."""
     made = [stage_backend(backend).get_builder_cls() for backend in BACKENDS]
     made += [ranking_impl(backend.get_impl_cls()) for backend in BACKENDS]
-    made.append(limited_processor(LlavaMultiModalProcessor))
+    made.append(admission_processor(LlavaMultiModalProcessor))
     for module in modules():
         made += [
             cls for _, cls in inspect.getmembers(module, inspect.isclass) if cls.__module__ == module.__name__
@@ -122,4 +122,4 @@ def test_what_the_base_assigns_to_itself_is_found():
     """`Scheduler.policy` is the scheduling policy. The plugin once kept its own under that name."""
     wrong = type("Wrong", (VTWScheduler,), {"policy": None, "__module__": "vllm_vtw.made_up"})
     assert reused(wrong) - reused(VTWScheduler) == {"policy"}
-    assert {"withdrawal", "running"} <= names(VTWScheduler)
+    assert {"withdrawal_policy", "running"} <= names(VTWScheduler)

@@ -14,7 +14,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_vtw import plugin
 from vllm_vtw.models import registry
-from vllm_vtw.worker import v1
+from vllm_vtw.worker import runner_v1
 
 
 @pytest.fixture
@@ -126,6 +126,6 @@ def test_a_changed_registry_refuses_vtw_and_serves_the_rest(bare):
 
 
 def test_a_changed_runner_is_not_hooked(monkeypatch):
-    monkeypatch.setattr(GPUModelRunner, v1.TARGET, lambda self, batch: None)
+    monkeypatch.setattr(GPUModelRunner, runner_v1.TARGET, lambda self, batch: None)
     with pytest.raises(RuntimeError, match=r"does not know this vLLM's GPUModelRunner\._build"):
-        v1.install()
+        runner_v1.install()

@@ -19,13 +19,13 @@ from vllm.engine.arg_utils import EngineArgs
 
 from benchmarks.quality.model import CHECKPOINT
 from tests.search.command import vtw
-from vllm_vtw.config import Model, VTWConfig
-from vllm_vtw.files import MOST_SHOWN, short
+from vllm_vtw.config import ModelShape, VTWConfig
+from vllm_vtw.files import MAX_SHOWN, shorten
 from vllm_vtw.gates import load_gates, new_gate, save_gates
-from vllm_vtw.policy import MOST_BYTES, Gate, Policy
+from vllm_vtw.policy import MAX_POLICY_BYTES, Gate, Policy
 
 HIDDEN, LAYERS = 16, (3, 5)
-MODEL = Model("llava", "llama", 8, HIDDEN)
+MODEL = ModelShape("llava", "llama", 8, HIDDEN)
 GATE = {"weights": "gates.safetensors", "sha256": "0" * 64, "thresholds": [0, 1.5]}
 GATED = {
     "format": "vllm-vtw-policy/1",
@@ -120,7 +120,7 @@ def test_files_that_are_none(tmp_path):
     assert "No such file" in refusal(tmp_path / "nothing")
     with (tmp_path / "huge").open("wb") as file:
         file.truncate(10 << 30)  # It takes no room on the disk.
-    assert f"it has {10 << 30} bytes, and may have {MOST_BYTES}" in refusal(tmp_path / "huge")
+    assert f"it has {10 << 30} bytes, and may have {MAX_POLICY_BYTES}" in refusal(tmp_path / "huge")
 
 
 @pytest.mark.parametrize("name", ["a\0b", "\ud800", "x" * 10_000, "a\nb"])
@@ -150,7 +150,7 @@ ANYTHING = st.recursive(
 
 @given(ANYTHING)
 def test_a_value_is_shown_in_one_short_line(value):
-    assert len(one_short_line(short(value))) <= MOST_SHOWN
+    assert len(one_short_line(shorten(value))) <= MAX_SHOWN
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -320,7 +320,7 @@ def test_a_command_ends_with_one_line(command, content, tmp_path):
     shape = json.loads(CHECKPOINT.joinpath("config.json").read_text())["text_config"]
     num_layers, hidden_size = shape["num_hidden_layers"], shape["hidden_size"]
     # Only what is broken is to be refused.
-    model = json.dumps(Model("llava", "llama", num_layers, hidden_size).as_dict()).encode()
+    model = json.dumps(ModelShape("llava", "llama", num_layers, hidden_size).as_dict()).encode()
     file.write_bytes(content.replace(json.dumps(MODEL.as_dict()).encode(), model))
     options = [f"--data={tmp_path / 'data.jsonl'}", f"--out={tmp_path / 'out'}"] if "eval" in command else []
     ended = vtw(*command.split(), str(CHECKPOINT), f"--policy={file}", *options)

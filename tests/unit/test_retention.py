@@ -10,7 +10,7 @@ from vllm.multimodal.inputs import PlaceholderRange
 
 from tests.unit.strategies import ALIGNMENTS, Prompt, prompts
 from vllm_vtw.policy import Gate, Policy, Stage
-from vllm_vtw.retention import decided, is_undecided, request_retentions, visual_spans
+from vllm_vtw.retention import after_exit, awaits_gates, request_retentions, visual_spans
 
 
 @given(prompts(), ALIGNMENTS, st.integers(0, 20))
@@ -28,17 +28,17 @@ def test_keep_masks(prompt: Prompt, align_to: int, data: st.DataObject):
     stop = data.draw(st.integers(0, prompt.length + 10))
     start = data.draw(st.integers(0, stop))
     held = set(prompt.held(stop, align_to))
-    mask = prompt.retention(align_to).keep(start, stop)
+    mask = prompt.retention(align_to).keep_mask(start, stop)
     assert mask.tolist() == [position in held for position in range(start, stop)]
 
 
 @given(prompts(), ALIGNMENTS)
-def test_where_it_settles(prompt: Prompt, align_to: int):
+def test_where_all_is_kept(prompt: Prompt, align_to: int):
     retention = prompt.retention(align_to)
     beyond = prompt.length + 5
-    assert retention.settled_at < prompt.length
+    assert retention.all_kept_from < prompt.length
     assert retention.num_withdrawn == beyond - len(prompt.held(beyond, align_to))
-    assert retention.keep(retention.settled_at, beyond).all()
+    assert retention.keep_mask(retention.all_kept_from, beyond).all()
 
 
 @given(prompts(), ALIGNMENTS, st.lists(st.booleans(), max_size=4))
@@ -64,9 +64,9 @@ def test_all_is_shareable_where_keeping_the_last_token_changes_nothing(prompt: P
 
 
 def test_the_last_prompt_token_stays():
-    assert Prompt(8, ((0, 8),)).retention(1).keep(0, 8).tolist() == [False] * 7 + [True]
+    assert Prompt(8, ((0, 8),)).retention(1).keep_mask(0, 8).tolist() == [False] * 7 + [True]
     # With whole blocks, its block stays with it.
-    assert Prompt(8, ((0, 8),)).retention(4).keep(0, 8).tolist() == [False] * 4 + [True] * 4
+    assert Prompt(8, ((0, 8),)).retention(4).keep_mask(0, 8).tolist() == [False] * 4 + [True] * 4
 
 
 def test_a_block_across_two_touching_pictures_leaves():
@@ -91,30 +91,28 @@ def test_every_stage_past_the_first_has_a_retention():
     features = [feature("image", 2, 4)]
     assert request_retentions(Policy(()), features, 10, 1) == ()
     (only,) = request_retentions(Policy.withdraw_at(4, 8), features, 10, 1)
-    assert only.keep(0, 10).tolist() == [True] * 2 + [False] * 4 + [True] * 4
+    assert only.keep_mask(0, 10).tolist() == [True] * 2 + [False] * 4 + [True] * 4
 
 
 @given(prompts(), st.integers(1, 4), st.data())
-def test_gated_stages_hold_everything_until_it_is_decided(prompt: Prompt, stages: int, data: st.DataObject):
+def test_gated_stages_hold_everything_until_gates_decide(prompt: Prompt, stages: int, data: st.DataObject):
     gate = Gate("gates.safetensors", "", (0.0,) * stages)
     policy = Policy(tuple(Stage(layer, 0.0) for layer in range(1, stages + 1)), gate)
     features = [feature("image", start, stop - start) for start, stop in prompt.spans]
-    undecided = request_retentions(policy, features, prompt.length, 16)
+    before = request_retentions(policy, features, prompt.length, 16)
     for length in (prompt.length, prompt.length + 5):
-        assert [retention.count(length) for retention in undecided] == [length] * stages
+        assert [retention.count(length) for retention in before] == [length] * stages
     held = prompt.held(prompt.length, 1)
     visual = {position for span in prompt.spans for position in range(*span)}
-    assert is_undecided(undecided) == (
-        len(held) < prompt.length and not {*range(prompt.length)[-2:]} & visual
-    )
-    if not is_undecided(undecided):
+    assert awaits_gates(before) == (len(held) < prompt.length and not {*range(prompt.length)[-2:]} & visual)
+    if not awaits_gates(before):
         return
-    exit_stage = data.draw(st.integers(1, stages + 1))
-    retentions = decided(undecided, exit_stage)
-    assert not is_undecided(retentions)
+    exit_stage = data.draw(st.none() | st.integers(1, stages))
+    retentions = after_exit(before, exit_stage)
+    assert not awaits_gates(retentions)
     for stage, retention in enumerate(retentions, 1):
-        kept = held if stage >= exit_stage else list(range(prompt.length))
-        assert np.flatnonzero(retention.keep(0, prompt.length)).tolist() == kept
+        kept = held if exit_stage is not None and stage >= exit_stage else list(range(prompt.length))
+        assert np.flatnonzero(retention.keep_mask(0, prompt.length)).tolist() == kept
         assert retention.count(prompt.length + 7) == len(kept) + 7
         # What the text before the first picture was made into does not depend on the question.
         assert retention.shareable == prompt.spans[0][0]
@@ -132,14 +130,14 @@ def test_ranked_stages_promise_a_number(prompt: Prompt, keeps: list[float]):
         assert retention.num_withdrawn == leaving - stage.kept(leaving) >= before
         before = retention.num_withdrawn
         if not leaving:
-            assert retention.question is None
+            assert retention.one_step is None
             continue
-        question = retention.question
-        assert question is not None
-        assert (question.start, question.stop) == (prompt.spans[0][0], prompt.length)
-        assert sum(stop - start for start, stop in question.candidates) == leaving
+        one_step = retention.one_step
+        assert one_step is not None
+        assert (one_step.start, one_step.stop) == (prompt.spans[0][0], prompt.length)
+        assert sum(stop - start for start, stop in one_step.candidates) == leaving
         # No step ends between the first picture and the end, and no other request shares what is there.
-        assert retention.shareable == question.start
-        assert retention.count(question.start) == question.start
+        assert retention.shareable == one_step.start
+        assert retention.count(one_step.start) == one_step.start
         for generated in (0, 7):
             assert retention.count(prompt.length + generated) == prompt.length + generated - before

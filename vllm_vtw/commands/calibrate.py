@@ -3,8 +3,15 @@
 import argparse
 from typing import Any
 
-from vllm_vtw.commands.results import leave
-from vllm_vtw.commands.samples import Subject, add_budget, add_options, bound, collected, enough
+from vllm_vtw.commands.results import save_results
+from vllm_vtw.commands.setup import (
+    SearchSetup,
+    add_budget,
+    add_options,
+    bound,
+    collect_samples,
+    require_samples,
+)
 from vllm_vtw.policy import Policy
 from vllm_vtw.search.reports.summary import notes, table
 from vllm_vtw.search.vtw.criteria import FIRST_LAYER, default_eta
@@ -76,41 +83,41 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
     criterion = arguments.criterion
     found = result["layer"][criterion] is not None
     policy = policy_file(result, criterion) if found else None
-    leave(arguments, result, policy, report.html, table(result), f", by the {criterion} criterion")
+    save_results(arguments, result, policy, report.html, table(result), f", by the {criterion} criterion")
 
 
 def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `result.json` has."""
-    from vllm_vtw.search.data.draw import drawn
-    from vllm_vtw.search.model import MODEL_TYPES, Llava
+    from vllm_vtw.search.data.draw import draw_samples
+    from vllm_vtw.search.model import MODEL_TYPES, HFModel
     from vllm_vtw.search.vtw import calibration
-    from vllm_vtw.search.vtw.progress import Progress, Settings
+    from vllm_vtw.search.vtw.journal import CalibrationJournal, CalibrationSettings
 
-    subject = Subject.of(arguments, MODEL_TYPES)
-    model = subject.model
-    skipped = subject.skipped
-    layers = values_of_layer(arguments.layers, model.num_hidden_layers)
-    settings = Settings(**subject.settings, layers=layers)
-    progress = Progress(arguments.out, settings, arguments.resume)
-    llava = Llava(arguments.model, subject.config, subject.placement)
-    order = drawn(subject.data.samples, arguments.seed)
-    outcomes = calibration.measure(llava, order, arguments.limit, settings, progress)
+    setup = SearchSetup.of(arguments, MODEL_TYPES)
+    shape = setup.shape
+    skipped = setup.skipped
+    layers = values_of_layer(arguments.layers, shape.num_hidden_layers)
+    settings = CalibrationSettings(**setup.settings, layers=layers)
+    progress = CalibrationJournal(arguments.out, settings, arguments.resume)
+    model = HFModel(arguments.model, setup.config, setup.placement)
+    order = draw_samples(setup.data.samples, arguments.seed)
+    outcomes = calibration.measure(model, order, arguments.limit, settings, progress)
     try:
-        measured = collected(outcomes, min(arguments.limit, len(order)), "calibrating", skipped)
+        measured = collect_samples(outcomes, min(arguments.limit, len(order)), "calibrating", skipped)
     except KeyboardInterrupt:
         kept = f"{len(progress.measured)} samples are kept in {arguments.out}"
         raise KeyboardInterrupt(f"{kept}: the same command with --resume goes on") from None
-    enough(len(measured), arguments.data)
+    require_samples(len(measured), arguments.data)
     eta = (
-        default_eta(model, subject.config.get_text_config().vocab_size)
+        default_eta(shape, setup.config.get_text_config().vocab_size)
         if arguments.eta is None
         else arguments.eta
     )
     budget = calibration.Budget(eta, arguments.max_answer_kl, arguments.max_token_change)
-    result = calibration.result(model, llava, settings, measured, budget)
+    result = calibration.result(shape, model, settings, measured, budget)
     result["skipped"] = skipped
-    unseen = subject.tasks - result["tasks"].keys()
-    result["notes"] = notes(result, arguments.criterion, unseen) + llava.prompts.notes
+    unseen = setup.tasks - result["tasks"].keys()
+    result["notes"] = notes(result, arguments.criterion, unseen) + model.prompts.notes
     return result
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from vllm_vtw.plugin import SUPPORTED_VLLM
 
-MOST_OF_AN_ERROR = 300
+MAX_ERROR_SHOWN = 300
 ARCHITECTURE = "LlavaForConditionalGeneration"
 
 
@@ -70,7 +70,7 @@ def findings() -> Iterator[Finding]:
             try:
                 finding = probe()
             except Exception as error:  # whatever vLLM raises is what the user has to see
-                said = " ".join(str(error).split())[:MOST_OF_AN_ERROR]
+                said = " ".join(str(error).split())[:MAX_ERROR_SHOWN]
                 finding = Finding(f"{probe.__doc__}: {type(error).__name__}: {said}", remedy=_settings())
             yield finding
             if finding.remedy:
@@ -193,7 +193,7 @@ def _engine() -> Finding:
     from vllm.v1.attention.selector import get_attn_backend
 
     from vllm_vtw.kv import groups
-    from vllm_vtw.worker import v1
+    from vllm_vtw.worker import runner_v1
     from vllm_vtw.worker.backend import BACKENDS
 
     # LLaVA-1.5-7B's: all that transformers has as defaults.
@@ -203,11 +203,11 @@ def _engine() -> Finding:
         config = EngineArgs(model=folder, model_impl="vtw", skip_tokenizer_init=True).create_engine_config()
     groups.install()
     if config.use_v2_model_runner:
-        import vllm_vtw.worker.v2  # noqa: F401 - of a vLLM that changed, this fails
+        import vllm_vtw.worker.runner_v2  # noqa: F401 - of a vLLM that changed, this fails
 
         runner = "V2"
     else:
-        v1.install()
+        runner_v1.install()
         runner = "V1"
     with set_current_vllm_config(config):
         head_size = config.model_config.get_head_size()

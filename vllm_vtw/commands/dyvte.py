@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_vtw.commands.calibrate import values_of_layer
-from vllm_vtw.commands.results import leave, write
-from vllm_vtw.commands.samples import Subject, add_options, bound, collected, count, enough
-from vllm_vtw.files import short
+from vllm_vtw.commands.results import save_results, write_report
+from vllm_vtw.commands.setup import SearchSetup, add_options, bound, collect_samples, count, require_samples
+from vllm_vtw.files import shorten
 from vllm_vtw.policy import Gate, Policy, Stage, read_json
 
 if TYPE_CHECKING:
-    from vllm_vtw.search.dyvte.exits import Exits, Store
-    from vllm_vtw.search.model import Llava
+    from vllm_vtw.search.dyvte.exits import ExitStore, SampleExits
+    from vllm_vtw.search.model import HFModel
 
 WEIGHTS = "gates.safetensors"
 PUBLISHED_RATE = 4e-5
@@ -95,22 +95,24 @@ def _train(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from vllm_vtw.gates import save_gates
-    from vllm_vtw.search.dyvte.exits import Store
-    from vllm_vtw.search.dyvte.training import Settings, held_out, train
+    from vllm_vtw.search.dyvte.exits import ExitStore
+    from vllm_vtw.search.dyvte.training import TrainingSettings, held_out, train
     from vllm_vtw.search.model import MODEL_TYPES
     from vllm_vtw.search.reports import dyvte as dyvte_report
 
-    subject = Subject.of(arguments, MODEL_TYPES)
-    model = subject.model
-    layers = default_layers(model.num_hidden_layers)
+    setup = SearchSetup.of(arguments, MODEL_TYPES)
+    shape = setup.shape
+    layers = default_layers(shape.num_hidden_layers)
     if arguments.layers is not None:
-        layers = values_of_layer(arguments.layers, model.num_hidden_layers)
-    kept = subject.settings | {"layers": layers}
-    store = Store(arguments.out, kept, model.hidden_size, with_answers=False, resume=arguments.resume)
-    llava, seen, skipped = _looked_at(arguments, subject, layers, store)
-    of_prompts = llava.prompts.notes
-    del llava  # gates may need its room
-    settings = Settings(arguments.epochs, arguments.learning_rate, arguments.batch_size, arguments.seed)
+        layers = values_of_layer(arguments.layers, shape.num_hidden_layers)
+    kept = setup.settings | {"layers": layers}
+    store = ExitStore(arguments.out, kept, shape.hidden_size, with_answers=False, resume=arguments.resume)
+    model, seen, skipped = _looked_at(arguments, setup, layers, store)
+    of_prompts = model.prompts.notes
+    del model  # gates may need its room
+    settings = TrainingSettings(
+        arguments.epochs, arguments.learning_rate, arguments.batch_size, arguments.seed
+    )
     of = kept | _samples(seen)
     checkpoint = arguments.out / "training.pt"
     labels = np.array([one.may_leave for one in seen], dtype=np.int64)
@@ -121,14 +123,14 @@ def _train(arguments: argparse.Namespace) -> None:
             settings,
             checkpoint,
             of,
-            subject.placement.device,
+            setup.placement.device,
             lambda ended: bar.update(ended - bar.n),
         )
     out = held_out(len(seen), settings.seed)
     tasks = _tasks(seen)
     result = {
         "method": "dyvte",
-        "model": model.as_dict(),
+        "model": shape.as_dict(),
         "made": {"when": datetime.now(UTC).isoformat(timespec="seconds"), **of, **asdict(settings)},
         "tasks": tasks,
         "layers": layers,
@@ -141,44 +143,44 @@ def _train(arguments: argparse.Namespace) -> None:
         "curves": trained.curves,
         "skipped": skipped,
     }
-    result["notes"] = dyvte_report.notes(result, subject.tasks - tasks.keys()) + of_prompts
+    result["notes"] = dyvte_report.notes(result, setup.tasks - tasks.keys()) + of_prompts
     sha256 = save_gates(dict(zip(layers, trained.gates, strict=True)), arguments.out / WEIGHTS)
     policy = Policy(tuple(Stage(layer, 0.0) for layer in layers), Gate(WEIGHTS, sha256, (0.0,) * len(layers)))
     content = policy.to_file(result["model"]) | {"training": result["made"]}
     checkpoint.unlink()
-    leave(arguments, result, content, dyvte_report.html, dyvte_report.table(result))
+    save_results(arguments, result, content, dyvte_report.html, dyvte_report.table(result))
 
 
 def _eval(arguments: argparse.Namespace) -> None:
     import torch
 
-    from vllm_vtw.gates import load_gates, margins
-    from vllm_vtw.search.dyvte.exits import Store
-    from vllm_vtw.search.dyvte.gated import evaluated
+    from vllm_vtw.gates import leave_margins, load_gates
+    from vllm_vtw.search.dyvte.evaluation import evaluate_gates
+    from vllm_vtw.search.dyvte.exits import ExitStore
     from vllm_vtw.search.model import MODEL_TYPES
-    from vllm_vtw.search.price import Price, Request
+    from vllm_vtw.search.price import Price, RequestTokens
     from vllm_vtw.search.reports import dyvte as dyvte_report
 
-    subject = Subject.of(arguments, MODEL_TYPES)
-    model = subject.model
-    policy, learned_from = _gated(arguments.policy, model.as_dict())
+    setup = SearchSetup.of(arguments, MODEL_TYPES)
+    shape = setup.shape
+    policy, learned_from = _gated(arguments.policy, shape.as_dict())
     assert policy.gate is not None
     layers = [stage.layer for stage in policy.stages]
-    gates = load_gates(policy.gate, layers, model.hidden_size)
-    kept = subject.settings | {"layers": layers}
-    store = Store(arguments.out, kept, model.hidden_size, with_answers=True, resume=arguments.resume)
-    llava, seen, skipped = _looked_at(arguments, subject, layers, store)
+    gates = load_gates(policy.gate, layers, shape.hidden_size)
+    kept = setup.settings | {"layers": layers}
+    store = ExitStore(arguments.out, kept, shape.hidden_size, with_answers=True, resume=arguments.resume)
+    model, seen, skipped = _looked_at(arguments, setup, layers, store)
     read = torch.from_numpy(store.features(seen))
-    found = torch.stack([margins(gate, read[:, at]) for at, gate in enumerate(gates)], 1).numpy()
+    found = torch.stack([leave_margins(gate, read[:, at]) for at, gate in enumerate(gates)], 1).numpy()
 
-    def price(one: "Exits") -> Price:
-        request = Request(one.visual_tokens, one.text_tokens, one.output_tokens)
-        return Price(model.num_hidden_layers, llava.layer_parameters, model.hidden_size, request)
+    def price(one: "SampleExits") -> Price:
+        request = RequestTokens(one.visual_tokens, one.text_tokens, one.output_tokens)
+        return Price(shape.num_hidden_layers, model.layer_parameters, shape.hidden_size, request)
 
     tasks = _tasks(seen)
     result = {
         "method": "dyvte",
-        "model": model.as_dict(),
+        "model": shape.as_dict(),
         "made": {
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
             **kept,
@@ -188,14 +190,14 @@ def _eval(arguments: argparse.Namespace) -> None:
         },
         "tasks": tasks,
         "layers": layers,
-        "rows": evaluated(seen, found, policy, price, model.num_hidden_layers, arguments.thresholds),
+        "rows": evaluate_gates(seen, found, policy, price, shape.num_hidden_layers, arguments.thresholds),
         "skipped": skipped,
     }
     notes = dyvte_report.notes_of_evaluation(
-        result, subject.tasks - tasks.keys(), learned_from == subject.data.sha256
+        result, setup.tasks - tasks.keys(), learned_from == setup.data.sha256
     )
-    result["notes"] = notes = notes + llava.prompts.notes
-    write(
+    result["notes"] = notes = notes + model.prompts.notes
+    write_report(
         arguments,
         result,
         dyvte_report.evaluation_html(result),
@@ -209,35 +211,35 @@ def _gated(file: Path, model: dict[str, Any]) -> tuple[Policy, Any]:
         policy = Policy.read(file, model)
         training = read_json(file).get("training")
     except ValueError as error:
-        raise ValueError(f"--policy {short(str(file))}: {error}") from error
+        raise ValueError(f"--policy {shorten(str(file))}: {error}") from error
     if policy.gate is None:
-        raise ValueError(f"--policy {short(str(file))} has no gates: `vtw dyvte train` makes them")
+        raise ValueError(f"--policy {shorten(str(file))} has no gates: `vtw dyvte train` makes them")
     return policy, training.get("data_sha256") if isinstance(training, dict) else None
 
 
 def _looked_at(
-    arguments: argparse.Namespace, subject: Subject, layers: list[int], store: "Store"
-) -> "tuple[Llava, list[Exits], list[str]]":
+    arguments: argparse.Namespace, setup: SearchSetup, layers: list[int], store: "ExitStore"
+) -> "tuple[HFModel, list[SampleExits], list[str]]":
     """The model, what was seen of samples, and the bad ones."""
-    from vllm_vtw.search.data.draw import drawn
-    from vllm_vtw.search.dyvte.exits import look
-    from vllm_vtw.search.model import Llava
+    from vllm_vtw.search.data.draw import draw_samples
+    from vllm_vtw.search.dyvte.exits import collect_exits
+    from vllm_vtw.search.model import HFModel
 
-    llava = Llava(arguments.model, subject.config, subject.placement)
-    order = drawn(subject.data.samples, arguments.seed)
-    skipped = subject.skipped
-    outcomes = look(llava, order, arguments.limit, layers, arguments.max_tokens, store)
-    seen = collected(outcomes, min(arguments.limit, len(order)), "answering", skipped)
-    enough(len(seen), arguments.data)
-    return llava, seen, skipped
+    model = HFModel(arguments.model, setup.config, setup.placement)
+    order = draw_samples(setup.data.samples, arguments.seed)
+    skipped = setup.skipped
+    outcomes = collect_exits(model, order, arguments.limit, layers, arguments.max_tokens, store)
+    seen = collect_samples(outcomes, min(arguments.limit, len(order)), "answering", skipped)
+    require_samples(len(seen), arguments.data)
+    return model, seen, skipped
 
 
-def _samples(seen: "list[Exits]") -> dict[str, Any]:
+def _samples(seen: "list[SampleExits]") -> dict[str, Any]:
     inputs = "".join(one.inputs_sha256 for one in seen)
     return {"samples": len(seen), "samples_sha256": hashlib.sha256(inputs.encode()).hexdigest()}
 
 
-def _tasks(seen: "list[Exits]") -> dict[str, dict[str, int]]:
+def _tasks(seen: "list[SampleExits]") -> dict[str, dict[str, int]]:
     """By task, how many samples and tokens, and how many answers were cut."""
     tasks = sorted({one.task for one in seen})
     of_task = {task: [one for one in seen if one.task == task] for task in tasks}

@@ -5,7 +5,7 @@ import json
 import re
 from typing import Any
 
-from vllm_vtw.capacity import Groups, visual_held
+from vllm_vtw.capacity import LayerGroups, visual_tokens_held
 from vllm_vtw.config import SERVED_MODEL_TYPES, VTWConfig
 from vllm_vtw.search.checkpoint import VISION_TOWERS, read_config, supported_model
 
@@ -119,14 +119,16 @@ def plan(
     tokens_per_image = _tokens_per_image(hf_config)
     num_layers = model.num_hidden_layers
     config = VTWConfig.parse(vtw, model, prefix_caching)
-    groups = Groups.of(config.policy, num_layers)
+    groups = LayerGroups.of(config.policy, num_layers)
     align_to = config.align_to(block_size)
     num_tokens = text_tokens + images * tokens_per_image + output_tokens
     if num_tokens == 0:
         raise ValueError("a request of no tokens takes nothing: give it text, an image or an answer")
     of_text = text_tokens + output_tokens
-    held = [of_text + visual for visual in visual_held(config.policy, images, tokens_per_image, align_to)]
-    kept_of_image = visual_held(config.policy, 1, tokens_per_image, align_to)
+    held = [
+        of_text + visual for visual in visual_tokens_held(config.policy, images, tokens_per_image, align_to)
+    ]
+    kept_of_image = visual_tokens_held(config.policy, 1, tokens_per_image, align_to)
 
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     layer_token = 2 * text.num_key_value_heads * head_size * bytes_per_value
@@ -141,8 +143,9 @@ def plan(
     fit = {side: max(0, kv_memory // block_bytes[side] - 1) // blocks[side] for side in blocks}
     exits = []
     if config.policy.gate is not None:
-        for stage, layer in enumerate([*(stage.layer for stage in config.policy.stages), num_layers], 1):
-            visual = visual_held(config.policy, images, tokens_per_image, align_to, stage)
+        layers = [stage.layer for stage in config.policy.stages]
+        for stage, layer in [*enumerate(layers, 1), (None, num_layers)]:
+            visual = visual_tokens_held(config.policy, images, tokens_per_image, align_to, stage)
             taken = groups.blocks([of_text + tokens for tokens in visual], block_size) * block_bytes["vtw"]
             exits.append({"layer": layer, "kv_bytes_per_request": taken, "kv_ratio": taken / needed["stock"]})
     return {

@@ -11,7 +11,7 @@ from typing import Any
 from vllm_vtw.config import SERVED_MODEL_TYPES
 
 
-def leave(
+def save_results(
     arguments: argparse.Namespace,
     result: dict[str, Any],
     policy: dict[str, Any] | None,
@@ -36,7 +36,7 @@ def leave(
         file.write_text(_json(policy) + "\n")
         if result["model"]["model_type"] in SERVED_MODEL_TYPES:
             command = serve_command(arguments.model, file)
-    write(arguments, result, html(result, command), [*table, "", *result["notes"]])
+    write_report(arguments, result, html(result, command), [*table, "", *result["notes"]])
     if not arguments.json:
         if policy is not None:
             print(f"Policy file: {file}{policy_by}")
@@ -46,7 +46,9 @@ def leave(
         sys.exit(1)
 
 
-def write(arguments: argparse.Namespace, result: dict[str, Any], html: str, lines: Sequence[str]) -> None:
+def write_report(
+    arguments: argparse.Namespace, result: dict[str, Any], html: str, lines: Sequence[str]
+) -> None:
     """Writes `result.json` and `report.html`, and prints the first, or what it says in lines."""
     page = arguments.out / "report.html"
     (arguments.out / "result.json").write_text(_json(result) + "\n")

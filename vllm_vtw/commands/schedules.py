@@ -8,20 +8,28 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_vtw.commands.results import leave
-from vllm_vtw.commands.samples import Subject, add_budget, add_options, collected, count, enough, share
+from vllm_vtw.commands.results import save_results
+from vllm_vtw.commands.setup import (
+    SearchSetup,
+    add_budget,
+    add_options,
+    collect_samples,
+    count,
+    require_samples,
+    share,
+)
 from vllm_vtw.policy import Policy
 
 if TYPE_CHECKING:
     from vllm_vtw.search.data.sample import Skipped
     from vllm_vtw.search.divergence import Curve
-    from vllm_vtw.search.model import Llava
-    from vllm_vtw.search.price import Price, Request
-    from vllm_vtw.search.schedules.effect import Asked
+    from vllm_vtw.search.model import HFModel
+    from vllm_vtw.search.price import Price, RequestTokens
+    from vllm_vtw.search.schedules.samples import SampleAtLayer
 
 
 @dataclass
-class Answers:
+class FullAnswers:
     """The full model's answers.
 
     Attributes:
@@ -32,8 +40,8 @@ class Answers:
         skipped: Bad samples, and why.
     """
 
-    asked: "list[Asked]"
-    request: "Request"
+    asked: "list[SampleAtLayer]"
+    request: "RequestTokens"
     digest: str
     tasks: dict[str, dict[str, int]]
     skipped: list[str]
@@ -45,7 +53,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """A searched schedule.
 
     Attributes:
@@ -59,7 +67,7 @@ class Found:
     told: dict[str, Any] = field(default_factory=dict)
 
 
-Search = Callable[["Llava", Answers, "Price"], Found]
+Search = Callable[["HFModel", FullAnswers, "Price"], SearchResult]
 Prepare = Callable[[argparse.Namespace, dict[str, Any]], Search]
 """Of options and the settings that what is resumed has to have been searched with: refuses before the model
 is loaded."""
@@ -126,30 +134,30 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, prepare
         )
     told = {key: result[key] for key in ("method", "made", "keeps")}
     content = policy.to_file(result["model"]) | {"search": told} if policy.stages else None
-    leave(arguments, result, content, schedule_report.html, schedule_report.table(result))
+    save_results(arguments, result, content, schedule_report.html, schedule_report.table(result))
 
 
 def _searched(method: str, arguments: argparse.Namespace, prepare: Prepare) -> tuple[dict[str, Any], Policy]:
     """What `result.json` has, and the policy."""
     from tqdm import tqdm
 
-    from vllm_vtw.search.model import MODEL_TYPES, Llava
+    from vllm_vtw.search.model import MODEL_TYPES, HFModel
     from vllm_vtw.search.price import Price
     from vllm_vtw.search.reports.schedules import notes
-    from vllm_vtw.search.schedules.effect import effect
-    from vllm_vtw.search.schedules.rivals import rivals
+    from vllm_vtw.search.schedules.baselines import baselines
+    from vllm_vtw.search.schedules.samples import divergence_by_task
     from vllm_vtw.search.schedules.schedule import of_policy
 
-    subject = Subject.of(arguments, MODEL_TYPES)
-    num_layers = subject.model.num_hidden_layers
-    search = prepare(arguments, subject.settings)
-    llava = Llava(arguments.model, subject.config, subject.placement)
-    answers = _answers(llava, subject, arguments)
-    price = Price(num_layers, llava.layer_parameters, subject.model.hidden_size, answers.request)
-    found = search(llava, answers, price)
+    setup = SearchSetup.of(arguments, MODEL_TYPES)
+    num_layers = setup.shape.num_hidden_layers
+    search = prepare(arguments, setup.settings)
+    model = HFModel(arguments.model, setup.config, setup.placement)
+    answers = _answers(model, setup, arguments)
+    price = Price(num_layers, model.layer_parameters, setup.shape.hidden_size, answers.request)
+    found = search(model, answers, price)
 
     def looked_at(one: Policy) -> dict[str, Any]:
-        curves = effect(llava, answers.asked, 0, of_policy(one, num_layers))
+        curves = divergence_by_task(model, answers.asked, 0, of_policy(one, num_layers))
         return {
             "stages": one.to_file({})["stages"],
             "prefill_flops_share": price.flops_share(one),
@@ -159,13 +167,13 @@ def _searched(method: str, arguments: argparse.Namespace, prepare: Prepare) -> t
 
     by_memory = method == "psigmoid" and arguments.kv_budget is not None
     same = price.kv_share if by_memory else price.flops_share
-    beside = {method: found.policy, **rivals(found.policy, num_layers, same)}
+    beside = {method: found.policy, **baselines(found.policy, num_layers, same)}
     result = {
         "method": method,
-        "model": subject.model.as_dict(),
+        "model": setup.shape.as_dict(),
         "made": {
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
-            **subject.settings,
+            **setup.settings,
             **answers.samples,
             **found.told,
         },
@@ -178,35 +186,35 @@ def _searched(method: str, arguments: argparse.Namespace, prepare: Prepare) -> t
         },
         "skipped": answers.skipped,
     }
-    result["notes"] = notes(result, subject.tasks - answers.tasks.keys()) + llava.prompts.notes
+    result["notes"] = notes(result, setup.tasks - answers.tasks.keys()) + model.prompts.notes
     return result, found.policy
 
 
-def _answers(llava: "Llava", subject: Subject, arguments: argparse.Namespace) -> Answers:
-    from vllm_vtw.search.data.draw import drawn
+def _answers(model: "HFModel", setup: SearchSetup, arguments: argparse.Namespace) -> FullAnswers:
+    from vllm_vtw.search.data.draw import draw_samples
     from vllm_vtw.search.data.sample import BadSampleError, Skipped
-    from vllm_vtw.search.price import Request
-    from vllm_vtw.search.schedules.effect import Asked
-    from vllm_vtw.search.seen import inputs_digest
+    from vllm_vtw.search.price import RequestTokens
+    from vllm_vtw.search.resume import inputs_digest
+    from vllm_vtw.search.schedules.samples import SampleAtLayer
 
-    order = drawn(subject.data.samples, arguments.seed)
+    order = draw_samples(setup.data.samples, arguments.seed)
     tasks: dict[str, dict[str, int]] = {}
     text = output = 0
     digest = hashlib.sha256()
 
-    def answer() -> "Iterator[Skipped | Asked]":
+    def answer() -> "Iterator[Skipped | SampleAtLayer]":
         nonlocal text, output
         good = 0
         for sample in order:
             if good == arguments.limit:
                 return
             try:
-                inputs = llava.encode(sample, arguments.max_tokens)
+                inputs = model.encode(sample, arguments.max_tokens)
             except BadSampleError as error:
                 yield Skipped(sample.where, error)
                 continue
             good += 1
-            answered = llava.answer(inputs, arguments.max_tokens)
+            answered = model.answer(inputs, arguments.max_tokens)
             digest.update(inputs_digest(inputs).encode())
             text += answered.text_tokens
             output += len(answered.tokens)
@@ -214,14 +222,14 @@ def _answers(llava: "Llava", subject: Subject, arguments: argparse.Namespace) ->
             counts["samples"] += 1
             counts["tokens"] += len(answered.tokens)
             counts["cut"] += answered.cut
-            yield Asked.of(llava, sample.task, answered)
+            yield SampleAtLayer.of(model, sample.task, answered)
 
-    skipped = subject.skipped
-    asked = collected(answer(), min(arguments.limit, len(order)), "answering", skipped)
-    enough(len(asked), arguments.data)
+    skipped = setup.skipped
+    asked = collect_samples(answer(), min(arguments.limit, len(order)), "answering", skipped)
+    require_samples(len(asked), arguments.data)
     visual = sum(one.visual_tokens for one in asked)
-    request = Request(visual / len(asked), text / len(asked), output / len(asked))
-    return Answers(asked, request, digest.hexdigest(), dict(sorted(tasks.items())), skipped)
+    request = RequestTokens(visual / len(asked), text / len(asked), output / len(asked))
+    return FullAnswers(asked, request, digest.hexdigest(), dict(sorted(tasks.items())), skipped)
 
 
 def _g_search(arguments: argparse.Namespace, settings: dict[str, Any]) -> Search:
@@ -238,18 +246,18 @@ def _g_search(arguments: argparse.Namespace, settings: dict[str, Any]) -> Search
     def within(curves: "Mapping[str, Curve]") -> bool:
         return all(curve.within(*budget.values()) for curve in curves.values())
 
-    def search(llava: "Llava", answers: Answers, price: "Price") -> Found:
+    def search(model: "HFModel", answers: FullAnswers, price: "Price") -> SearchResult:
         journal.begin(answers.samples)
         before = [line["keep"] for line in journal.found[1:]]
         keeps = list(before)
         every = range(FIRST_LAYER, price.num_layers)
         with tqdm(total=price.num_layers, initial=len(before), unit="layer", desc="searching") as bar:
-            for keep in g_search(llava, answers.asked, within, every, before):
+            for keep in g_search(model, answers.asked, within, every, before):
                 journal.add({"layer": len(keeps), "keep": keep})
                 keeps.append(keep)
                 bar.update()
-        policy = staged(llava, answers.asked, within, keeps, arguments.max_stages, price)
-        return Found(keeps, policy, told | {"max_stages": arguments.max_stages})
+        policy = staged(model, answers.asked, within, keeps, arguments.max_stages, price)
+        return SearchResult(keeps, policy, told | {"max_stages": arguments.max_stages})
 
     return search
 
@@ -258,8 +266,8 @@ def _p_sigmoid(arguments: argparse.Namespace, settings: dict[str, Any]) -> Searc
     from tqdm import tqdm
 
     from vllm_vtw.search.journal import Journal
-    from vllm_vtw.search.schedules.effect import effect
     from vllm_vtw.search.schedules.psigmoid import affordable, cheapest, p_sigmoid
+    from vllm_vtw.search.schedules.samples import divergence_by_task
     from vllm_vtw.search.schedules.schedule import of_policy
 
     told = {name: getattr(arguments, name) for name in ("budget", "kv_budget", "max_stages")}
@@ -268,7 +276,7 @@ def _p_sigmoid(arguments: argparse.Namespace, settings: dict[str, Any]) -> Searc
     journal = Journal(arguments.out / "psigmoid.jsonl", "P-Sigmoid", settings | told, arguments.resume)
     storage: Path = arguments.out / "optuna.journal"
 
-    def search(llava: "Llava", answers: Answers, price: "Price") -> Found:
+    def search(model: "HFModel", answers: FullAnswers, price: "Price") -> SearchResult:
         if by_memory:
             # Stages are made for memory then; work tells apart those that take the same.
             price = replace(price, work_weight=1e-3)
@@ -284,7 +292,7 @@ def _p_sigmoid(arguments: argparse.Namespace, settings: dict[str, Any]) -> Searc
         with tqdm(total=arguments.trials, unit="schedule", desc="searching") as bar:
             afforded, trials = p_sigmoid(
                 lambda k, m: affordable(k, m, stages, price, share, most),
-                lambda one: effect(llava, answers.asked, 0, of_policy(one, price.num_layers)),
+                lambda one: divergence_by_task(model, answers.asked, 0, of_policy(one, price.num_layers)),
                 price.num_layers,
                 arguments.trials,
                 arguments.seed,
@@ -292,6 +300,6 @@ def _p_sigmoid(arguments: argparse.Namespace, settings: dict[str, Any]) -> Searc
                 lambda made: bar.update(made - bar.n),
             )
         sigmoid = {name: getattr(afforded, name) for name in ("k", "m", "r_max")}
-        return Found(afforded.keeps, afforded.policy, told | {"trials": trials} | sigmoid)
+        return SearchResult(afforded.keeps, afforded.policy, told | {"trials": trials} | sigmoid)
 
     return search

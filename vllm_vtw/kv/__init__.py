@@ -1,1 +1,1 @@
-"""The scheduler process: how much KV cache each stage of a request holds."""
+"""The scheduler process: which KV blocks each stage of a request holds."""

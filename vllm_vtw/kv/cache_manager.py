@@ -1,50 +1,52 @@
-"""vLLM's KV-cache manager where a stage's rows are shorter than requests: counts for bills and metrics."""
+"""vLLM's manager of all KV-cache groups, with counts that are right where stages hold fewer tokens."""
 
 from collections import Counter
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import Request
 
-from vllm_vtw.kv.manager import StageManager
+from vllm_vtw.kv.block_manager import StageManager
 
 
 class StagedKVCacheManager(KVCacheManager):
-    """vLLM's manager of all groups. It counts what is shared in prompt tokens, and what is held by stage."""
+    """Counts cached tokens in tokens of the prompt, and held blocks by stage."""
 
     @classmethod
     def adopt(cls, manager: KVCacheManager) -> None:
-        """Turns the manager that vLLM's scheduler has made into one that knows stages."""
+        """Changes the class of the manager that vLLM's scheduler has made."""
         assert type(manager) is KVCacheManager, f"unexpected KV-cache manager {type(manager).__name__}"
         manager.__class__ = cls
 
     @property
     def stage_managers(self) -> list[StageManager]:
-        """Those of the stages past the first."""
+        """The managers of the groups of the stages past the first."""
         managers = self.coordinator.single_type_managers
         return [manager for manager in managers if isinstance(manager, StageManager)]
 
     def held_blocks(self) -> Counter[int]:
-        """By stage, the blocks that requests hold in all groups of the stage together, each counted once."""
+        """The blocks that requests hold, by stage. A block that several requests share counts once."""
         held: Counter[int] = Counter()
         for manager in self.stage_managers:
             held[manager.kv_cache_spec.stage] += manager.num_held_blocks
-        # vLLM keeps one block of the pool for itself.
+        # vLLM keeps one block of the pool, the null block, for itself.
         in_use = self.block_pool.num_gpu_blocks - 1 - self.block_pool.get_num_free_blocks()
         held[0] = in_use - held.total()
         return held
 
     def estimate_cached_tokens(self, request: Request) -> int:
-        """How many of a request's tokens, from the first on, another request with the same ones would find.
+        """How many tokens of the prompt another request that begins with the same tokens would find cached.
 
-        vLLM's estimate takes the length of the shortest row for it, in which withdrawn tokens do not count.
+        vLLM's estimate is the length of the shortest row. That is too low here, as the row of a deep stage
+        does not contain withdrawn tokens.
         """
         managers = self.coordinator.single_type_managers
         whole = [manager for manager in managers if not isinstance(manager, StageManager)]
         tokens = min(
             manager.num_cached_block.get(request.request_id, 0) * manager.block_size for manager in whole
         )
-        # A hit ends where every row has a border, so that one row may shorten what another one offers.
-        while stages := [manager.shared_tokens(request, tokens) for manager in self.stage_managers]:
+        # A cache hit ends at a position where a block ends in every row, so one row may shorten what another
+        # one offers.
+        while stages := [manager.cached_tokens(request, tokens) for manager in self.stage_managers]:
             if min(stages) == tokens:
                 break
             tokens = min(stages)

@@ -1,4 +1,4 @@
-"""The seam into vLLM's split of layers into KV-cache groups: a spec may choose its size."""
+"""The seam into vLLM's split of layers into KV-cache groups: a KV-cache spec may choose the group size."""
 
 import functools
 import inspect
@@ -13,10 +13,12 @@ EXTENSION_POINT = "layers_per_group"
 
 
 def install() -> None:
-    """Wraps vLLM's split, unless this vLLM asks a spec for `layers_per_group` itself.
+    """Wraps vLLM's function that splits layers into groups, so that it asks specs for `layers_per_group`.
+
+    Does nothing where vLLM asks specs by itself.
 
     Raises:
-        RuntimeError: The function is not what the wrapper was written for.
+        RuntimeError: The function is not the one that the wrapper was written for.
     """
     if hasattr(KVCacheSpec, EXTENSION_POINT):
         return

@@ -1,4 +1,4 @@
-"""vLLM's own scheduler, which also tells the stage managers what each request retains."""
+"""vLLM's scheduler, which also tells the managers of the stages what each request retains."""
 
 import logging
 from typing import Any
@@ -14,22 +14,34 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_vtw.config import EXITS
+from vllm_vtw.kv.block_manager import StagedBlockHashes
 from vllm_vtw.kv.cache_manager import StagedKVCacheManager
-from vllm_vtw.kv.manager import RequestHashes
-from vllm_vtw.kv.report import log_startup
+from vllm_vtw.kv.startup_log import log_startup
 from vllm_vtw.kv.statistics import Statistics
 from vllm_vtw.kv.turns import Turns
-from vllm_vtw.retention import Question, Retention, decided, is_undecided, request_retentions
-from vllm_vtw.startup import refuse_unsupported, refuse_with_question, vtw_config
+from vllm_vtw.retention import OneStepPrefill, Retention, after_exit, awaits_gates, request_retentions
+from vllm_vtw.startup import refuse_unsupported, refuse_unsupported_dynamic, vtw_config
 
 logger = logging.getLogger("vllm.vtw")
 
 
 class VTWScheduler(Scheduler):
-    """Knows every request's retention from its arrival until its blocks are free again.
+    """Knows every request's retention, from its arrival until its blocks are free again.
+
+    Attributes:
+        withdrawal_policy: What is withdrawn. (`policy` is vLLM's scheduling policy.)
+        align_to: As `request_retentions` takes it.
+        retentions: By request id, the retention of every stage past the first.
+        awaiting_gates: Ids of requests that gates have yet to decide about.
+        exits: By request id, what gates decided: the first stage that runs without the request's visual
+            tokens, or None if they stay.
+        ended_in_flight: By id of a request that has ended, the number of its tokens in steps whose results
+            have not come back yet.
+        turns: Which prompt gets a step of its own.
+        statistics: What is counted for `/metrics`.
 
     Raises:
-        ValueError: vLLM settled on an option that the plugin refuses after the plugin had looked.
+        ValueError: After the plugin had checked the configuration, vLLM set an option that it refuses.
     """
 
     running: list[Request]
@@ -38,24 +50,21 @@ class VTWScheduler(Scheduler):
         refuse_unsupported(vllm_config)
         super().__init__(vllm_config, kv_cache_config, **options)
         config = vtw_config(vllm_config)
-        self.withdrawal = config.policy
-        if self.withdrawal.depends_on_question:
-            refuse_with_question(vllm_config, self.withdrawal)
+        self.withdrawal_policy = config.policy
+        if self.withdrawal_policy.is_dynamic:
+            refuse_unsupported_dynamic(vllm_config, self.withdrawal_policy)
         self.align_to = config.align_to(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
         self.retentions: dict[str, tuple[Retention, ...]] = {}
         StagedKVCacheManager.adopt(self.kv_cache_manager)
         self.stage_managers = self.kv_cache_manager.stage_managers
         for manager in self.stage_managers:
             manager.retentions = self.retentions
-        self.undecided: set[str] = set()
-        """Requests that gates have yet to decide about."""
-        self.exits: dict[str, int] = {}
-        """By request what gates decided: the first stage without visual tokens, or the number of stages."""
+        self.awaiting_gates: set[str] = set()
+        self.exits: dict[str, int | None] = {}
         self.ended_in_flight: dict[str, int] = {}
-        """By id of a request that has ended: its tokens in steps whose results have yet to come."""
         self.turns = Turns()
         num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
-        layers = [*(stage.layer for stage in self.withdrawal.stages), num_layers]
+        layers = [*(stage.layer for stage in self.withdrawal_policy.stages), num_layers]
         self.statistics = Statistics(layers, kv_cache_config, self.kv_cache_manager)
         log_startup(vllm_config, kv_cache_config, config)
 
@@ -63,14 +72,14 @@ class VTWScheduler(Scheduler):
         # A session with streaming input adds its id again for every piece of the prompt.
         if request.request_id not in self.requests:
             retentions = request_retentions(
-                self.withdrawal, request.mm_features, request.num_prompt_tokens, self.align_to
+                self.withdrawal_policy, request.mm_features, request.num_prompt_tokens, self.align_to
             )
             self.retentions[request.request_id] = retentions
-            if is_undecided(retentions):
-                self.undecided.add(request.request_id)
+            if awaits_gates(retentions):
+                self.awaiting_gates.add(request.request_id)
             else:
                 self.statistics.count_request(retentions)
-            request.block_hashes = RequestHashes(request.block_hashes, retentions)
+            request.block_hashes = StagedBlockHashes(request.block_hashes, retentions)
         super().add_request(request)
         if request.resumable:
             self._end_with_error(
@@ -79,62 +88,67 @@ class VTWScheduler(Scheduler):
             )
         if request.request_id in self.ended_in_flight:
             self._end_with_error(
-                request, "has the id of a request that is still being computed: give every request its own"
+                request, "has the id of a request that is still being computed: give every request its own id"
             )
-        question = self._question(request)
-        # What came through the model's processor was asked this before it was queued.
-        if question is not None and question.stop - question.start > self.max_num_scheduled_tokens:
+        one_step = self._one_step(request)
+        # A prompt that came through the model's processor has passed this check before it was queued.
+        if one_step is not None and one_step.stop - one_step.start > self.max_num_scheduled_tokens:
             self._end_with_error(
                 request,
-                f"has {question.stop - question.start} tokens from its first image on, too many for one "
-                f"step, as its policy takes them: raise --max-num-batched-tokens "
-                f"({self.max_num_scheduled_tokens})",
+                f"has {one_step.stop - one_step.start} tokens from its first image on, which its policy "
+                f"computes in one step, and a step has room for {self.max_num_scheduled_tokens}: raise "
+                "--max-num-batched-tokens",
             )
 
-    def _question(self, request: Request) -> Question | None:
-        """What has to be computed in one step of a request's prompt; None for nothing."""
+    def _one_step(self, request: Request) -> OneStepPrefill | None:
+        """The part of a request's prompt that has to be computed in one step, if there is one."""
         retentions = self.retentions[request.request_id]
-        return retentions[0].question if retentions else None
+        return retentions[0].one_step if retentions else None
 
     def _end_with_error(self, request: Request, reason: str) -> None:
-        """Ends one request, and nothing else, after the step at hand."""
+        """Ends one request with an error after the current step. All others go on."""
         logger.error("vtw: request %s %s", request.request_id, reason)
-        # vLLM's set of requests that end with an error.
+        # vLLM ends the requests of this set with an error.
         self.encoder_cache_mismatch_reqs.add(request.request_id)
 
     def schedule(self, *args: Any, **options: Any) -> SchedulerOutput:
-        """vLLM's step, or one of a prompt's own, where it waited long enough for room.
+        """Schedules a step, or a step for one prompt alone if that prompt has waited long enough for room.
 
-        It carries the pictures that vLLM leaves out because the cache covers them: model runner V1 is told of
-        a request once, so one that is preempted, and finds the cached blocks evicted when it resumes, would
-        end the engine with "Encoder cache miss".
+        Model runner V1 gets the pixels of all of a request's images, also of those that the prefix cache
+        covers and that vLLM leaves out. Otherwise a request that is preempted, and finds its cached blocks
+        evicted when it resumes, would end the engine with "Encoder cache miss".
         """
-        sitting_out = self._make_room(self.turns.whose(self.current_step + 1))
+        sitting_out = self._give_step_to(self.turns.owner_of(self.current_step + 1))
         output: SchedulerOutput = super().schedule(*args, **options)
         self.running = sitting_out + self.running
         for request_id in output.num_scheduled_tokens.keys() & self.turns.since.keys():
             request = self.requests[request_id]
-            question = self._question(request)
-            if question is None or request.num_computed_tokens >= question.stop:
+            one_step = self._one_step(request)
+            if one_step is None or request.num_computed_tokens >= one_step.stop:
                 self.turns.forget(request_id)
         if not self.use_v2_model_runner:
             for new in output.scheduled_new_reqs:
                 new.mm_features = self.requests[new.req_id].mm_features
-        if self.withdrawal.gate is not None:
-            begin = [new.req_id for new in output.scheduled_new_reqs]
-            resume = output.scheduled_cached_reqs.resumed_req_ids
-            setattr(output, EXITS, {req_id: self.exits.get(req_id) for req_id in (*begin, *resume)})
+        if self.withdrawal_policy.gate is not None:
+            begun = {new.req_id for new in output.scheduled_new_reqs}
+            begun |= output.scheduled_cached_reqs.resumed_req_ids
+            setattr(output, EXITS, {req_id: self.exits[req_id] for req_id in begun & self.exits.keys()})
         return output
 
-    def _make_room(self, request_id: str | None) -> list[Request]:
-        """Puts a request before all others in the next step. Returns the running requests that sit it out."""
+    def _give_step_to(self, request_id: str | None) -> list[Request]:
+        """Puts a request first in the next step.
+
+        Returns:
+            The running requests that sit the step out.
+        """
         request = None if request_id is None else self.requests[request_id]
         if request is None:
             return []
         if request.status == RequestStatus.RUNNING:
             self.running = [request, *(other for other in self.running if other is not request)]
         elif len(self.running) < self.max_num_running_reqs:
-            # Nobody else is admitted in this step, so what runs behind it stays within vLLM's limit.
+            # No other request is admitted in this step, so the number of running requests stays within
+            # vLLM's limit.
             sitting_out, self.running = self.running, []
             return sitting_out
         return []
@@ -152,32 +166,33 @@ class VTWScheduler(Scheduler):
         *args: Any,
         **options: Any,
     ) -> tuple[list[int], int, int, list[int], list[int]]:
-        """vLLM's choice, which may leave out tokens of the step, where it takes all that a prompt has from
-        its first picture on, or nothing of that, if what leaves depends on it.
+        """vLLM's choice of images to encode, which may also reduce the number of tokens of the step.
 
-        Where gates are about to decide it takes nothing: under asynchronous scheduling the next step is
-        planned before they have.
+        The part of a prompt that has to be computed in one step is taken whole or not at all.
+
+        While gates are about to decide about a request, nothing of it is scheduled. Under asynchronous
+        scheduling, the next step is scheduled before they have decided.
         """
-        question = self._question(request)
+        one_step = self._one_step(request)
         nothing: tuple[list[int], int, int, list[int], list[int]] = ([], 0, encoder_compute_budget, [], [])
-        if question is not None and question.gated and num_computed_tokens >= question.stop:
-            request.spec_token_ids = []  # model runner V1 knows drafts of the step before alone
+        if one_step is not None and one_step.gated and num_computed_tokens >= one_step.stop:
+            request.spec_token_ids = []  # model runner V1 only knows the draft tokens of the step before
             return nothing
-        if question is not None and question.start < num_computed_tokens < question.stop:
+        if one_step is not None and one_step.start < num_computed_tokens < one_step.stop:
             self._end_with_error(request, "was cut inside the part of its prompt that goes into one step")
             return nothing
-        if question is not None and num_computed_tokens <= question.start:
-            before = question.start - num_computed_tokens
-            if num_computed_tokens + num_new_tokens < question.stop:
+        if one_step is not None and num_computed_tokens <= one_step.start:
+            before = one_step.start - num_computed_tokens
+            if num_computed_tokens + num_new_tokens < one_step.stop:
                 self.turns.passed_over(request.request_id, self.current_step)
                 num_new_tokens = min(num_new_tokens, before)
         given = (request, num_computed_tokens, num_new_tokens, encoder_compute_budget)
         chosen: tuple[list[int], int, int, list[int], list[int]]
         chosen = super()._try_schedule_encoder_inputs(*given, *args, **options)
-        if question is None or not question.start < num_computed_tokens + chosen[1] < question.stop:
+        if one_step is None or not one_step.start < num_computed_tokens + chosen[1] < one_step.stop:
             return chosen
-        # Holding on to those of its pictures that are in the encoder's cache, it could wait for room for the
-        # others that another request holds on to likewise.
+        # There is no room for all of the images. If the request held on to those that are in the encoder
+        # cache, two such requests could wait for each other for ever.
         self.encoder_cache_manager.free(request)
         self.turns.passed_over(request.request_id, self.current_step)
         return [], before, encoder_compute_budget, [], []
@@ -185,51 +200,56 @@ class VTWScheduler(Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """vLLM's, once every request of the step has the blocks that its gates left to it."""
+        """Applies what gates decided in the step, then does what vLLM does."""
         for request_id, exit_stage in getattr(model_runner_output, EXITS, {}).items():
             request = self.requests.get(request_id)
-            # Whose decision came too late, or was about a request of the same id before, has none.
-            if request is None or request_id not in self.undecided or request_id in self.ended_in_flight:
+            # The decision may be about a request that has ended, whose id may have been used again.
+            if request is None or request_id not in self.awaiting_gates or request_id in self.ended_in_flight:
                 continue
-            # What ran before vLLM's prefix cache was reset runs again, and is decided again.
+            # What was computed before vLLM's prefix cache was reset is computed again, and decided again.
             if not (request.num_stale_output_tokens and request.drop_stale_output):
-                self._decided(request, exit_stage)
+                self._apply_exit(request, exit_stage)
         scheduled = scheduler_output.num_scheduled_tokens
         self._note_results_of_ended(scheduled)
-        for request_id in self.undecided & scheduled.keys():
+        for request_id in self.awaiting_gates & scheduled.keys():
             request = self.requests[request_id]
             in_flight = request.num_in_flight_tokens - scheduled[request_id]
-            question = self._question(request)
-            if question is not None and request.num_computed_tokens - in_flight >= question.stop:
-                # It would wait for ever.
+            one_step = self._one_step(request)
+            if one_step is not None and request.num_computed_tokens - in_flight >= one_step.stop:
+                # Without a decision the request would wait for ever.
                 self._end_with_error(request, "has no decision of its gates: its worker sent none")
         outputs: dict[int, EngineCoreOutputs]
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         return outputs
 
     def _note_results_of_ended(self, scheduled: dict[str, int]) -> None:
-        """Counts the tokens of ended requests whose results are here: steps return in order."""
+        """Counts down `ended_in_flight` as results of ended requests come back. Steps return in order."""
         for request_id in self.ended_in_flight.keys() & scheduled.keys():
             self.ended_in_flight[request_id] -= scheduled[request_id]
             if self.ended_in_flight[request_id] <= 0:
                 del self.ended_in_flight[request_id]
 
-    def _decided(self, request: Request, exit_stage: int) -> None:
+    def _apply_exit(self, request: Request, exit_stage: int | None) -> None:
         request_id, hashes = request.request_id, request.block_hashes
-        assert isinstance(hashes, RequestHashes)
-        hashes.retentions = self.retentions[request_id] = decided(self.retentions[request_id], exit_stage)
-        self.undecided.remove(request_id)
+        assert isinstance(hashes, StagedBlockHashes)
+        hashes.retentions = self.retentions[request_id] = after_exit(self.retentions[request_id], exit_stage)
+        self.awaiting_gates.remove(request_id)
         self.exits[request_id] = exit_stage
         layer = self.statistics.count_exit(hashes.retentions)
         logger.debug("vtw: request %s: its visual tokens leave at layer %d", request_id, layer)
-        # A request that was preempted meanwhile has no blocks.
+        # A request that was preempted in the meantime has no blocks.
         if request.status == RequestStatus.RUNNING:
             for manager in self.stage_managers:
-                manager.give_back(request_id, request.num_prompt_tokens)
+                manager.free_tail(request_id, request.num_prompt_tokens)
 
     def make_stats(self, *args: Any, **options: Any) -> SchedulerStats | None:
-        """vLLM's statistics, and the plugin's in a field that vLLM's loggers read with LoRA only, which is
-        refused at start-up: there is none for others."""
+        """Adds the plugin's statistics to vLLM's.
+
+        vLLM sends the fields of `SchedulerStats` to the front end and nothing else, so they need a field that
+        has the type `dict[str, int]`. `waiting_lora_adapters` is read only where LoRA is enabled, which is
+        refused at start-up. The only other such field, `num_kv_fetch_reqs_by_stage`, is logged whenever one
+        of its values is not 0.
+        """
         stats: SchedulerStats | None = super().make_stats(*args, **options)
         if stats is not None:
             stats.waiting_lora_adapters = self.statistics.take()
@@ -239,18 +259,22 @@ class VTWScheduler(Scheduler):
         super()._free_blocks(request)
         request_id = request.request_id
         self.retentions.pop(request_id, None)
-        self.undecided.discard(request_id)
+        self.awaiting_gates.discard(request_id)
         self.exits.pop(request_id, None)
         self.turns.forget(request_id)
-        if self.withdrawal.gate is not None and request.num_in_flight_tokens > 0:
+        if self.withdrawal_policy.gate is not None and request.num_in_flight_tokens > 0:
             self.ended_in_flight[request_id] = request.num_in_flight_tokens
 
 
 class VTWAsyncScheduler(VTWScheduler, AsyncScheduler):
-    """The same over vLLM's asynchronous scheduler."""
+    """The same on top of vLLM's asynchronous scheduler."""
 
 
 def make_scheduler(vllm_config: VllmConfig, **options: Any) -> VTWScheduler:
-    """What `--scheduler-cls` names: vLLM settles on asynchronous scheduling after the plugin was asked."""
+    """Makes the scheduler. `--scheduler-cls` names this function.
+
+    A class will not do: vLLM chooses between synchronous and asynchronous scheduling after the plugin has
+    set `--scheduler-cls`.
+    """
     chosen = VTWAsyncScheduler if vllm_config.scheduler_config.async_scheduling else VTWScheduler
     return chosen(vllm_config=vllm_config, **options)

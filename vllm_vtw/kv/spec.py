@@ -1,6 +1,6 @@
-"""The KV-cache spec of a stage past the first, registered with its manager when this module is imported.
+"""The KV-cache spec of a stage past the first. Importing this module registers it with its manager.
 
-Whatever process handles such a spec has imported this module, by unpickling it if not otherwise.
+Every process that handles such a spec has imported this module, at the latest when it unpickled the spec.
 """
 
 from collections.abc import Sequence
@@ -13,44 +13,47 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_vtw import capacity
 from vllm_vtw.kv import groups
-from vllm_vtw.kv.manager import StageManager
+from vllm_vtw.kv.block_manager import StageManager
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageSpec(AttentionSpec):
     """Full attention over the tokens that a stage retains, stored compactly.
 
-    Not a `FullAttentionSpec`: vLLM would merge it into the group of stage 0, and would trim its blocks on a
-    prefix hit as if they held every token.
+    It is not a `FullAttentionSpec`, which vLLM would merge into the group of stage 0, and whose blocks it
+    would trim on a prefix-cache hit as if they held every token.
+
+    Attributes:
+        stage: 1 or deeper.
+        keep: The fraction of visual tokens that the stage keeps.
     """
 
     stage: int
     keep: float = 0.0
-    """The fraction of visual tokens that the stage holds."""
 
     @classmethod
     def like(cls, spec: FullAttentionSpec, stage: int, keep: float = 0.0) -> "StageSpec":
-        """The spec of `stage` with the layout of the model's own layers."""
+        """A spec of `stage` with the memory layout of the model's own spec."""
         dropped = ("sliding_window", "attention_chunk_size", "non_causal")
         return replace_as(spec, cls, drop=dropped, stage=stage, keep=keep)
 
     @staticmethod
     def layers_per_group(specs: Sequence[KVCacheSpec], counts: Sequence[int]) -> int:
-        """How vLLM is to split the layers of all stages into groups, `counts[i]` of them with `specs[i]`."""
+        """How many layers vLLM puts into every KV-cache group, if `counts[i]` layers have `specs[i]`."""
         keeps = [spec.keep if isinstance(spec, StageSpec) else 1.0 for spec in specs]
         return capacity.layers_per_group(counts, keeps)
 
     @property
     def uses_slot_mapping(self) -> bool:
-        """False: vLLM's would give every token a slot; the stage writes its own."""
+        """False, as vLLM's slot mapping gives every token a slot. The stage writes its own."""
         return False
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """Bytes of the largest request that vLLM may be sent: text only, which retains everything."""
+        """Bytes of the largest possible request. It has no images, so every token is retained."""
         return cdiv(vllm_config.model_config.max_model_len, self.block_size) * self.page_size_bytes
 
 
-# The registry fills itself only while it is empty.
+# The registry adds vLLM's own specs only while it is empty.
 KVCacheSpecRegistry._ensure_registered()
 KVCacheSpecRegistry.register(StageSpec, StageManager)
 groups.install()

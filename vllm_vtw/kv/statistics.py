@@ -1,4 +1,4 @@
-"""What the scheduler counts for `/metrics`."""
+"""What the scheduler counts for `/metrics`; `vllm_vtw.metrics` shows it."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from vllm_vtw.retention import Retention
 
 
 class Statistics:
-    """Counts from one report to the next.
+    """Counts requests and withdrawn tokens between two reports.
 
     Args:
-        layers: The first layer of every stage past the first, and the number of layers.
-        kv_cache_config: The groups of layers.
-        manager: Of those groups.
+        layers: The first layer of every stage past the first, followed by the number of layers.
+        kv_cache_config: The KV-cache groups.
+        manager: The manager of these groups.
     """
 
     def __init__(
@@ -31,36 +31,44 @@ class Statistics:
         groups = kv_cache_config.kv_cache_groups
         sizes = [len(group.layer_names) for group in groups]
         self.num_layers, self.width = sum(sizes), max(sizes)
-        self.whole_groups = sum(not isinstance(group.kv_cache_spec, StageSpec) for group in groups)
-        """Groups of stage 0."""
-        self.since: Counter[str] = Counter()
+        self.stage_0_groups = sum(not isinstance(group.kv_cache_spec, StageSpec) for group in groups)
+        """LayerGroups of stage 0."""
+        self.counts: Counter[str] = Counter()
 
     def count_request(self, retentions: Sequence[Retention]) -> int:
-        """Counts a request whose retention is known. Returns the layer at which its first visual tokens
-        leave, the number of layers where none do."""
+        """Counts a request whose retention is known.
+
+        Returns:
+            The layer at which its first visual tokens leave, or the number of layers if none do.
+        """
         withdrawn = [retention.num_withdrawn for retention in retentions]
         left = zip(self.layers, [*withdrawn, 1], strict=True)
         first = next(layer for layer, tokens in left if tokens)
-        self.since[f"{REQUESTS}/{first}"] += 1
+        self.counts[f"{REQUESTS}/{first}"] += 1
         for stage, tokens in enumerate(withdrawn, 1):
-            self.since[f"{WITHDRAWN_TOKENS}/{stage}"] += tokens
+            self.counts[f"{WITHDRAWN_TOKENS}/{stage}"] += tokens
         return first
 
     def count_exit(self, retentions: Sequence[Retention]) -> int:
-        """Counts a request that gates have decided about. Returns the layer at which its visual tokens leave,
-        the number of layers where they stay."""
+        """Counts a request that gates have decided about.
+
+        Returns:
+            The layer at which its visual tokens leave, or the number of layers if they stay.
+        """
         layer = self.count_request(retentions)
-        self.since[f"{EXIT_LAYER}/{layer}"] += 1
+        self.counts[f"{EXIT_LAYER}/{layer}"] += 1
         return layer
 
     def take(self) -> dict[str, int]:
-        """What came since the last call, and the blocks that are held now, by `name/label`.
+        """The counts since the last call, and the blocks that are held now.
 
-        The label is the layer of requests, the stage of tokens and blocks.
+        Returns:
+            By `name/label`. The label is a layer where requests are counted, and a stage where tokens or
+            blocks are.
         """
-        counts, self.since = dict(self.since), Counter()
+        counts, self.counts = dict(self.counts), Counter()
         held = self.manager.held_blocks()
-        # Stage 0 has a block where stock vLLM has one, which holds all layers.
-        in_stock = held[0] // self.whole_groups * self.num_layers // self.width
+        # A group of stage 0 holds as many blocks as stock vLLM's only group, whose blocks hold all layers.
+        in_stock = held[0] // self.stage_0_groups * self.num_layers // self.width
         counts |= {f"{KV_BLOCKS}/{stage}": blocks for stage, blocks in sorted(held.items())}
         return counts | {f"{KV_BLOCKS_SAVED}/": in_stock - held.total()}

@@ -1,35 +1,41 @@
-"""Which prompt gets a step of its own, where a prompt has to be computed in one step."""
+"""Which prompt gets a step of its own, under policies that compute a prompt in one step."""
 
 PATIENCE = 8
-"""For so many steps a prompt waits for room before it gets a step of its own."""
+"""The number of steps that a prompt waits for room before it gets a step of its own."""
 
 
 class Turns:
-    """Sees to it that a prompt as long as a step is computed, and that it holds nobody up until then.
+    """Lets prompts that need a whole step be computed, without holding up other requests until then.
 
-    vLLM gives tokens to the running requests first. While any of them decodes, a prompt that needs the
-    whole step finds no room, and vLLM 0.32 admits nobody behind it. So a prompt that was passed over is
-    tried in every second step only, which lets others pass; after `PATIENCE` steps the running requests sit
-    out one step for it, at most once in `PATIENCE` steps. Where it still lacks a place or KV blocks then,
-    it becomes the first in line: nobody else is admitted until it has been, as vLLM does by itself with a
-    request that lacks blocks.
+    vLLM gives a step's tokens to the running requests first. As long as any of them decodes, a prompt that
+    needs the whole step finds no room, and vLLM 0.32 admits no request behind it. Therefore:
 
-    With three such prompts in the queue, the last one is computed after about `3 * PATIENCE` steps, and the
-    running requests sit out three of these.
+    - A prompt that found no room is tried in every second step only. In the steps between, requests behind
+      it are admitted.
+    - After `PATIENCE` steps, the running requests sit out one step for it. This happens at most once in
+      `PATIENCE` steps.
+    - If the prompt lacks a seat or KV blocks even then, it is first in line: no other request is admitted
+      before it. vLLM treats a request that lacks blocks in the same way.
+
+    For example, of three such prompts in the queue, the last one is computed after about `3 * PATIENCE`
+    steps, and the running requests sit out three of them.
+
+    Attributes:
+        since: By request id, the step in which the prompt first found no room.
+        first_in_line: Id of the request that is first in line, if there is one.
     """
 
     def __init__(self) -> None:
         self.since: dict[str, int] = {}
-        """By request id: the step in which the prompt was passed over first."""
         self.first_in_line: str | None = None
         self._last_turn = -PATIENCE
 
     def passed_over(self, request_id: str, step: int) -> None:
-        """Notes that a prompt found no room in a step."""
+        """Records that a prompt found no room in a step."""
         self.since.setdefault(request_id, step)
 
-    def whose(self, step: int) -> str | None:
-        """The request that a step belongs to, where it belongs to one."""
+    def owner_of(self, step: int) -> str | None:
+        """The id of the request that gets a step, if one does."""
         if not self.since or step - self._last_turn < PATIENCE:
             return None
         request_id = next(iter(self.since)) if self.first_in_line is None else self.first_in_line
@@ -46,7 +52,7 @@ class Turns:
         return request_id not in self.since or step % 2 == 0
 
     def forget(self, request_id: str) -> None:
-        """Ends the waiting of a request: its prompt is being computed, or it is gone."""
+        """Removes a request, because its prompt is being computed or it has ended."""
         self.since.pop(request_id, None)
         if self.first_in_line == request_id:
             self.first_in_line = None

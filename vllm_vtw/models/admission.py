@@ -17,14 +17,14 @@ from vllm_vtw.models import beam_search
 from vllm_vtw.retention import request_retentions
 
 
-class Feature(NamedTuple):
+class MultiModalFeature(NamedTuple):
     """An image or video of a prompt, as much of it as retention depends on."""
 
     modality: str
     mm_position: PlaceholderRange
 
 
-class AddedItems:
+class RecordingCache:
     """A processor's cache, which notes what is added to it.
 
     Args:
@@ -46,10 +46,10 @@ class AddedItems:
 
 
 @functools.cache
-def limited_processor(processor: Any) -> type[BaseMultiModalProcessor]:
+def admission_processor(processor: Any) -> type[BaseMultiModalProcessor]:
     """Subclasses a model's processor so that it refuses prompts that no step could take."""
 
-    class LimitedProcessor(processor):
+    class AdmissionProcessor(processor):
         def apply(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:
             """vLLM's input.
 
@@ -57,24 +57,24 @@ def limited_processor(processor: Any) -> type[BaseMultiModalProcessor]:
                 ValueError: It is too long.
             """
             admission: Admission = getattr(self.info.ctx.model_config, ADMISSION)
-            added = AddedItems(inputs.cache)
+            added = RecordingCache(inputs.cache)
             if inputs.cache is not None:
                 inputs = dataclasses.replace(inputs, cache=added)
             processed = super().apply(inputs, *args, **kwargs)
             length = len(processed["prompt_token_ids"])
             # Whatever the KV blocks are: their size may not be known yet.
             retentions = request_retentions(
-                admission.policy, list(features(processed["mm_placeholders"])), length, align_to=1
+                admission.policy, list(mm_features(processed["mm_placeholders"])), length, align_to=1
             )
-            question = retentions[0].question
-            if question is not None and question.stop - question.start > admission.longest_step:
+            one_step = retentions[0].one_step
+            if one_step is not None and one_step.stop - one_step.start > admission.max_step_tokens:
                 # The cache takes the engine to have what was added; now the engine will not.
                 for item_hash in added.hashes:
                     inputs.cache.invalidate(item_hash)
-                needed = question.stop - question.start
+                needed = one_step.stop - one_step.start
                 raise ValueError(
                     f"The prompt has {needed} tokens from its first image on. The policy of --model-impl vtw "
-                    f"takes them in one step, and a step takes {admission.longest_step}: raise "
+                    f"takes them in one step, and a step takes {admission.max_step_tokens}: raise "
                     f"--max-num-batched-tokens to {needed} or, for any prompt, to --max-model-len, or send "
                     "less."
                 )
@@ -82,16 +82,20 @@ def limited_processor(processor: Any) -> type[BaseMultiModalProcessor]:
                 beam_search.refuse(processed)
             return processed
 
-    assert issubclass(LimitedProcessor, BaseMultiModalProcessor)
-    return LimitedProcessor
+    assert issubclass(AdmissionProcessor, BaseMultiModalProcessor)
+    return AdmissionProcessor
 
 
-def features(placeholders: Mapping[str, list[PlaceholderRange]]) -> list[Feature]:
+def mm_features(placeholders: Mapping[str, list[PlaceholderRange]]) -> list[MultiModalFeature]:
     """All images and videos of a prompt, given the places of each kind."""
-    return [Feature(modality, place) for modality, places in placeholders.items() for place in places]
+    return [
+        MultiModalFeature(modality, place) for modality, places in placeholders.items() for place in places
+    ]
 
 
-def limited(factory: Callable[..., BaseMultiModalProcessor]) -> Callable[..., BaseMultiModalProcessor]:
+def with_admission_check(
+    factory: Callable[..., BaseMultiModalProcessor],
+) -> Callable[..., BaseMultiModalProcessor]:
     """What makes a model's processor, with the limits where the configuration withdraws anything."""
 
     @functools.wraps(factory)
@@ -100,7 +104,7 @@ def limited(factory: Callable[..., BaseMultiModalProcessor]) -> Callable[..., Ba
         if hasattr(info.ctx.model_config, ADMISSION):
             beam_search.install()
             of_vllm: Any = type(processor)
-            processor.__class__ = limited_processor(of_vllm)
+            processor.__class__ = admission_processor(of_vllm)
         return processor
 
     return make

@@ -16,9 +16,10 @@ from vllm_vtw.models.token_states import TokenStates
 from vllm_vtw.policy import Policy
 from vllm_vtw.rankings import RANKINGS
 from vllm_vtw.worker.backend import StageAttention
-from vllm_vtw.worker.exits import Gates
-from vllm_vtw.worker.ranking import rank_behind
-from vllm_vtw.worker.step import CurrentStep, StageStep
+from vllm_vtw.worker.current_step import CurrentStep
+from vllm_vtw.worker.gates import Gates
+from vllm_vtw.worker.ranking import attach_ranking
+from vllm_vtw.worker.stage_step import StageStep
 
 
 class StagedDecoder:
@@ -56,7 +57,7 @@ class StagedDecoder:
         if policy.ranking is not None:
             ranking = RANKINGS[policy.ranking]()
             for stage, border in enumerate(borders, 1):
-                rank_behind(text_model.layers[border - 1].self_attn.attn, stage, step, ranking)
+                attach_ranking(text_model.layers[border - 1].self_attn.attn, stage, step, ranking)
         if policy.gate is not None:
             step.gates = Gates(policy, vllm_config.model_config.get_hidden_size(), step.device)
         self.graph_inputs = GraphInputs(vllm_config, step.device)
@@ -91,9 +92,9 @@ class StagedDecoder:
             states = TokenStates(received["hidden_states"], received["residual"])
 
         for stage in self.stages:
-            if stage > self.stages.start and self.step.asked and not is_dummy:
+            if stage > self.stages.start and self.step.gated_prompts and not is_dummy:
                 assert states.residual is not None
-                changed = self.step.decide(stage, states.hidden, states.residual)
+                changed = self.step.ask_gates(stage, states.hidden, states.residual)
                 get_forward_context().attn_metadata.update(changed)
                 steps = self._steps(is_dummy)
             states.gather(steps[stage], self.step.prompt_logprobs)

@@ -9,17 +9,17 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
-from vllm_vtw.models.admission import limited
+from vllm_vtw.models.admission import with_admission_check
 from vllm_vtw.models.decoder import StagedDecoder
 from vllm_vtw.startup import vtw_config
-from vllm_vtw.worker import v1
-from vllm_vtw.worker.step import CurrentStep
+from vllm_vtw.worker import runner_v1
+from vllm_vtw.worker.current_step import CurrentStep
 
 VLLM_PROCESSING = LlavaForConditionalGeneration._processor_factory
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    limited(VLLM_PROCESSING.processor),
+    with_admission_check(VLLM_PROCESSING.processor),
     info=VLLM_PROCESSING.info,
     dummy_inputs=VLLM_PROCESSING.dummy_inputs,
 )
@@ -34,12 +34,12 @@ class VTWLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         # Registered here, as the decoder is no module.
         self.graph_inputs, self.gates = self.decoder.graph_inputs, self.step.gates
         if not vllm_config.use_v2_model_runner:
-            self.prepare_batch = v1.V1Batches(config, self.step).prepare
-            v1.install()
+            self.prepare_batch = runner_v1.V1Batches(config, self.step).prepare
+            runner_v1.install()
 
     def get_model_state_cls(self) -> type[ModelState]:
         """How model runner V2 is told of the batch."""
-        from vllm_vtw.worker.v2 import VTWModelState
+        from vllm_vtw.worker.runner_v2 import VTWModelState
 
         return VTWModelState
 

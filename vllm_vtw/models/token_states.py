@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from vllm_vtw.worker.step import StageStep
+from vllm_vtw.worker.stage_step import StageStep
 
 
 @dataclass

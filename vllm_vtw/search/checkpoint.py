@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_vtw.config import TEXT_MODELS, Model
+from vllm_vtw.config import TEXT_MODELS, ModelShape
 
 # By vision tower, the tokens that it makes of an image beside those of its patches.
 VISION_TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}
@@ -54,7 +54,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".")
 
 
-def supported_model(hf_config: Any, model_types: Sequence[str]) -> Model:
+def supported_model(hf_config: Any, model_types: Sequence[str]) -> ModelShape:
     """What a supported checkpoint is.
 
     Args:
@@ -76,7 +76,7 @@ def supported_model(hf_config: Any, model_types: Sequence[str]) -> Model:
         raise ValueError(f"the vision tower is {tower!r}; supported: {', '.join(VISION_TOWERS)}")
     if getattr(text, "sliding_window", None) is not None:
         raise ValueError("the text model attends over a sliding window, which --model-impl vtw refuses")
-    return Model(hf_config.model_type, text_type, text.num_hidden_layers, text.hidden_size)
+    return ModelShape(hf_config.model_type, text_type, text.num_hidden_layers, text.hidden_size)
 
 
 def revision(name: str) -> str:

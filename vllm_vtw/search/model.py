@@ -14,7 +14,7 @@ MODEL_TYPES = ("llava", "llava_next")
 
 
 @dataclass
-class Answered:
+class FullAnswer:
     """What the full model says to a sample, and the states that the text's rows had on the way.
 
     With T text tokens in the prompt (its last token among them, whatever that is) and an answer of O tokens,
@@ -83,7 +83,7 @@ class Placement:
         return cls(found, getattr(torch, dtype))
 
 
-class Llava:
+class HFModel:
     """A checkpoint with its processor.
 
     Args:
@@ -105,11 +105,11 @@ class Llava:
         except Exception as error:  # transformers raises what comes
             raise ValueError(f"cannot load {name}: {error}") from error
         self.prompts = Prompts(self.processor, config)
-        self.model: Any = model.to(placement.device).eval()
-        self.decoder: Any = self.model.model.language_model
+        self.hf_model: Any = model.to(placement.device).eval()
+        self.decoder: Any = self.hf_model.model.language_model
         # A checkpoint's own may punish repetition: then no answer is that of its logits alone.
-        own = self.model.generation_config
-        self.model.generation_config = GenerationConfig(
+        own = self.hf_model.generation_config
+        self.hf_model.generation_config = GenerationConfig(
             eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id, bos_token_id=own.bos_token_id
         )
         self.ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
@@ -127,16 +127,16 @@ class Llava:
             BadSampleError: It has no good prompt, an unreadable picture, or is too long.
         """
         inputs = self.prompts.inputs(sample, max_tokens)
-        return inputs.to(self.model.device, self.model.dtype)
+        return inputs.to(self.hf_model.device, self.hf_model.dtype)
 
     @torch.inference_mode()
-    def answer(self, inputs: Mapping[str, torch.Tensor], max_tokens: int) -> Answered:
+    def answer(self, inputs: Mapping[str, torch.Tensor], max_tokens: int) -> FullAnswer:
         """Greedy decoding by the full model, of at most `max_tokens` tokens.
 
         Raises:
             ValueError: Its logits are not finite.
         """
-        out = self.model.generate(
+        out = self.hf_model.generate(
             **inputs,
             do_sample=False,
             max_new_tokens=max_tokens,
@@ -155,10 +155,12 @@ class Llava:
         said = out.sequences[0, len(prompt) :]
         logits = torch.cat(out.logits).float()
         if not logits.isfinite().all():
-            raise ValueError(f"the model's logits are not finite in {self.model.dtype}: take another --dtype")
+            raise ValueError(
+                f"the model's logits are not finite in {self.hf_model.dtype}: take another --dtype"
+            )
         positions = torch.arange(len(prompt) + len(said) - 1, device=prompt.device)
         rows = torch.cat([kept, kept.new_ones(len(said) - 1)])
-        return Answered(
+        return FullAnswer(
             tokens=said.tolist(),
             logits=logits,
             states=states,
@@ -169,7 +171,7 @@ class Llava:
         )
 
     @torch.inference_mode()
-    def withdrawn_logits(self, answered: Answered, layers: Sequence[int]) -> Iterator[torch.Tensor]:
+    def withdrawn_logits(self, answered: FullAnswer, layers: Sequence[int]) -> Iterator[torch.Tensor]:
         """What the answer's tokens would be chosen by, were visual tokens withdrawn at each of `layers`.
 
         The layers before K do the same in the full model, so what is left is the text through those from K
@@ -193,10 +195,10 @@ class Llava:
             )
         for row in rows:  # one by one: together, a large vocabulary takes gigabytes
             said = row[-len(answered.tokens) :]
-            yield self.model.lm_head(self.decoder.norm(said)).float()
+            yield self.hf_model.lm_head(self.decoder.norm(said)).float()
 
     @torch.inference_mode()
-    def withdrawn_answer(self, answered: Answered, layer: int, max_tokens: int) -> list[int]:
+    def withdrawn_answer(self, answered: FullAnswer, layer: int, max_tokens: int) -> list[int]:
         """Greedy decoding with visual tokens withdrawn at `layer`, of at most `max_tokens` tokens.
 
         Args:
@@ -222,7 +224,7 @@ class Llava:
                     position_embeddings=rotary,
                     past_key_values=cache,
                 )
-            said.append(int(self.model.lm_head(self.decoder.norm(hidden[0, -1])).argmax()))
+            said.append(int(self.hf_model.lm_head(self.decoder.norm(hidden[0, -1])).argmax()))
             if said[-1] in self.ends or len(said) == max_tokens:
                 return said
             hidden = self.decoder.embed_tokens(torch.tensor([said[-1:]], device=hidden.device))

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-from vllm_vtw.capacity import Groups
+from vllm_vtw.capacity import LayerGroups
 from vllm_vtw.policy import Policy
 
 STOCK = Policy(())
 
 
 @dataclass(frozen=True)
-class Request:
+class RequestTokens:
     """A request's tokens, which may be means over many."""
 
     visual: float
@@ -32,7 +32,7 @@ class Price:
     num_layers: int
     layer_parameters: int
     hidden_size: int
-    request: Request
+    request: RequestTokens
     work_weight: float = 1.0
 
     def layer_flops(self, keep: float) -> float:
@@ -58,7 +58,7 @@ class Price:
 
     def kv_share(self, policy: Policy) -> float:
         """Of stock's KV memory for a request, the padding of KV-cache groups included, blocks not."""
-        groups = Groups.of(policy, self.num_layers)
+        groups = LayerGroups.of(policy, self.num_layers)
         held = sum(self.layer_held(policy.keeps[stage]) for stage in groups.stages)
         return groups.width * held / (self.num_layers * self.layer_held(1))
 

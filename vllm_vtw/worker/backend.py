@@ -1,4 +1,4 @@
-"""The attention backend of a stage past the first: the model's own, on the stage's view of the batch."""
+"""The attention backend of a stage past the first: the model's own backend, given the stage's metadata."""
 
 import functools
 from typing import Any
@@ -16,20 +16,20 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from vllm_vtw.kv.spec import StageSpec
-from vllm_vtw.worker.buffers import Front, Slots
-from vllm_vtw.worker.step import CurrentStep
+from vllm_vtw.worker.buffers import SlotMapping, StepBuffer
+from vllm_vtw.worker.current_step import CurrentStep
 
-# Backends that take rows without a query in the middle of a batch.
+# Backends whose kernels accept rows without a query in the middle of a batch.
 BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "CPU_ATTN")
 
 
 @functools.cache
 def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
-    """Subclasses `backend` so that its metadata describes the tokens that a stage retains."""
+    """Subclasses a backend so that its metadata describes the tokens that a stage computes and retains."""
     model_builder: Any = backend.get_builder_cls()
 
     class StageBuilder(model_builder):
-        # Groups of one stage would share the first one's lengths, which its own CUDA graphs do not read.
+        # LayerGroups of one stage would share the first one's lengths, which its own CUDA graphs do not read.
         supports_update_block_table = False
 
         def __init__(
@@ -45,10 +45,10 @@ def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
             layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
             assert isinstance(layer, StageAttention)
             self.step = layer.step
-            # CUDA graphs read from where these were when they were captured.
+            # CUDA graphs read these tensors at the addresses that they captured.
             limits, device = vllm_config.scheduler_config, self.step.device
-            self.seq_lens = Front(torch.zeros(limits.max_num_seqs, dtype=torch.int32, device=device))
-            self.slots = Slots(limits.max_num_batched_tokens, device)
+            self.seq_lens = StepBuffer(torch.zeros(limits.max_num_seqs, dtype=torch.int32, device=device))
+            self.slots = SlotMapping(limits.max_num_batched_tokens, device)
             self.step.slots.update(dict.fromkeys(layer_names, self.slots))
             self.step.builders.update(dict.fromkeys(layer_names, self))
 
@@ -56,11 +56,13 @@ def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
         def get_cudagraph_support(
             cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
         ) -> AttentionCGSupport:
-            # A batch with prefills has another number of tokens in every stage; decodes have not.
+            # With prefills in the batch, the number of tokens differs from stage to stage. With decodes alone
+            # it does not.
             support: AttentionCGSupport = super().get_cudagraph_support(vllm_config, kv_cache_spec)
             most = AttentionCGSupport.UNIFORM_BATCH
             if vllm_config.speculative_config is not None and not vllm_config.use_v2_model_runner:
-                # Runner V1 takes a chunk as long as a draft for a decode, with pictures in it.
+                # Runner V1 treats a chunk of a prompt that is as long as a draft as a decode, even if it has
+                # images in it.
                 most = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
             return min(support, most, key=lambda level: level.value)
 
@@ -76,13 +78,13 @@ def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
             if stage is None:
                 seen = self._dummy(common_attn_metadata)
             else:
-                stage.place(common_attn_metadata.positions)
+                stage.set_ranks(common_attn_metadata.positions)
                 stage.write_slots(self.slots, common_attn_metadata, self.kv_cache_spec.block_size)
                 seen = stage.metadata(common_attn_metadata, self.seq_lens, self.slots)
             return super().build(common_prefix_len, seen, fast_build)
 
         def build_again(self) -> dict[str, Any]:
-            """The step's metadata by layer name, for a plan that has changed since they were built."""
+            """Builds the step's metadata again, by layer name, after the plan of the stage has changed."""
             return dict.fromkeys(self.layer_names, self.build(*self.given))
 
         def _dummy(self, batch: CommonAttentionMetadata) -> CommonAttentionMetadata:
@@ -95,7 +97,7 @@ def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
 
 
 class StageAttention(Attention):
-    """An attention layer of a stage past the first. vLLM asks it for its backend and its KV-cache spec."""
+    """An attention layer of a stage past the first, with its own backend and KV-cache spec."""
 
     stage: int
     keep: float
@@ -103,10 +105,16 @@ class StageAttention(Attention):
 
     @classmethod
     def adopt(cls, attention: Attention, stage: int, keep: float, step: CurrentStep) -> None:
-        """Turns a layer that the model has built into one of `stage`.
+        """Changes the class of an attention layer that the model has built.
 
-        The model's classes build their attention themselves, each with its own arguments; changing the
-        class afterwards leaves all of that, weights and quantization included, as it is.
+        Each model class builds its attention layers with arguments of its own. Changing the class afterwards
+        keeps all of that, weights and quantization included.
+
+        Args:
+            attention: The layer.
+            stage: The stage that it belongs to, 1 or deeper.
+            keep: The fraction of visual tokens that the stage keeps.
+            step: The worker's current step.
 
         Raises:
             ValueError: The layer's attention backend is not supported.

@@ -1,4 +1,4 @@
-"""Tensors of one KV-cache group that every step writes anew, where CUDA graphs look for them."""
+"""Tensors of one KV-cache group that every step writes anew, at addresses that CUDA graphs remember."""
 
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -8,11 +8,11 @@ from vllm.v1.worker.block_table import ComputeSlotMappingKernel
 NO_CONTEXT_PARALLELISM = (1, 0, 1)
 
 
-class Front:
-    """A tensor of which every step uses the front, mostly as much of it as the step before.
+class StepBuffer:
+    """A tensor that lives as long as the engine. Each step uses as many of its first rows as it needs.
 
-    Making a view, or asking a tensor for its length, costs as much as filling it with the numbers of a
-    decode step.
+    The view of the step before is kept, as most steps use as many rows. Making a view, or asking a tensor
+    for its length, costs as much as filling it with the numbers of a decode step.
     """
 
     def __init__(self, whole: torch.Tensor) -> None:
@@ -26,10 +26,10 @@ class Front:
         return self._view
 
 
-class Slots(Front):
+class SlotMapping(StepBuffer):
     """The KV slots of a stage's tokens under the block table of one KV-cache group, int64.
 
-    Behind the slots of the step's tokens the tensor says "do not write".
+    Behind the slots of the step's tokens, every entry is `PAD_SLOT_ID`: "do not write".
     """
 
     def __init__(self, max_tokens: int, device: torch.device) -> None:
@@ -44,17 +44,17 @@ class Slots(Front):
         block_table: torch.Tensor,
         block_size: int,
     ) -> None:
-        """Writes the slots of the tokens at `ranks` of their rows.
+        """Writes the slots of tokens, given their ranks.
 
         Args:
-            count: Tokens.
-            starts: Where each row's tokens start, and where the last ones end, int32, shape `(rows + 1,)`.
-            ranks: int64, shape `(count,)`.
-            block_table: Of the group, int32, shape `(rows, blocks)`.
-            block_size: Of the group.
+            count: The number of tokens.
+            starts: Where each row's tokens start, followed by their number, int32, shape `(rows + 1,)`.
+            ranks: Rank of each token in its row, int64, shape `(count,)`.
+            block_table: The group's block table, int32, shape `(rows, blocks)`.
+            block_size: Tokens of a block of the group.
         """
-        # Not through vLLM's launcher, which takes three times as long as the kernel. Nor does the kernel pad:
-        # it would do so to the end in every step, and on the CPU not at all.
+        # vLLM's own launcher takes three times as long as the kernel. The kernel is not asked to pad, as it
+        # would do so up to the end of the tensor in every step, and on the CPU not at all.
         ComputeSlotMappingKernel.kernel[(starts.shape[0],)](
             count,
             count,
@@ -71,11 +71,14 @@ class Slots(Front):
         self._pad(count)
 
     def skip(self, tokens: torch.Tensor) -> None:
-        """Leaves out some of the tokens written, given by their indices."""
+        """Marks some of the written tokens as not to be stored, given their indices."""
         self.whole[tokens] = PAD_SLOT_ID
 
     def clear(self, batch: CommonAttentionMetadata, block_size: int) -> None:
-        """Leaves out all of them. Going the way of the others compiles it before a request comes."""
+        """Marks all tokens as not to be stored.
+
+        It calls the kernel all the same, so that a dummy run compiles the kernel before a request comes.
+        """
         assert batch.positions is not None
         self.write(0, batch.query_start_loc[:1], batch.positions, batch.block_table_tensor, block_size)
 

@@ -1,8 +1,8 @@
-"""Ranked stages: the attention of a prompt's last token chooses which visual tokens go on.
+"""Ranked stages: a ranking chooses which visual tokens go on into a stage.
 
-A layer's attention ranks for the stage that begins behind it: it writes the indices of the tokens that stay
-over those that stood for them. As only their number was promised, all metadata are right before it is known
-which they are, and nothing waits for the device.
+The attention of the layer before the stage ranks them. It overwrites the indices of `StageStep.kept` and
+`StageStep.gather`. How many tokens stay is known earlier, so attention metadata are complete before it is
+known which tokens they are for, and the host never waits for the device.
 """
 
 import functools
@@ -21,20 +21,22 @@ from vllm_vtw.rankings import Ranking
 from vllm_vtw.retention import Retention
 
 KEY_DTYPES = ("auto", "float32", "bfloat16", "float16")
-DIGIT = 64  # of numbers in a type that holds few of them exactly
+DIGIT = 64  # of numbers in a type that represents only a few of them exactly
 
 
 @dataclass(frozen=True)
 class RankedPrompt:
-    """A prompt of the batch at the border before a ranked stage.
+    """A prompt of the batch that ranks its visual tokens for one stage.
+
+    "Before" is the stage before, whose last layer computes the ranking.
 
     Attributes:
-        row: Of the batch.
-        before: Where its tokens begin and end among those of the stage before.
-        kept: The same among those of the stage.
-        num_cached: Tokens that the stage before holds of earlier steps.
-        num_prompt: Tokens that it holds of the whole prompt.
-        keeps_some: Whether any of the ranked tokens stays. None has to be ranked otherwise.
+        row: The prompt's row in the batch.
+        before: Where its tokens lie among those that the stage before computes in this step.
+        kept: Where its tokens lie among those that the stage computes.
+        num_cached: Tokens of it that the stage before holds from earlier steps. They are text.
+        num_prompt: Tokens of it that the stage before holds altogether.
+        keeps_some: Whether any of the ranked tokens stays. If none does, nothing has to be ranked.
     """
 
     row: int
@@ -54,17 +56,26 @@ class RankedPrompt:
         before: slice,
         kept: slice,
     ) -> "RankedPrompt":
-        """The prompt of a request with these retentions, of every stage past the first, at `stage`."""
-        question = retentions[stage - 1].question
-        assert question is not None
+        """The prompt of a request at the border of `stage`.
+
+        Args:
+            retentions: The request's retention in every stage past the first.
+            stage: 1 or deeper.
+            row: As in the attributes.
+            num_computed: Tokens of the request that earlier steps computed.
+            before: As in the attributes.
+            kept: As in the attributes.
+        """
+        one_step = retentions[stage - 1].one_step
+        assert one_step is not None
         held = retentions[stage - 2].count if stage > 1 else int
         return cls(
             row,
             before,
             kept,
             num_cached=held(num_computed),
-            num_prompt=held(question.stop),
-            keeps_some=retentions[stage - 1].num_withdrawn < question.visual_tokens,
+            num_prompt=held(one_step.stop),
+            keeps_some=retentions[stage - 1].num_withdrawn < one_step.visual_tokens,
         )
 
     @property
@@ -74,64 +85,75 @@ class RankedPrompt:
 
 
 class RankedPrompts:
-    """All prompts that rank at one border, with what is counted of them on the device.
+    """All prompts that rank their visual tokens for one stage in this step.
 
-    Tensors of several prompts have a row for each, as long as the longest one's.
+    Tensors have one row for each prompt and are as wide as the longest prompt needs.
 
     Args:
-        prompts: One or more.
+        prompts: One or more prompts.
         device: Where the model runs.
+
+    Attributes:
+        prompts: The prompts.
+        longest: The largest `num_prompt`.
+        targets: Indices among the stage's tokens of all tokens of these prompts, shape `(selected,)`.
     """
 
     def __init__(self, prompts: Sequence[RankedPrompt], device: torch.device) -> None:
         self.prompts = tuple(prompts)
         self.longest = max(prompt.num_prompt for prompt in prompts)
+        starts = [prompt.before.start for prompt in prompts]
         lengths = [prompt.before.stop - prompt.before.start for prompt in prompts]
         counts = [prompt.kept.stop - prompt.kept.start for prompt in prompts]
+        cached = [prompt.num_cached for prompt in prompts]
         width = max(lengths)
-        starts, cached = (
-            [prompt.before.start for prompt in prompts],
-            [prompt.num_cached for prompt in prompts],
-        )
         numbers = async_tensor_h2d(np.array([starts, lengths, counts, cached]), device)
         self._starts, self._lengths, self._counts, self._cached = numbers[..., None]
         self._places = torch.arange(width, device=device)
-        # Where those that stay stand in the rows, and where they go.
+        # Where the selected tokens stand in the rows, and which of the stage's tokens they become.
         sources = [row * width + np.arange(count) for row, count in enumerate(counts)]
         targets = [np.arange(prompt.kept.start, prompt.kept.stop) for prompt in prompts]
         moves = async_tensor_h2d(np.array([np.concatenate(sources), np.concatenate(targets)]), device)
         self._sources, self.targets = moves
 
-    def staying(
+    def select(
         self, scores: torch.Tensor | None, kept_before: torch.Tensor | None, is_candidate: torch.Tensor
     ) -> torch.Tensor:
-        """Indices among the tokens of the stage before of those that stay, in the order of `targets`.
+        """Selects the tokens that stay.
 
         Args:
-            scores: Of each token of the prompts, shape `(prompts, longest)`, float32; None where all that may
-                leave do.
-            kept_before: Indices in the batch of the tokens of the stage before; None where it computes all.
-            is_candidate: Whether each token of the batch may leave, shape `(tokens,)`.
+            scores: The score of every prompt token, shape `(prompts, longest)`, float32. None if every
+                candidate of every prompt leaves.
+            kept_before: Indices in the batch of the tokens of the stage before. None if it computes all.
+            is_candidate: Whether each token of the batch is a ranked visual token, shape `(tokens,)`.
+
+        Returns:
+            Indices among the tokens of the stage before, in the order of `targets`, shape `(selected,)`.
         """
         exists = self._places < self._lengths
         before = torch.where(exists, self._starts + self._places, self._starts)
         in_batch = before if kept_before is None else kept_before[before]
         if scores is None:
-            got = torch.zeros_like(before, dtype=torch.float32)
+            of_tokens = torch.zeros_like(before, dtype=torch.float32)
         else:
-            got = scores.gather(1, (self._cached + self._places).clamp(max=self.longest - 1))
-        order = ranked(got, is_candidate[in_batch], exists)
-        staying = torch.where(self._places < self._counts, order, len(self._places)).sort(1).values
-        return (self._starts + staying).flatten()[self._sources]
+            of_tokens = scores.gather(1, (self._cached + self._places).clamp(max=self.longest - 1))
+        order = ranking_order(of_tokens, is_candidate[in_batch], exists)
+        selected = torch.where(self._places < self._counts, order, len(self._places)).sort(1).values
+        return (self._starts + selected).flatten()[self._sources]
 
 
-def ranked(scores: torch.Tensor, is_candidate: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
-    """The places of each row: those that may not leave, then those with the highest scores, then padding.
+def ranking_order(scores: torch.Tensor, is_candidate: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
+    """Orders the tokens of each row: first those that stay anyway, then candidates by score, then padding.
+
+    Candidates with the same score keep their order.
 
     Args:
-        scores: Of each token, shape `(prompts, tokens)`, float32.
-        is_candidate: Whether it may leave, same shape.
+        scores: Shape `(prompts, tokens)`, float32.
+        is_candidate: Whether a token may leave, same shape.
         exists: False for padding, same shape.
+
+    Returns:
+        Indices into each row, same shape.
     """
     worth = torch.where(is_candidate, scores.nan_to_num(), torch.inf)
     worth = torch.where(exists, worth, -torch.inf)
@@ -145,38 +167,45 @@ def scores_of(
     keys_of: Callable[[RankedPrompt], torch.Tensor],
     scale: float,
 ) -> torch.Tensor:
-    """The scores of each prompt's tokens over the heads of all ranks, shape `(prompts, longest)`, float32.
+    """The scores of each prompt's tokens, over the heads of all tensor-parallel ranks.
 
     Args:
-        ranking: What the prompts rank by.
-        prompts: That rank.
-        query: Of the tokens of the step, shape `(tokens, heads, head_size)`.
+        ranking: What the prompts are ranked by.
+        prompts: The prompts.
+        query: Queries of the step's tokens, shape `(tokens, heads, head_size)`.
         keys_of: Returns the keys of a prompt's tokens, shape `(num_prompt, kv_heads, head_size)`.
-        scale: Of the products.
+        scale: As `Ranking.score` takes it.
+
+    Returns:
+        Shape `(prompts, longest)`, float32.
     """
     scores = query.new_zeros((len(prompts.prompts), prompts.longest), dtype=torch.float32)
-    # Prompt by prompt: padded to the longest one, the keys of all would take gigabytes.
+    # One prompt at a time: padded to the longest prompt, the keys of all prompts would take gigabytes.
     for row, prompt in zip(scores, prompts.prompts, strict=True):
         if prompt.keeps_some:
             row[: prompt.num_prompt] = ranking.score(query[prompt.last], keys_of(prompt), scale)
-    # Summed in one order on every rank: a last bit could choose another token.
+    # Every rank adds up in the same order. A difference in the last bit could select another token.
     return get_tp_group().all_gather(scores[None], dim=0).sum(0)
 
 
 def key_order(impl: Any, layer: torch.nn.Module, kv_cache: torch.Tensor) -> torch.Tensor:
-    """Where a head's keys of one block lie in its part of the cache, shape `(block_size, head_size)`.
+    """Where the keys of one head lie in its part of a KV block, shape `(block_size, head_size)`.
 
-    The CPU's kernels have an order of their own for every instruction set. Keys that number their places show
-    any.
+    vLLM's CPU kernels pack keys in an order that depends on the instruction set. This function finds any
+    order: it stores keys whose numbers count up from 1, and looks where the numbers are.
+
+    It is needed for one case, a ranked prompt whose leading text was computed by an earlier step or request.
+    Computing that text again would need no keys from the cache, but with 928 cached tokens before an image of
+    576, prompts then took 3.7 to 3.9 times as long on the CPU.
 
     Args:
-        impl: Of the layer's attention.
+        impl: The layer's attention implementation.
         layer: The attention layer.
-        kv_cache: Its cache, shape `(blocks, kv_heads, block_size, 2 * head_size)`.
+        kv_cache: The layer's KV cache, shape `(blocks, kv_heads, block_size, 2 * head_size)`.
     """
     _, heads, block_size, width = kv_cache.shape
     device, size = kv_cache.device, block_size * width // 2
-    numbers = torch.arange(1, size + 1, device=device)  # what is not written stays 0
+    numbers = torch.arange(1, size + 1, device=device)  # 0 is what is not written
     found = torch.zeros(2 * size, dtype=torch.int64, device=device)
     slots = torch.arange(block_size, device=device)
     place = 1
@@ -195,7 +224,7 @@ def key_order(impl: Any, layer: torch.nn.Module, kv_cache: torch.Tensor) -> torc
 
 @functools.cache
 def ranking_impl(impl: Any) -> type[AttentionImpl]:
-    """Subclasses an attention implementation so that it also ranks for the stage that begins behind it."""
+    """Subclasses an attention implementation so that it also ranks tokens for the stage that follows."""
 
     class RankingImpl(impl):
         step: Any
@@ -228,13 +257,13 @@ def ranking_impl(impl: Any) -> type[AttentionImpl]:
                         return torch.cat([cached, computed])
 
                     scores = scores_of(self.ranking, stage.ranked, query, keys_of, self.scale)
-                stage.choose(scores)
+                stage.apply_ranking(scores)
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
 
         def _cached_keys(
             self, prompt: RankedPrompt, layer: torch.nn.Module, kv_cache: torch.Tensor, attn_metadata: Any
         ) -> torch.Tensor:
-            """The keys of the text before a prompt's first picture, which earlier steps computed."""
+            """Keys of the text before a prompt's first image, as earlier steps stored them."""
             if self.order is None:
                 self.order = key_order(self, layer, kv_cache)
             blocks = attn_metadata.block_table[prompt.row, : -(-prompt.num_cached // len(self.order))]
@@ -245,14 +274,20 @@ def ranking_impl(impl: Any) -> type[AttentionImpl]:
     return RankingImpl
 
 
-def rank_behind(attention: Attention, stage: int, step: Any, ranking: Ranking) -> None:
-    """Makes an attention layer rank for `stage`, which begins behind it.
+def attach_ranking(attention: Attention, stage: int, step: Any, ranking: Ranking) -> None:
+    """Makes an attention layer rank tokens for the stage that begins behind it.
 
-    Its implementation sees whole batches also where the layers around it are compiled or captured. Changing
-    the object's class leaves the layer's backend, and so its KV-cache group, as they are.
+    An attention implementation sees whole batches, even where the layers around it are compiled or captured
+    in CUDA graphs. Changing its class leaves the layer's backend, and with it the KV-cache group, as it is.
+
+    Args:
+        attention: The last attention layer before the stage.
+        stage: The stage.
+        step: The worker's `CurrentStep`.
+        ranking: What tokens are ranked by.
 
     Raises:
-        ValueError: Its keys are not kept as they were computed.
+        ValueError: The layer's KV cache does not hold keys as they were computed.
     """
     if attention.kv_cache_dtype not in KEY_DTYPES:
         raise ValueError(

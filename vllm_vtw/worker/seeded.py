@@ -1,4 +1,4 @@
-"""What vLLM's CPU backend lacks for seeded requests: generators that take a draw back."""
+"""Generators for seeded requests on the CPU, which model runner V1 can wind back."""
 
 from typing import Any
 
@@ -7,38 +7,38 @@ import torch
 
 
 class RewindableGenerator(torch.Generator):
-    """A CPU generator that takes back what was drawn since it was made.
+    """A CPU generator that can return to the state it was made in.
 
-    Model runner V1 samples in every row, also where a step takes a part of a prompt only. It throws that
-    token away, and takes the draw back by winding the generator's offset back. CUDA's generators have one.
-    The CPU's have none, so there a seeded request whose prompt is cut ends vLLM's engine, with the plugin or
-    without it.
+    Model runner V1 samples a token of every row, also of a row whose prompt is computed only in part. It
+    throws that token away and takes the draw back by subtracting from the generator's offset. CUDA generators
+    have an offset. CPU generators have none, so in stock vLLM a seeded request whose prompt is cut ends the
+    engine.
 
     Args:
-        generator: Whose numbers it goes on with.
+        generator: The generator whose numbers this one continues.
     """
 
     def __new__(cls, generator: torch.Generator) -> "RewindableGenerator":
-        return super().__new__(cls)  # on the CPU
+        return super().__new__(cls)  # torch.Generator.__new__ takes a device, by default the CPU
 
     def __init__(self, generator: torch.Generator) -> None:
         self._start = generator.get_state()
         self.set_state(self._start)
 
     def get_offset(self) -> int:
-        """Of the numbers drawn so far, which nobody asks a CPU generator for but to wind it back."""
+        """Always 0. The offset of a CPU generator is only asked for in order to wind it back."""
         return 0
 
     def set_offset(self, offset: int) -> torch.Generator:
-        """Goes back to the start, whatever the offset: one step draws once."""
+        """Returns to the start, whatever the offset is: one step makes one draw."""
         return self.set_state(self._start)
 
 
-def allow_taking_back(runner: Any, num_reqs: int) -> None:
-    """Gives the seeded rows whose token this step throws away a generator that takes its draw back.
+def make_rewindable(runner: Any, num_reqs: int) -> None:
+    """Replaces the generators of seeded rows whose sampled token this step throws away.
 
     Args:
-        runner: A model runner V1 on the CPU, which is about to run a step.
+        runner: A model runner V1 on the CPU that is about to run a step.
         num_reqs: Rows of the batch.
     """
     generators = runner.input_batch.generators

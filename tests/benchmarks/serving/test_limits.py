@@ -7,21 +7,21 @@ from hypothesis import strategies as st
 from benchmarks.serving.limits import limits
 from benchmarks.serving.models import LLAVA_7B
 from vllm_vtw.policy import Policy
-from vllm_vtw.search.price import Request
+from vllm_vtw.search.price import RequestTokens
 
-REQUESTS = st.builds(Request, st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 1000))
+REQUESTS = st.builds(RequestTokens, st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 1000))
 SHARES = st.floats(0, 1)
 
 
-def of(request: Request, layer: int, prefill_share: float = 0.5, short_of_memory: bool = True):
+def of(request: RequestTokens, layer: int, prefill_share: float = 0.5, short_of_memory: bool = True):
     return limits(request, LLAVA_7B, Policy.withdraw_at(layer, 32), prefill_share, 20, short_of_memory)
 
 
 def test_as_published():
     # Of LLaVA-1.5's 576 visual and 64 text tokens, with 128 of the answer held.
-    assert of(Request(576, 64, 256), 16).requests == pytest.approx(1.6)
+    assert of(RequestTokens(576, 64, 256), 16).requests == pytest.approx(1.6)
     # "About 0.55" of the work in prompts, less what attention over fewer pairs of tokens saves.
-    assert 1 / 0.55 < of(Request(576, 64, 128), 16).prefill < 1.9
+    assert 1 / 0.55 < of(RequestTokens(576, 64, 128), 16).prefill < 1.9
 
 
 @given(REQUESTS, st.sampled_from((8, 16, 24)), SHARES, st.booleans())

@@ -13,7 +13,7 @@ from benchmarks.serving.run import Side, by_engine, palindromes, why
 from benchmarks.serving.sweeps import SETUPS, Engine, Point
 from benchmarks.serving.workload import Workload, write_image_set
 from vllm_vtw.policy import Policy
-from vllm_vtw.search.price import Request
+from vllm_vtw.search.price import RequestTokens
 
 FOUR, EIGHT = (Policy.withdraw_at(layer, 16) for layer in (4, 8))
 POINTS = [
@@ -89,7 +89,7 @@ def test_vtw_takes_no_more_work_than_the_schedule_beside_it(name):
     (point,) = (point for point in setup.points if point.sweep == "schedule")
     ranked, vtw = point.policies
     model, workload = setup.model, point.workload
-    request = Request(model.visual_tokens, workload.text, workload.output)
+    request = RequestTokens(model.visual_tokens, workload.text, workload.output)
     price = model.price(request)
     assert (len(ranked.stages), ranked.ranking, vtw.ranking) == (3, "last-token-attention", None)
     most = price.flops_share(ranked)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.search.command import calibrate
 from vllm_vtw.search.data.read import read_data
-from vllm_vtw.search.data.sample import BadSampleError, Sample, Skipped, told
+from vllm_vtw.search.data.sample import BadSampleError, Sample, Skipped, skip_messages
 
 IMAGE = {"type": "image"}
 ENTRIES = [
@@ -169,7 +169,7 @@ def test_every_skipped_sample_is_counted_in_one_line_of_its_kind(reasons):
         Skipped(f"line {number}", BadSampleError(f"{kind}: {detail}", kind))
         for number, (kind, detail) in enumerate(reasons, 1)
     ]
-    found = told(skipped)
+    found = skip_messages(skipped)
     assert len(found) == len({kind for kind, _ in reasons})
     for line in found:
         places, _, why = line.partition(": ")

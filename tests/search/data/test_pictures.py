@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from vllm.multimodal.image import ALLOWED_IMAGE_FORMATS
 from vllm.multimodal.media import ImageMediaIO
 
-from vllm_vtw.search.data.pictures import REFUSED_FORMATS, shown
+from vllm_vtw.search.data.pictures import REFUSED_FORMATS, decode_picture
 from vllm_vtw.search.data.sample import BadSampleError, Sample
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:PIL", "ignore::UserWarning:PIL")
@@ -62,7 +62,7 @@ def noise(mode: str) -> Image.Image | None:
         return Image.frombytes(mode, SIZE, rng.bytes(4 * SIZE[0] * SIZE[1])[: 2 * SIZE[0] * SIZE[1]])
 
 
-def drawn() -> Iterator[tuple[str, Image.Image, dict[str, Any]]]:
+def draw_samples() -> Iterator[tuple[str, Image.Image, dict[str, Any]]]:
     """Pictures with how they are saved."""
     upside, exif = Image.Exif(), Image.ExifTags.Base.Orientation
     for mode in Image.MODES:
@@ -93,7 +93,7 @@ def test_every_mode_and_format_that_pillow_writes_is_shown_as_vllm_shows_it(tmp_
     refused_by_both: set[tuple[str, str]] = set()
     others = []
     looked_at: set[bytes] = set()  # most formats ignore most options
-    for (what, picture, options), form in product(drawn(), sorted(Image.SAVE)):
+    for (what, picture, options), form in product(draw_samples(), sorted(Image.SAVE)):
         if form == "ICNS" and options:  # which it ignores, and draws ten sizes
             continue
         file = io.BytesIO()
@@ -155,7 +155,7 @@ def test_a_damaged_file_is_shown_or_refused_as_vllm_does(data):
     del content[data.draw(st.integers(1, 2 * len(content))) :]
     wanted = by_vllm(bytes(content))
     try:
-        found = shown(bytes(content))
+        found = decode_picture(bytes(content))
     except Exception:
         found = None
     assert same(found, wanted)

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from vllm_vtw.search.data.draw import drawn
-from vllm_vtw.search.data.read import Data, read_data
+from vllm_vtw.search.data.draw import draw_samples
+from vllm_vtw.search.data.read import Dataset, read_data
 from vllm_vtw.search.data.sample import Sample
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def read(folder: Path, *lines: Any) -> Data:
+def read(folder: Path, *lines: Any) -> Dataset:
     file = folder / "data.jsonl"
     texts = (json.dumps(line) if isinstance(line, dict) else line for line in lines)
     file.write_bytes(b"\n".join(text if isinstance(text, bytes) else text.encode() for text in texts))
@@ -197,9 +197,9 @@ def test_numbers_may_be_answers(folder):
 @given(st.lists(st.sampled_from("abc"), max_size=30), st.integers(0, 5))
 def test_a_draw_has_every_sample_once_and_its_beginning_of_every_task_alike(tasks, seed):
     samples = [Sample(f"line {number}", (), task=task) for number, task in enumerate(tasks)]
-    order = drawn(samples, seed)
+    order = draw_samples(samples, seed)
     assert sorted(sample.where for sample in order) == sorted(sample.where for sample in samples)
-    assert order == drawn(samples, seed)
+    assert order == draw_samples(samples, seed)
     all_of = Counter(tasks)
     for number in range(len(order)):
         seen = Counter(sample.task for sample in order[:number])
@@ -209,4 +209,4 @@ def test_a_draw_has_every_sample_once_and_its_beginning_of_every_task_alike(task
 
 def test_another_seed_is_another_draw():
     samples = [Sample(f"line {number}", ()) for number in range(30)]
-    assert drawn(samples, 0) != drawn(samples, 1)
+    assert draw_samples(samples, 0) != draw_samples(samples, 1)

@@ -20,11 +20,11 @@ from tests.search.conftest import load_llava
 from tests.search.plain import plain_logits
 from tests.search.test_model import PROMPTS, pictures, sample
 from vllm_vtw.commands.dyvte import default_layers
-from vllm_vtw.gates import load_gates, margins
+from vllm_vtw.gates import leave_margins, load_gates
 from vllm_vtw.policy import Policy
-from vllm_vtw.search.dyvte.exits import Exits, Store, look, may_leave
-from vllm_vtw.search.dyvte.gated import exit_stages
-from vllm_vtw.search.dyvte.training import Settings, held_out, train
+from vllm_vtw.search.dyvte.evaluation import exit_stages
+from vllm_vtw.search.dyvte.exits import ExitStore, SampleExits, collect_exits, may_leave
+from vllm_vtw.search.dyvte.training import TrainingSettings, held_out, train
 from vllm_vtw.search.journal import Journal
 
 __all__ = ["pictures"]
@@ -59,9 +59,9 @@ def test_what_gates_read_and_what_leaving_does(pictures, tmp_path, prompt):
     folder = SmallLlava(layers=6, kv_heads=1, image_side=4).save(tmp_path / "model")
     loaded = load_llava(folder)
     plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    store = Store(tmp_path / "out", {"layers": layers}, 64, with_answers=True, resume=False)
-    (seen,) = look(loaded, [sample(PROMPTS[prompt], pictures)], 8, layers, tokens, store)
-    assert isinstance(seen, Exits)
+    store = ExitStore(tmp_path / "out", {"layers": layers}, 64, with_answers=True, resume=False)
+    (seen,) = collect_exits(loaded, [sample(PROMPTS[prompt], pictures)], 8, layers, tokens, store)
+    assert isinstance(seen, SampleExits)
     inputs = loaded.encode(sample(PROMPTS[prompt], pictures), tokens)
     last_picture = int((inputs["input_ids"][0] == plain.config.image_token_id).nonzero().max())
     with torch.no_grad():
@@ -82,8 +82,8 @@ def test_what_gates_read_and_what_leaving_does(pictures, tmp_path, prompt):
 
 def test_a_prompt_without_text_behind_its_picture_is_skipped(pictures, tmp_path):
     loaded = load_llava(SmallLlava(layers=3, image_side=4).save(tmp_path / "model"))
-    store = Store(tmp_path / "out", {"layers": [1]}, 64, with_answers=False, resume=False)
-    (bad,) = look(loaded, [sample(PROMPTS["at the end"], pictures)], 8, [1], 4, store)
+    store = ExitStore(tmp_path / "out", {"layers": [1]}, 64, with_answers=False, resume=False)
+    (bad,) = collect_exits(loaded, [sample(PROMPTS["at the end"], pictures)], 8, [1], 4, store)
     assert "gates read the text behind the last picture" in str(bad)
 
 
@@ -93,7 +93,7 @@ def separable(samples: int) -> tuple[np.ndarray, np.ndarray]:
     return read, (read[:, :, 2] > read[:, :, 5]).astype(np.int64)
 
 
-def trained(checkpoint: Path, settings: Settings, ends_after: int | None = None) -> Any:
+def trained(checkpoint: Path, settings: TrainingSettings, ends_after: int | None = None) -> Any:
     def after(epoch: int) -> None:
         if epoch == ends_after:
             raise KeyboardInterrupt
@@ -102,7 +102,7 @@ def trained(checkpoint: Path, settings: Settings, ends_after: int | None = None)
 
 
 def test_gates_learn_and_go_on_where_they_stopped(tmp_path):
-    settings = Settings(epochs=12, learning_rate=3e-3, batch_size=16, seed=1)
+    settings = TrainingSettings(epochs=12, learning_rate=3e-3, batch_size=16, seed=1)
     once = trained(tmp_path / "once.pt", settings)
     assert len(once.curves) == 12
     assert once.curves[-1]["loss"] < [0.3, 0.3]
@@ -128,9 +128,9 @@ def test_some_of_every_task_are_held_out_and_some_are_not(tasks):
 
 def test_exits_are_where_the_first_gate_says_so():
     margins = np.array([[1, 0, 0], [-1, 3, 5], [-1, -1, -1], [0, 0.6, 0]], dtype=np.float32)
-    assert exit_stages(margins, [0, 0, 0]).tolist() == [1, 2, 4, 2]
-    assert exit_stages(margins, [0.5, 0.5, 0.5]).tolist() == [1, 2, 4, 2]
-    assert exit_stages(margins, [2, 2, 2]).tolist() == [4, 2, 4, 4]
+    assert exit_stages(margins, [0, 0, 0]) == [1, 2, None, 2]
+    assert exit_stages(margins, [0.5, 0.5, 0.5]) == [1, 2, None, 2]
+    assert exit_stages(margins, [2, 2, 2]) == [None, 2, None, None]
 
 
 def test_gates_stand_at_every_fourth_layer():
@@ -163,7 +163,7 @@ def test_training_leaves_gates_that_the_policy_file_names(gates):
     assert policy.gate is not None
     assert policy.gate.thresholds == (0, 0)
     found = load_gates(replace(policy.gate, weights=str(out / policy.gate.weights)), [4, 9], 128)
-    assert all(margins(gate, torch.randn(3, 256)).shape == (3,) for gate in found)
+    assert all(leave_margins(gate, torch.randn(3, 256)).shape == (3,) for gate in found)
     with pytest.raises(ValueError, match="are not for layers"):
         load_gates(replace(policy.gate, weights=str(out / policy.gate.weights)), [4, 8], 128)
     result = without_time(out)

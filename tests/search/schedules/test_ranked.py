@@ -18,13 +18,13 @@ from tests.search.test_model import ANSWER, PROMPTS, pictures, sample  # noqa: F
 from vllm_vtw.policy import Policy, Stage
 from vllm_vtw.search.checkpoint import read_config
 from vllm_vtw.search.divergence import Curve, Difference
-from vllm_vtw.search.model import Llava, Placement
-from vllm_vtw.search.price import Price, Request
-from vllm_vtw.search.schedules.effect import Asked
+from vllm_vtw.search.model import HFModel, Placement
+from vllm_vtw.search.price import Price, RequestTokens
+from vllm_vtw.search.schedules.baselines import baselines
 from vllm_vtw.search.schedules.gsearch import least
+from vllm_vtw.search.schedules.layerwise import answer_logits
 from vllm_vtw.search.schedules.psigmoid import LEAST, affordable, cheapest, p_sigmoid, sigmoid
-from vllm_vtw.search.schedules.ranked import answer_logits
-from vllm_vtw.search.schedules.rivals import rivals
+from vllm_vtw.search.schedules.samples import SampleAtLayer
 from vllm_vtw.search.schedules.schedule import GRID, at_borders, merged
 
 KEEPS: tuple[list[float], ...] = ([1, 1, 1, 1], [1, 0.5, 0.5, 0.5], [1, 0.9, 0.312, 0], [1, 1, 0.25, 0.125])
@@ -39,7 +39,7 @@ def test_ranked_layers_are_what_the_plain_model_gives(llava, pictures, backbone,
     ).eval()
     inputs = loaded.encode(sample(prompt, pictures), ANSWER)
     answered = loaded.answer(inputs, ANSWER)
-    asked = Asked.of(loaded, "all", answered)
+    asked = SampleAtLayer.of(loaded, "all", answered)
     for keeps in KEEPS:
         ours = answer_logits(loaded, asked.going_on(loaded, 0, keeps).rows)
         wanted = plain_ranked_logits(plain, inputs, answered.tokens, keeps)
@@ -55,10 +55,10 @@ def test_where_nothing_leaves_nothing_differs_in_bfloat16(pictures, tmp_path):  
     """The answer was given token by token, which may round otherwise than reading it at once."""
     folder = str(SmallLlava(layers=4, kv_heads=1, image_side=4).save(tmp_path))
     config = read_config(folder)
-    loaded = Llava(folder, config, Placement.of("cpu", "bfloat16", config))
+    loaded = HFModel(folder, config, Placement.of("cpu", "bfloat16", config))
     answered = loaded.answer(loaded.encode(sample(PROMPTS["two"], pictures), ANSWER), ANSWER)
     token_by_token = answered.logits + 0.01 * torch.randn(answered.logits.shape)
-    asked = Asked.of(loaded, "all", replace(answered, logits=token_by_token))
+    asked = SampleAtLayer.of(loaded, "all", replace(answered, logits=token_by_token))
     found = asked.going_on(loaded, 0, [1] * 4).difference(loaded)
     assert (set(found.answer_kl), set(found.changed)) == ({0.0}, {False})
 
@@ -75,7 +75,7 @@ def test_the_least_number_that_is_within():
         assert len(asked) <= 3
 
 
-PRICE = Price(32, 12 * 4096 * 4096, 4096, Request(576, 64, 128))
+PRICE = Price(32, 12 * 4096 * 4096, 4096, RequestTokens(576, 64, 128))
 
 
 FOR_MEMORY = replace(PRICE, work_weight=1e-3)
@@ -166,7 +166,7 @@ def stored(storage: Path) -> optuna.Study:
 @pytest.mark.parametrize("share", [PRICE.flops_share, PRICE.kv_share])
 def test_rivals_take_no_more(share):
     ours = Policy((Stage(4, 0.6), Stage(12, 0.3), Stage(20, 0.05)))
-    found = rivals(ours, 32, share)
+    found = baselines(ours, 32, share)
     published = found.pop("FastV as published, 0.5")
     assert published == Policy((Stage(2, 0.5),))
     for name, policy in found.items():

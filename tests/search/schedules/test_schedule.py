@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vllm_vtw.policy import Policy, Stage
-from vllm_vtw.search.price import Price, Request
+from vllm_vtw.search.price import Price, RequestTokens
 from vllm_vtw.search.schedules.schedule import at_borders, merged, of_policy
 
 
@@ -18,7 +18,7 @@ def schedules(draw: st.DrawFn) -> list[float]:
 
 
 # Half of the tokens visual, as `capacity` counts.
-REQUEST = Request(100, 80, 20)
+REQUEST = RequestTokens(100, 80, 20)
 
 
 def price(num_layers: int) -> Price:

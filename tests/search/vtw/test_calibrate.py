@@ -19,11 +19,11 @@ from benchmarks.quality.tasks import TASKS
 from benchmarks.small_llava import SmallLlava
 from tests.search.command import SAMPLES, calibrate, found
 from vllm_vtw.commands.calibrate import values_of_layer
-from vllm_vtw.config import Model, VTWConfig
+from vllm_vtw.config import ModelShape, VTWConfig
 from vllm_vtw.policy import Policy
 
 RESULTS = QUALITY.with_name("calibration.json")
-MODEL = Model("llava", "llama", 12, 128)
+MODEL = ModelShape("llava", "llama", 12, 128)
 
 
 def test_the_first_token_criterion_does_not_see_that_reading_fails(done):

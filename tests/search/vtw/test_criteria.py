@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_vtw.config import Model
+from vllm_vtw.config import ModelShape
 from vllm_vtw.policy import Policy
 from vllm_vtw.search.divergence import Curve, Difference
-from vllm_vtw.search.price import Price, Request
+from vllm_vtw.search.price import Price, RequestTokens
 from vllm_vtw.search.vtw.criteria import answer_layer, default_eta, first_token_layer
 
 LOGITS = st.floats(-8, 8, width=32)
@@ -81,11 +81,11 @@ def test_the_worst_task_decides():
 @pytest.mark.parametrize(
     ("model", "vocabulary", "eta"),
     [
-        (Model("llava", "llama", 32, 4096), 32064, 0.003),
-        (Model("llava", "llama", 40, 5120), 32064, 0.0005),
-        (Model("llava_next", "llama", 32, 4096), 32064, 0.0001),
-        (Model("llava_next", "llama", 32, 4096), 128320, 0.003),  # over Llama 3
-        (Model("llava_next", "mistral", 32, 4096), 32064, 0.003),
+        (ModelShape("llava", "llama", 32, 4096), 32064, 0.003),
+        (ModelShape("llava", "llama", 40, 5120), 32064, 0.0005),
+        (ModelShape("llava_next", "llama", 32, 4096), 32064, 0.0001),
+        (ModelShape("llava_next", "llama", 32, 4096), 128320, 0.003),  # over Llama 3
+        (ModelShape("llava_next", "mistral", 32, 4096), 32064, 0.003),
     ],
 )
 def test_eta_is_the_published_one_by_model(model, vocabulary, eta):
@@ -96,7 +96,7 @@ def test_flops_are_the_published_ones():
     """VTW's paper: LLaVA-1.5-7B at K = 16, 8.48 to 4.68 TFLOPs."""
     hidden, inner = 4096, 11008
     layer = 4 * hidden**2 + 3 * hidden * inner
-    price = Price(32, layer, hidden, Request(visual=576, text=64, output=0))
+    price = Price(32, layer, hidden, RequestTokens(visual=576, text=64, output=0))
     assert price.prefill_flops(Policy(())) == pytest.approx(8.48e12, rel=0.02)
     assert price.prefill_flops(Policy.withdraw_at(16, 32)) == pytest.approx(4.68e12, rel=0.02)
 
@@ -110,7 +110,7 @@ def test_flops_are_the_published_ones():
 )
 def test_kv_memory_is_the_limit_and_padding(layer, visual, text, output, num_layers):
     layer = min(layer, num_layers)
-    price = Price(num_layers, 1, 1, Request(visual, text, output))
+    price = Price(num_layers, 1, 1, RequestTokens(visual, text, output))
     found = price.kv_share(Policy.withdraw_at(layer, num_layers))
     rest = text + output
     limit = (layer * (visual + rest) + (num_layers - layer) * rest) / (num_layers * (visual + rest))
@@ -127,6 +127,6 @@ def test_kv_memory_is_the_limit_and_padding(layer, visual, text, output, num_lay
     [(15, 32, 17, 1), (20, 32, 12, 2), (11, 12, 4, 3)],
 )
 def test_padding_is_paid(layer, num_layers, room, whole):
-    price = Price(num_layers, 1, 1, Request(visual=576, text=64, output=128))
+    price = Price(num_layers, 1, 1, RequestTokens(visual=576, text=64, output=128))
     found = price.kv_share(Policy.withdraw_at(layer, num_layers))
     assert found == pytest.approx(room * (whole * 768 + 192) / (num_layers * 768))

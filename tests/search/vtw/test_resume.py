@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.quality.model import CHECKPOINT
 from tests.search.command import SAMPLES, calibrate, found
-from vllm_vtw.search.vtw.progress import Progress
+from vllm_vtw.search.vtw.journal import CalibrationJournal
 
 
 def test_ctrl_c_keeps_what_was_done_and_resume_goes_on(done, data, tmp_path):
-    add = Progress.add
+    add = CalibrationJournal.add
 
     def interrupted(self, measured):
         add(self, measured)
@@ -24,7 +24,7 @@ def test_ctrl_c_keeps_what_was_done_and_resume_goes_on(done, data, tmp_path):
     # A shell that started the tests in the background has them ignore it.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with patch.object(Progress, "add", interrupted):
+        with patch.object(CalibrationJournal, "add", interrupted):
             ended = calibrate(data, tmp_path)
     finally:
         signal.signal(signal.SIGINT, before)
@@ -41,7 +41,7 @@ def test_ctrl_c_keeps_what_was_done_and_resume_goes_on(done, data, tmp_path):
         calls += 1
         add(self, measured)
 
-    with patch.object(Progress, "add", counted):
+    with patch.object(CalibrationJournal, "add", counted):
         ended = calibrate(data, tmp_path, "--resume")
     assert (ended.status, calls) == (0, SAMPLES - 10)
     assert found(tmp_path) == found(done[0])

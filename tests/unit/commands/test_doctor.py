@@ -10,7 +10,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_vtw.commands import doctor
 from vllm_vtw.commands.cli import main
-from vllm_vtw.worker import backend, v1
+from vllm_vtw.worker import backend, runner_v1
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="it is of a CPU that this speaks")
 
@@ -114,7 +114,7 @@ def test_a_process_without_the_plugin(capsys, quick):
 
 
 def test_a_vllm_that_was_changed(capsys, quick):
-    quick.setattr(GPUModelRunner, v1.TARGET, lambda self, batch: None)
+    quick.setattr(GPUModelRunner, runner_v1.TARGET, lambda self, batch: None)
     lines = examine(capsys, quick)
     assert [line for line in lines if "does not know this vLLM's GPUModelRunner._build" in line]
     assert lines[-1] == CANNOT

@@ -8,7 +8,7 @@ from vllm.multimodal.inputs import PlaceholderRange
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
 
 from vllm_vtw.config import ADMISSION, Admission
-from vllm_vtw.models.admission import limited_processor
+from vllm_vtw.models.admission import admission_processor
 from vllm_vtw.models.beam_search import REFUSED
 from vllm_vtw.policy import Policy, Stage
 
@@ -45,7 +45,7 @@ class Processor(BaseMultiModalProcessor):
 
 
 def processed(cache: Cache, policy: Policy, *pictures: str, prompt: str = "text") -> dict[str, Any]:
-    processor = object.__new__(limited_processor(Processor))
+    processor = object.__new__(admission_processor(Processor))
     model_config = SimpleNamespace(**{ADMISSION: Admission(policy, STEP)})
     processor.info = SimpleNamespace(ctx=SimpleNamespace(model_config=model_config))
     items: Any = pictures

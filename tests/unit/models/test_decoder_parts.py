@@ -10,7 +10,7 @@ from vllm.config import CUDAGraphMode
 
 from vllm_vtw.models.graph_inputs import GraphInputs
 from vllm_vtw.models.token_states import TokenStates
-from vllm_vtw.worker.step import StageStep
+from vllm_vtw.worker.stage_step import StageStep
 
 
 def graph_inputs(mode: CUDAGraphMode) -> GraphInputs:

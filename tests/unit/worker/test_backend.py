@@ -17,16 +17,16 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from vllm_vtw.retention import Question, Retention
+from vllm_vtw.retention import OneStepPrefill, Retention
 from vllm_vtw.worker.backend import StageAttention, stage_backend
-from vllm_vtw.worker.buffers import Front, Slots
-from vllm_vtw.worker.plan import Batch, Rows
-from vllm_vtw.worker.step import CurrentStep
+from vllm_vtw.worker.buffers import SlotMapping, StepBuffer
+from vllm_vtw.worker.current_step import CurrentStep
+from vllm_vtw.worker.step_plan import Batch, BatchRetentions
 
 BLOCK_SIZE = 4
 MAX_SEQS, MAX_TOKENS = 4, 20
 # A picture at 2..9 in the first of two requests, whose prompt has 14 tokens; the second decodes its token 5.
-ROWS = Rows.of([(Retention([(2, 10)]),), (Retention(),)])
+ROWS = BatchRetentions.of([(Retention([(2, 10)]),), (Retention(),)])
 BLOCK_TABLE = torch.tensor([[7, 8, 0], [3, 5, 0], [0, 0, 0]], dtype=torch.int32)
 
 
@@ -157,7 +157,7 @@ def test_lengths_follow_the_device_where_the_host_only_guesses(builder, step):
 def test_no_row_is_longer_than_the_longest(builder, step, requests, longest):
     """A text may be the longest, whatever the others withdrew."""
     computed, scheduled = ([values[request] for request in requests] for values in DECODE)
-    rows = Rows.of([ROWS.retentions[request] for request in requests])
+    rows = BatchRetentions.of([ROWS.by_row[request] for request in requests])
     step.begin(Batch(rows, np.array(computed), np.cumsum([0, *scheduled])))
     seen = builder.build(0, metadata(computed, scheduled))
     assert seen.max_seq_len == longest
@@ -223,22 +223,22 @@ class Leaving:
 
 def test_metadata_follow_what_gates_decide(step, make_builder):
     """Of pictures at 2..9 and at 1..2; vLLM makes builders twice where it measures CUDA graphs."""
-    questions = Question(2, 14, ((2, 10),), 10, True), Question(1, 5, ((1, 3),), 3, True)
-    rows = Rows.of([(Retention((), question.start, question),) for question in questions])
-    settled: dict[int, int] = {}
+    prefills = OneStepPrefill(2, 14, ((2, 10),), 10, True), OneStepPrefill(1, 5, ((1, 3),), 3, True)
+    rows = BatchRetentions.of([(Retention((), one_step.start, one_step),) for one_step in prefills])
+    exits: dict[int, int | None] = {}
     step.gates = Leaving()
-    step.settle = settled.update
+    step.record_exits = exits.update
     make_builder("layer.4")
     builder = make_builder("layer.4")
     step.begin(Batch(rows, np.array([0, 0]), np.array([0, 14, 19])))
     given = metadata([0, 0], [14, 5])
     assert builder.build(0, given).seq_lens.tolist() == [14, 5]
     numbers = torch.arange(19.0)[:, None]
-    decided = step.decide(1, numbers, torch.zeros_like(numbers))
+    changed = step.ask_gates(1, numbers, torch.zeros_like(numbers))
     assert step.gates.texts == [[[10], [11], [12], [13]], [[17], [18]]]
-    assert settled == {0: 1, 1: 2}
-    assert decided.keys() == {"layer.4"}
-    found = decided["layer.4"]
+    assert exits == {0: 1, 1: None}
+    assert changed.keys() == {"layer.4"}
+    found = changed["layer.4"]
     assert found.seq_lens.tolist() == [6, 5]
     assert found.query_start_loc.tolist() == [0, 6, 11]
     assert found.num_actual_tokens == 11
@@ -246,7 +246,7 @@ def test_metadata_follow_what_gates_decide(step, make_builder):
     slots += [3 * BLOCK_SIZE + at for at in range(4)] + [5 * BLOCK_SIZE]
     assert found.slot_mapping.tolist() == slots
     assert step.stages[0].kept.tolist() == [0, 1, *range(10, 19)]
-    assert not step.asked
+    assert not step.gated_prompts
 
 
 @given(
@@ -267,12 +267,14 @@ def test_metadata_are_what_kernels_rely_on(requests):
     ]
     computed, scheduled = ([one[at] for one in requests] for at in (0, 1))
     step = CurrentStep(1, torch.device("cpu"))
-    step.begin(Batch(Rows.of(stages), np.array(computed), np.cumsum([0, *scheduled])))
+    step.begin(Batch(BatchRetentions.of(stages), np.array(computed), np.cumsum([0, *scheduled])))
     batch = metadata(computed, scheduled)
     (stage,) = step.stages
     assert stage is not None
-    stage.place(batch.positions)
-    seen = stage.metadata(batch, Front(torch.zeros(8, dtype=torch.int32)), Slots(128, torch.device("cpu")))
+    stage.set_ranks(batch.positions)
+    seen = stage.metadata(
+        batch, StepBuffer(torch.zeros(8, dtype=torch.int32)), SlotMapping(128, torch.device("cpu"))
+    )
     lengths = seen.query_start_loc.diff()
     assert seen.query_start_loc.tolist() == seen.query_start_loc_cpu.tolist()
     assert len(seen.query_start_loc) == seen.num_reqs + 1 == len(requests) + 1

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_vtw.retention import Question, Retention
+from vllm_vtw.retention import OneStepPrefill, Retention
 from vllm_vtw.worker.ranking import RankedPrompt, RankedPrompts, key_order
 
 TOKENS = st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.25, 0.5]), st.booleans()), min_size=1, max_size=12)
@@ -36,7 +36,7 @@ def test_the_most_attended_to_stay_and_the_first_where_it_ties(prompts, all_befo
     mask = torch.tensor([may_leave for tokens in prompts for _, may_leave in tokens])
     kept_before = None if all_before else 2 * torch.arange(before)
     in_batch = mask if all_before else mask.repeat_interleave(2)
-    assert ranked.staying(attention, kept_before, in_batch).tolist() == expected
+    assert ranked.select(attention, kept_before, in_batch).tolist() == expected
     assert ranked.targets.tolist() == list(range(kept))
 
 
@@ -46,9 +46,9 @@ def test_tokens_behind_cached_text_and_behind_the_prompt():
     ranked = RankedPrompts([prompt], CPU)
     attention = torch.tensor([[0.9, 0.9, 0.1, 0.3, 0.2, 0.8]])
     is_candidate = torch.tensor([True, True, True, False, False])
-    assert ranked.staying(attention, None, is_candidate).tolist() == [1, 2, 3, 4]
+    assert ranked.select(attention, None, is_candidate).tolist() == [1, 2, 3, 4]
     none_stays = RankedPrompts([replace(prompt, kept=slice(0, 2), keeps_some=False)], CPU)
-    assert none_stays.staying(None, None, is_candidate).tolist() == [3, 4]
+    assert none_stays.select(None, None, is_candidate).tolist() == [3, 4]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -81,13 +81,13 @@ def test_keys_are_found_wherever_a_backend_puts_them(dtype, shuffled):
 
 def test_where_a_prompt_ends_among_the_tokens_of_a_stage():
     """Twenty tokens behind four that are cached; six of the twelve visual ones left before."""
-    question = Question(6, 24, ((6, 12), (14, 20)), 20, False)
-    retentions = (Retention([(6, 12)], 6, question), Retention([(6, 12), (14, 18)], 6, question))
+    one_step = OneStepPrefill(6, 24, ((6, 12), (14, 20)), 20, False)
+    retentions = (Retention([(6, 12)], 6, one_step), Retention([(6, 12), (14, 18)], 6, one_step))
     first = RankedPrompt.of(retentions, 1, 3, 4, before=slice(10, 30), kept=slice(10, 24))
     assert (first.num_cached, first.num_prompt, first.last, first.keeps_some) == (4, 24, 29, True)
     second = RankedPrompt.of(retentions, 2, 3, 4, before=slice(10, 24), kept=slice(10, 20))
     assert (second.num_cached, second.num_prompt, second.last, second.keeps_some) == (4, 18, 23, True)
     none = RankedPrompt.of(
-        (Retention([(6, 12), (14, 20)], 6, question),), 1, 0, 0, slice(0, 24), slice(0, 12)
+        (Retention([(6, 12), (14, 20)], 6, one_step),), 1, 0, 0, slice(0, 24), slice(0, 12)
     )
     assert not none.keeps_some

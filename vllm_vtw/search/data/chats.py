@@ -23,7 +23,7 @@ class Chat(NamedTuple):
     answer: str | None
 
 
-def of_conversations(turns: Any) -> list[Message]:
+def from_conversations(turns: Any) -> list[Message]:
     """LLaVA's turns as messages of OpenAI's.
 
     Raises:
@@ -40,7 +40,7 @@ def of_conversations(turns: Any) -> list[Message]:
     return messages
 
 
-def chat(messages: Any, images: list[str]) -> Chat:
+def parse_chat(messages: Any, images: list[str]) -> Chat:
     """A chat of OpenAI's messages.
 
     Pictures of `images` stand where parts of type "image" or `<image>` in a text are, or else before the

@@ -13,7 +13,7 @@ SEEDS = 1 << 32
 """Seeds are whole numbers less than this, as numpy's and Optuna's samplers take them."""
 
 
-def drawn(samples: "Iterable[Sample]", seed: int) -> "list[Sample]":
+def draw_samples(samples: "Iterable[Sample]", seed: int) -> "list[Sample]":
     """The samples in random order, the tasks by turns, so that the first few have some of every task."""
     shuffled = list(samples)
     Random(seed).shuffle(shuffled)

@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from vllm_vtw.search.data.chats import PLACEHOLDER, chat, of_conversations
+from vllm_vtw.search.data.chats import PLACEHOLDER, from_conversations, parse_chat
 from vllm_vtw.search.data.sample import BadSampleError, Message, Sample
 
 QUESTIONS = ("prompt", "messages", "conversations")
 
 
-def sample_of(where: str, entry: Any, folder: Path) -> Sample:
+def parse_sample(where: str, entry: Any, folder: Path) -> Sample:
     """The sample that an object of a data file is.
 
     Args:
@@ -36,9 +36,11 @@ def sample_of(where: str, entry: Any, folder: Path) -> Sample:
     if questions == ["prompt"]:
         if not isinstance(question, str):
             raise BadSampleError("'prompt' is not a string")
-        prompt, messages = asked(question, len(images))
+        prompt, messages = prompt_or_chat(question, len(images))
     else:
-        said = chat(of_conversations(question) if questions == ["conversations"] else question, images)
+        said = parse_chat(
+            from_conversations(question) if questions == ["conversations"] else question, images
+        )
         messages, images = tuple(said.messages), said.images
         answer = said.answer if answer is None else answer
     if not images:
@@ -54,7 +56,7 @@ def sample_of(where: str, entry: Any, folder: Path) -> Sample:
     )
 
 
-def asked(prompt: str, num_images: int) -> tuple[str | None, tuple[Message, ...]]:
+def prompt_or_chat(prompt: str, num_images: int) -> tuple[str | None, tuple[Message, ...]]:
     """A prompt that places its pictures, as it is; any other as a user's turn, its pictures first."""
     if PLACEHOLDER in prompt:
         return prompt, ()

@@ -9,7 +9,7 @@ from vllm_vtw.search.data.sample import BadSampleError
 TAKEN = "--data takes JSON lines, a JSON list of objects, or a folder of pictures"
 
 
-def entries(content: bytes) -> list[tuple[str, Any]]:
+def read_entries(content: bytes) -> list[tuple[str, Any]]:
     """What a file holds: each value with its place, and a `BadSampleError` for a line that is not JSON.
 
     Raises:

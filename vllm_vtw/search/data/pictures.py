@@ -25,7 +25,7 @@ class BadPictureError(ValueError):
         self.kind = kind
 
 
-def picture(source: str, folder: Path) -> Image.Image:
+def load_picture(source: str, folder: Path) -> Image.Image:
     """The picture of a path or data URL, in RGB.
 
     Args:
@@ -40,7 +40,7 @@ def picture(source: str, folder: Path) -> Image.Image:
         raise BadPictureError(repr(source), "nothing is fetched; give a path or a data URL")
     name = "a data URL" if is_url else repr(source)
     try:
-        return shown(_of_data_url(source) if is_url else (folder / source).read_bytes())
+        return decode_picture(_of_data_url(source) if is_url else (folder / source).read_bytes())
     except FileNotFoundError as error:
         raise BadPictureError(name, "there is no such file", str(folder / source)) from error
     except UnidentifiedImageError as error:
@@ -49,7 +49,7 @@ def picture(source: str, folder: Path) -> Image.Image:
         raise BadPictureError(name, "cannot be read", str(error)) from error
 
 
-def shown(content: bytes) -> Image.Image:
+def decode_picture(content: bytes) -> Image.Image:
     """The picture of a file's content: upright, in RGB, and on white where it is transparent.
 
     Raises:

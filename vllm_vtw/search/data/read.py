@@ -4,15 +4,15 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_vtw.search.data.entry import asked, sample_of
-from vllm_vtw.search.data.formats import entries
-from vllm_vtw.search.data.sample import BadSampleError, Sample, Skipped, told
+from vllm_vtw.search.data.entry import parse_sample, prompt_or_chat
+from vllm_vtw.search.data.formats import read_entries
+from vllm_vtw.search.data.sample import BadSampleError, Sample, Skipped, skip_messages
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
-class Data:
+class Dataset:
     """What a file or folder holds.
 
     Attributes:
@@ -26,7 +26,7 @@ class Data:
     sha256: str
 
 
-def read_data(path: Path, prompt: str | None) -> Data:
+def read_data(path: Path, prompt: str | None) -> Dataset:
     """Reads JSON lines, a JSON list, or a folder of pictures.
 
     Args:
@@ -46,7 +46,7 @@ def read_data(path: Path, prompt: str | None) -> Data:
         raise ValueError(f"--prompt is for a folder of pictures; {path} has a prompt in every line")
     content = path.read_bytes()
     try:
-        found = entries(content)
+        found = read_entries(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     samples, bad = [], []
@@ -54,17 +54,17 @@ def read_data(path: Path, prompt: str | None) -> Data:
         try:
             if isinstance(entry, BadSampleError):
                 raise entry
-            samples.append(sample_of(where, entry, path.parent))
+            samples.append(parse_sample(where, entry, path.parent))
         except BadSampleError as error:
             bad.append(Skipped(where, error))
-    reasons = told(bad)
+    reasons = skip_messages(bad)
     if not samples and len(reasons) == 1:
         raise ValueError(f"{path}: {reasons[0]}")
-    return Data(samples, bad, hashlib.sha256(content).hexdigest())
+    return Dataset(samples, bad, hashlib.sha256(content).hexdigest())
 
 
-def _pictures_of(folder: Path, prompt: str) -> Data:
+def _pictures_of(folder: Path, prompt: str) -> Dataset:
     names = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-    whole, messages = asked(prompt, 1)
+    whole, messages = prompt_or_chat(prompt, 1)
     samples = [Sample(f"file {name}", (name,), whole, messages, folder=folder) for name in names]
-    return Data(samples, [], hashlib.sha256("\0".join([prompt, *names]).encode()).hexdigest())
+    return Dataset(samples, [], hashlib.sha256("\0".join([prompt, *names]).encode()).hexdigest())

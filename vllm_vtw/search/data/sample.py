@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from vllm_vtw.search.data.pictures import BadPictureError, picture
+from vllm_vtw.search.data.pictures import BadPictureError, load_picture
 
 Message = dict[str, Any]
 PLACES = 3
@@ -55,7 +55,7 @@ class Sample:
             BadSampleError: One cannot be read.
         """
         try:
-            return [picture(source, self.folder) for source in self.images]
+            return [load_picture(source, self.folder) for source in self.images]
         except BadPictureError as error:
             raise BadSampleError(str(error), error.kind) from error
 
@@ -73,7 +73,7 @@ class Skipped:
     error: BadSampleError
 
 
-def told(skipped: Iterable[Skipped]) -> list[str]:
+def skip_messages(skipped: Iterable[Skipped]) -> list[str]:
     """Why samples are skipped, in one line for each kind of reason."""
     by_kind: dict[str, list[Skipped]] = defaultdict(list)
     for one in skipped:

@@ -10,11 +10,11 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import cross_entropy
 
-from vllm_vtw.gates import features
+from vllm_vtw.gates import gate_features
 from vllm_vtw.search.data.sample import BadSampleError, Sample, Skipped
 from vllm_vtw.search.journal import Journal
-from vllm_vtw.search.model import Answered, Llava
-from vllm_vtw.search.seen import Inputs, go_through
+from vllm_vtw.search.model import FullAnswer, HFModel
+from vllm_vtw.search.resume import Inputs, evaluate_samples
 
 AGREEMENT, MOST_LOSS = 0.99, 1.03
 SLACK = 0.02
@@ -22,7 +22,7 @@ SLACK = 0.02
 
 
 @dataclass(frozen=True)
-class Exits:
+class SampleExits:
     """One sample, by position in the layers that were looked at.
 
     Attributes:
@@ -59,7 +59,7 @@ def may_leave(full: torch.Tensor, withdrawn: torch.Tensor, tokens: Sequence[int]
     return bool(agree > AGREEMENT and loss < max(MOST_LOSS * of_full, of_full + SLACK))
 
 
-class Store:
+class ExitStore:
     """What was looked at so far: a journal, and beside it what gates read, a row for every line.
 
     Args:
@@ -81,7 +81,7 @@ class Store:
         self.journal = Journal(folder / name, "evaluation" if with_answers else "training", settings, resume)
         self.rows = folder / "features.f32"
         self.shape = (len(settings["layers"]), 2 * hidden_size)
-        self.seen = {line["where"]: Exits(**line) for line in self.journal.found}
+        self.seen = {line["where"]: SampleExits(**line) for line in self.journal.found}
         if not self.seen:
             self.rows.write_bytes(b"")
         elif not self.rows.is_file() or self.rows.stat().st_size < len(self.seen) * self._row_bytes:
@@ -91,7 +91,7 @@ class Store:
     def _row_bytes(self) -> int:
         return self.shape[0] * self.shape[1] * 4
 
-    def add(self, exits: Exits, read: torch.Tensor) -> None:
+    def add(self, exits: SampleExits, read: torch.Tensor) -> None:
         """Keeps a sample, and what gates read at each layer, shape `(layers, 2 * hidden_size)`."""
         with self.rows.open("r+b") as file:
             # Behind the last line's row there may be one that got no line.
@@ -100,21 +100,21 @@ class Store:
         self.seen[exits.where] = exits
         self.journal.add(asdict(exits))
 
-    def features(self, exits: Sequence[Exits]) -> npt.NDArray[np.float32]:
+    def features(self, exits: Sequence[SampleExits]) -> npt.NDArray[np.float32]:
         """What gates read of samples, shape `(samples, layers, 2 * hidden_size)`."""
         rows = {where: row for row, where in enumerate(self.seen)}
         everything = np.memmap(self.rows, dtype=np.float32, mode="r", shape=(len(rows), *self.shape))
         return everything[[rows[one.where] for one in exits]]
 
 
-def look(
-    llava: Llava,
+def collect_exits(
+    model: HFModel,
     samples: Sequence[Sample],
     limit: int,
     layers: Sequence[int],
     max_tokens: int,
-    store: Store,
-) -> Iterator[Skipped | Exits]:
+    store: ExitStore,
+) -> Iterator[Skipped | SampleExits]:
     """Goes through samples in their order until `limit` are good. What `store` has is not computed again.
 
     Yields:
@@ -124,49 +124,49 @@ def look(
         ValueError: A sample of `store` was another one then.
     """
 
-    def see(sample: Sample, inputs: Inputs, digest: str) -> Exits:
-        text_start = _text_start(llava, inputs)
-        answered = llava.answer(inputs, max_tokens)
-        seen = _looked_at(llava, sample, digest, answered, layers, max_tokens, store.with_answers)
+    def see(sample: Sample, inputs: Inputs, digest: str) -> SampleExits:
+        text_start = _text_start(model, inputs)
+        answered = model.answer(inputs, max_tokens)
+        seen = _looked_at(model, sample, digest, answered, layers, max_tokens, store.with_answers)
         store.add(seen, _read(answered, layers, text_start))
         return seen
 
-    yield from go_through(llava, samples, limit, max_tokens, store.seen, store.journal.file, see)
+    yield from evaluate_samples(model, samples, limit, max_tokens, store.seen, store.journal.file, see)
 
 
-def _text_start(llava: Llava, inputs: Inputs) -> int:
+def _text_start(model: HFModel, inputs: Inputs) -> int:
     """Where the text behind a prompt's last picture begins."""
     prompt = inputs["input_ids"][0]
-    start = int((prompt == llava.config.image_token_id).nonzero()[-1]) + 1
+    start = int((prompt == model.config.image_token_id).nonzero()[-1]) + 1
     if len(prompt) - start < 2:
         raise BadSampleError("gates read the text behind the last picture: here are not two tokens of it")
     return start
 
 
-def _read(answered: Answered, layers: Sequence[int], text_start: int) -> torch.Tensor:
+def _read(answered: FullAnswer, layers: Sequence[int], text_start: int) -> torch.Tensor:
     """What gates read at each layer, shape `(layers, 2 * hidden_size)`."""
     positions = answered.positions
     text = (positions >= text_start) & (positions < answered.prompt_tokens)
-    return torch.stack([features(answered.states[layer][text]) for layer in layers])
+    return torch.stack([gate_features(answered.states[layer][text]) for layer in layers])
 
 
 def _looked_at(
-    llava: Llava,
+    model: HFModel,
     sample: Sample,
     digest: str,
-    answered: Answered,
+    answered: FullAnswer,
     layers: Sequence[int],
     max_tokens: int,
     with_answers: bool,
-) -> Exits:
+) -> SampleExits:
     labels, said = [], []
-    for layer, logits in zip(layers, llava.withdrawn_logits(answered, layers), strict=True):
+    for layer, logits in zip(layers, model.withdrawn_logits(answered, layers), strict=True):
         labels.append(may_leave(answered.logits, logits, answered.tokens))
         if with_answers:
             same = logits.argmax(-1).tolist() == answered.tokens
-            said.append(answered.tokens if same else llava.withdrawn_answer(answered, layer, max_tokens))
+            said.append(answered.tokens if same else model.withdrawn_answer(answered, layer, max_tokens))
     said += [answered.tokens] * with_answers
-    return Exits(
+    return SampleExits(
         where=sample.where,
         task=sample.task,
         inputs_sha256=digest,
@@ -176,5 +176,5 @@ def _looked_at(
         output_tokens=len(answered.tokens),
         cut=answered.cut,
         may_leave=labels,
-        answers=[llava.processor.tokenizer.decode(one, skip_special_tokens=True).strip() for one in said],
+        answers=[model.processor.tokenizer.decode(one, skip_special_tokens=True).strip() for one in said],
     )

@@ -23,7 +23,7 @@ HOLD_OUT = 5
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainingSettings:
     """Of a training.
 
     Attributes:
@@ -61,7 +61,7 @@ def held_out(samples: int, seed: int) -> npt.NDArray[np.bool_]:
 def train(
     read: npt.NDArray[np.float32],
     labels: npt.NDArray[np.int64],
-    settings: Settings,
+    settings: TrainingSettings,
     checkpoint: Path,
     of: dict[str, Any],
     device: torch.device,

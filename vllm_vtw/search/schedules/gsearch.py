@@ -12,17 +12,17 @@ from tqdm import tqdm
 
 from vllm_vtw.policy import Policy
 from vllm_vtw.search.divergence import Curve
-from vllm_vtw.search.model import Llava
+from vllm_vtw.search.model import HFModel
 from vllm_vtw.search.price import Price
-from vllm_vtw.search.schedules.effect import Asked, effect
+from vllm_vtw.search.schedules.samples import SampleAtLayer, divergence_by_task
 from vllm_vtw.search.schedules.schedule import GRID, at_borders, merged, of_policy
 
 Within = Callable[[Mapping[str, Curve]], bool]
 
 
 def g_search(
-    llava: Llava,
-    asked: Sequence[Asked],
+    model: HFModel,
+    asked: Sequence[SampleAtLayer],
     within: Within,
     borders: Collection[int],
     found: Sequence[float] = (),
@@ -30,7 +30,7 @@ def g_search(
     """The fraction that each layer gets, from the first on.
 
     Args:
-        llava: The model.
+        model: The model.
         asked: Samples, before layer 0.
         within: Whether answers may differ so much, by task.
         borders: Layers before which tokens may leave.
@@ -39,18 +39,18 @@ def g_search(
     Yields:
         The fractions of the layers that `found` does not have.
     """
-    num_layers, before = len(llava.decoder.layers), 1.0
+    num_layers, before = len(model.decoder.layers), 1.0
     for layer in range(num_layers):
 
-        def suffices(parts: int, layer: int = layer, asked: Sequence[Asked] = asked) -> bool:
-            return within(effect(llava, asked, layer, [parts / GRID] * (num_layers - layer)))
+        def suffices(parts: int, layer: int = layer, asked: Sequence[SampleAtLayer] = asked) -> bool:
+            return within(divergence_by_task(model, asked, layer, [parts / GRID] * (num_layers - layer)))
 
         if layer < len(found):
             keep = found[layer]
         else:
             keep = least(round(before * GRID), suffices) / GRID if layer in borders else before
             yield keep
-        asked = [one.going_on(llava, layer, [keep]) for one in asked]
+        asked = [one.going_on(model, layer, [keep]) for one in asked]
         before = keep
 
 
@@ -67,8 +67,8 @@ def least(most: int, suffices: Callable[[int], bool]) -> int:
 
 
 def staged(
-    llava: Llava,
-    asked: Sequence[Asked],
+    model: HFModel,
+    asked: Sequence[SampleAtLayer],
     within: Within,
     keeps: Sequence[float],
     max_stages: int,
@@ -83,11 +83,11 @@ def staged(
     num_layers = len(keeps)
     borders = {stage.layer for stage in first.stages}
     layers = tqdm(
-        g_search(llava, asked, within, borders), total=num_layers, unit="layer", desc="searching stages"
+        g_search(model, asked, within, borders), total=num_layers, unit="layer", desc="searching stages"
     )
     again = at_borders(list(layers), range(num_layers))
     if price.cost(first) < price.cost(again) and within(
-        effect(llava, asked, 0, of_policy(first, num_layers))
+        divergence_by_task(model, asked, 0, of_policy(first, num_layers))
     ):
         return first
     return again

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from vllm_vtw.capacity import most_groups
+from vllm_vtw.capacity import max_groups
 from vllm_vtw.policy import Policy, Stage
 from vllm_vtw.search.price import Price
 
@@ -73,7 +73,7 @@ def _borders(keeps: Sequence[float], max_stages: int, price: Price, width: int) 
     needed = np.array([*keeps, -1])
     cost[(sizes <= 0) | (needed >= needed[:, None])] = np.inf
     # least[used, stop]: of the layers before `stop`, in so many stages of so many groups together.
-    used = np.arange(most_groups(max_stages) + 1)
+    used = np.arange(max_groups(max_stages) + 1)
     least = np.where((used[:, None] == 0) & (layers == 0), 0, np.inf)
     used_before = used[:, None, None] - groups
     begins = []
@@ -82,7 +82,7 @@ def _borders(keeps: Sequence[float], max_stages: int, price: Price, width: int) 
         in_one_more = np.where(used_before >= 0, before, np.inf) + cost
         begins.append(in_one_more.argmin(1))
         least = in_one_more.min(1)
-        whole = least[: most_groups(num_stages) + 1, num_layers]
+        whole = least[: max_groups(num_stages) + 1, num_layers]
         if np.isfinite(whole).any():
             yield _traced(begins, groups, int(whole.argmin()))
 

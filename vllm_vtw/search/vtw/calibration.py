@@ -8,20 +8,24 @@ from typing import Any
 
 import numpy as np
 
-from vllm_vtw.config import Model
+from vllm_vtw.config import ModelShape
 from vllm_vtw.policy import Policy
 from vllm_vtw.search.data.sample import Sample, Skipped
 from vllm_vtw.search.divergence import Curve, Difference
-from vllm_vtw.search.model import Llava
-from vllm_vtw.search.price import STOCK, Price, Request
-from vllm_vtw.search.seen import Inputs, go_through
+from vllm_vtw.search.model import HFModel
+from vllm_vtw.search.price import STOCK, Price, RequestTokens
+from vllm_vtw.search.resume import Inputs, evaluate_samples
 from vllm_vtw.search.vtw.criteria import answer_layer, first_token_layer
-from vllm_vtw.search.vtw.progress import Measured, Progress, Settings
+from vllm_vtw.search.vtw.journal import CalibrationJournal, CalibrationSettings, MeasuredSample
 
 
 def measure(
-    llava: Llava, samples: Sequence[Sample], limit: int, settings: Settings, progress: Progress
-) -> Iterator[Skipped | Measured]:
+    model: HFModel,
+    samples: Sequence[Sample],
+    limit: int,
+    settings: CalibrationSettings,
+    progress: CalibrationJournal,
+) -> Iterator[Skipped | MeasuredSample]:
     """Goes through samples in their order until `limit` are good. What `progress` has is not computed again.
 
     Yields:
@@ -31,30 +35,32 @@ def measure(
         ValueError: A sample of `progress` was another one then.
     """
 
-    def look(sample: Sample, inputs: Inputs, digest: str) -> Measured:
-        measured = _measured(llava, sample, inputs, digest, settings)
+    def look(sample: Sample, inputs: Inputs, digest: str) -> MeasuredSample:
+        measured = _measured(model, sample, inputs, digest, settings)
         progress.add(measured)
         return measured
 
     known = progress.measured
-    yield from go_through(llava, samples, limit, settings.max_tokens, known, progress.file, look)
+    yield from evaluate_samples(model, samples, limit, settings.max_tokens, known, progress.file, look)
 
 
-def _measured(llava: Llava, sample: Sample, inputs: Inputs, digest: str, settings: Settings) -> Measured:
-    answered = llava.answer(inputs, settings.max_tokens)
-    return Measured(
+def _measured(
+    model: HFModel, sample: Sample, inputs: Inputs, digest: str, settings: CalibrationSettings
+) -> MeasuredSample:
+    answered = model.answer(inputs, settings.max_tokens)
+    return MeasuredSample(
         where=sample.where,
         task=sample.task,
         inputs_sha256=digest,
-        prompt=llava.prompts.text(sample),
-        answer=llava.processor.tokenizer.decode(answered.tokens, skip_special_tokens=True).strip(),
+        prompt=model.prompts.text(sample),
+        answer=model.processor.tokenizer.decode(answered.tokens, skip_special_tokens=True).strip(),
         expected=sample.answer,
         visual_tokens=answered.visual_tokens,
         text_tokens=answered.text_tokens,
         cut=answered.cut,
         differences=[
             Difference.between(answered.logits, withdrawn)
-            for withdrawn in llava.withdrawn_logits(answered, settings.layers)
+            for withdrawn in model.withdrawn_logits(answered, settings.layers)
         ],
     )
 
@@ -69,10 +75,14 @@ class Budget:
 
 
 def result(
-    model: Model, llava: Llava, settings: Settings, measured: Sequence[Measured], budget: Budget
+    shape: ModelShape,
+    model: HFModel,
+    settings: CalibrationSettings,
+    measured: Sequence[MeasuredSample],
+    budget: Budget,
 ) -> dict[str, Any]:
     """Both criteria's choices of K with all they are made of, ready for JSON."""
-    layers, num_layers = settings.layers, model.num_hidden_layers
+    layers, num_layers = settings.layers, shape.num_hidden_layers
     by_task = {
         task: [sample for sample in measured if sample.task == task]
         for task in sorted({sample.task for sample in measured})
@@ -87,16 +97,16 @@ def result(
         layer: float(np.mean([sample.differences[at].first_token_kl for sample in measured]))
         for at, layer in enumerate(layers)
     }
-    request = Request(
+    request = RequestTokens(
         *(
             float(np.mean([getattr(sample, name) for sample in measured]))
             for name in ("visual_tokens", "text_tokens", "output_tokens")
         )
     )
-    price = Price(num_layers, llava.layer_parameters, model.hidden_size, request)
+    price = Price(num_layers, model.layer_parameters, shape.hidden_size, request)
     policies = [Policy.withdraw_at(layer, num_layers) for layer in layers]
     return {
-        "model": model.as_dict(),
+        "model": shape.as_dict(),
         "made": _made(settings, measured),
         "budget": asdict(budget),
         "layer": {
@@ -130,7 +140,7 @@ def result(
     }
 
 
-def _made(settings: Settings, measured: Sequence[Measured]) -> dict[str, Any]:
+def _made(settings: CalibrationSettings, measured: Sequence[MeasuredSample]) -> dict[str, Any]:
     inputs = "".join(sample.inputs_sha256 for sample in measured)
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),

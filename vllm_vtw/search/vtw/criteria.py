@@ -9,7 +9,7 @@ KL(P_full || P_withdrawn) and the share of tokens that the withdrawn model would
 the first layer where both are within budget on the worst task.
 """
 
-from vllm_vtw.config import Model
+from vllm_vtw.config import ModelShape
 from vllm_vtw.search.divergence import Curve
 
 FIRST_LAYER = 5
@@ -23,7 +23,7 @@ VICUNA_VOCABULARY = range(32000, 32065)
 OTHER_ETA = 0.003
 
 
-def default_eta(model: Model, vocabulary: int) -> float:
+def default_eta(model: ModelShape, vocabulary: int) -> float:
     """The published bound for a model, or that for all others."""
     shape = (model.model_type, model.text_model_type, model.num_hidden_layers, model.hidden_size)
     return PUBLISHED_ETA.get(shape, OTHER_ETA) if vocabulary in VICUNA_VOCABULARY else OTHER_ETA

@@ -8,12 +8,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from vllm_vtw.config import Model
+from vllm_vtw.config import ModelShape
 from vllm_vtw.search.checkpoint import read_config, revision, supported_model
 from vllm_vtw.search.data.draw import SEEDS
 
 if TYPE_CHECKING:
-    from vllm_vtw.search.data.read import Data
+    from vllm_vtw.search.data.read import Dataset
     from vllm_vtw.search.data.sample import Skipped
     from vllm_vtw.search.model import Placement
 
@@ -97,21 +97,21 @@ def share(text: str) -> float:
 
 
 @dataclass(frozen=True)
-class Subject:
+class SearchSetup:
     """What is asked, and of which model.
 
     Attributes:
         config: The checkpoint's configuration, of transformers.
-        model: What the policy file says of it.
+        shape: What a policy file says of it.
         placement: Where it computes.
         data: The samples, good ones and bad.
         settings: What samples of one search have to have in common.
     """
 
     config: Any
-    model: Model
+    shape: ModelShape
     placement: "Placement"
-    data: "Data"
+    data: "Dataset"
     settings: dict[str, Any]
 
     @property
@@ -122,12 +122,12 @@ class Subject:
     @property
     def skipped(self) -> list[str]:
         """The bad samples, and why."""
-        from vllm_vtw.search.data.sample import told
+        from vllm_vtw.search.data.sample import skip_messages
 
-        return told(self.data.bad)
+        return skip_messages(self.data.bad)
 
     @classmethod
-    def of(cls, arguments: argparse.Namespace, model_types: Sequence[str]) -> "Subject":
+    def of(cls, arguments: argparse.Namespace, model_types: Sequence[str]) -> "SearchSetup":
         """Of the options of `add_options`.
 
         Raises:
@@ -140,7 +140,7 @@ class Subject:
             raise ValueError(f"--limit {arguments.limit}: fewer than {LEAST_SAMPLES} samples say nothing")
         data = read_data(arguments.data, arguments.prompt)
         config = read_config(arguments.model)
-        model = supported_model(config, model_types)
+        shape = supported_model(config, model_types)
         placement = Placement.of(arguments.device, arguments.dtype, config)
         settings = {
             "checkpoint": arguments.model,
@@ -152,21 +152,21 @@ class Subject:
             "device": placement.device.type,
             "versions": {name: version(name) for name in ("vllm-vtw", "torch", "transformers")},
         }
-        subject = cls(config, model, placement, data, settings)
-        _print_skipped(subject.skipped)
-        enough(len(data.samples), arguments.data)
-        if len(subject.tasks) > arguments.limit:
+        setup = cls(config, shape, placement, data, settings)
+        _print_skipped(setup.skipped)
+        require_samples(len(data.samples), arguments.data)
+        if len(setup.tasks) > arguments.limit:
             raise ValueError(
-                f"--limit {arguments.limit}: {arguments.data} has samples of {len(subject.tasks)} tasks"
+                f"--limit {arguments.limit}: {arguments.data} has samples of {len(setup.tasks)} tasks"
             )
-        return subject
+        return setup
 
 
-def collected(outcomes: "Iterable[Skipped | T]", total: int, what: str, skipped: list[str]) -> list[T]:
+def collect_samples(outcomes: "Iterable[Skipped | T]", total: int, what: str, skipped: list[str]) -> list[T]:
     """The good samples, behind a bar; bad ones are told, though it be interrupted, and added to `skipped`."""
     from tqdm import tqdm
 
-    from vllm_vtw.search.data.sample import Skipped, told
+    from vllm_vtw.search.data.sample import Skipped, skip_messages
 
     good: list[T] = []
     bad: list[Skipped] = []
@@ -179,7 +179,7 @@ def collected(outcomes: "Iterable[Skipped | T]", total: int, what: str, skipped:
                     good.append(outcome)
                     bar.update()
     finally:
-        lines = told(bad)
+        lines = skip_messages(bad)
         _print_skipped(lines)
         skipped += lines
     return good
@@ -190,7 +190,7 @@ def _print_skipped(lines: Iterable[str]) -> None:
         print(f"skipped: {line}", file=sys.stderr)
 
 
-def enough(samples: int, data: Path) -> None:
+def require_samples(samples: int, data: Path) -> None:
     """Raises a ValueError where samples are too few."""
     if samples < LEAST_SAMPLES:
         raise ValueError(f"{data} has {samples} good samples: {LEAST_SAMPLES} are needed")

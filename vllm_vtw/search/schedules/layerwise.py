@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from vllm_vtw.search.model import Answered, Llava
+from vllm_vtw.search.model import FullAnswer, HFModel
 
 
 @dataclass(frozen=True)
-class Rows:
+class LayerInput:
     """The tokens of a prompt and its answer that a layer gets.
 
     Attributes:
@@ -32,7 +32,7 @@ class Rows:
     """Index of the prompt's last token."""
 
     @classmethod
-    def of(cls, answered: Answered) -> "Rows":
+    def of(cls, answered: FullAnswer) -> "LayerInput":
         """What layer 0 gets."""
         count = len(answered.embedded)
         return cls(
@@ -47,14 +47,14 @@ class Rows:
     def candidates(self) -> int:
         return int(self.is_candidate.sum())
 
-    def withdrawn(self, kept: int) -> "Rows":
+    def withdrawn(self, kept: int) -> "LayerInput":
         """The same with the `kept` candidates that got the most attention, the first ones where it ties."""
         if kept >= self.candidates:
             return self
         score = torch.where(self.is_candidate, self.attention, torch.inf)
         order = score.sort(descending=True, stable=True).indices
         stays = order[: len(score) - self.candidates + kept].sort().values
-        return Rows(
+        return LayerInput(
             self.hidden[stays],
             self.positions[stays],
             self.is_candidate[stays],
@@ -64,10 +64,10 @@ class Rows:
 
 
 @torch.inference_mode()
-def through(llava: Llava, index: int, rows: Rows, ranks: bool) -> Rows:
+def run_layer(model: HFModel, index: int, rows: LayerInput, ranks: bool) -> LayerInput:
     """What comes out of layer `index`; `ranks` where the next one needs its attention."""
-    layer, positions = llava.decoder.layers[index], rows.positions[None]
-    cos, sin = llava.decoder.rotary_emb(rows.hidden[None], position_ids=positions)
+    layer, positions = model.decoder.layers[index], rows.positions[None]
+    cos, sin = model.decoder.rotary_emb(rows.hidden[None], position_ids=positions)
     hidden = layer(
         rows.hidden[None], attention_mask=None, position_ids=positions, position_embeddings=(cos, sin)
     )[0]
@@ -97,7 +97,7 @@ def _attention_of_last(
 
 
 @torch.inference_mode()
-def answer_logits(llava: Llava, rows: Rows) -> torch.Tensor:
+def answer_logits(model: HFModel, rows: LayerInput) -> torch.Tensor:
     """What an answer's tokens are chosen by, of the rows behind the last layer, shape `(O, vocabulary)`."""
-    logits: torch.Tensor = llava.model.lm_head(llava.decoder.norm(rows.hidden[rows.last :])).float()
+    logits: torch.Tensor = model.hf_model.lm_head(model.decoder.norm(rows.hidden[rows.last :])).float()
     return logits

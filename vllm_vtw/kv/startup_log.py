@@ -1,4 +1,4 @@
-"""What an engine's KV cache means to a request with an image, in one line at start-up."""
+"""The line that an engine logs at start-up: what is withdrawn, and how much KV memory an image takes."""
 
 import logging
 
@@ -7,7 +7,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.encoder_budget import MultiModalBudget
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from vllm_vtw.capacity import Groups, visual_held
+from vllm_vtw.capacity import LayerGroups, visual_tokens_held
 from vllm_vtw.config import VTWConfig
 from vllm_vtw.kv.spec import StageSpec
 from vllm_vtw.policy import Policy
@@ -16,18 +16,21 @@ logger = logging.getLogger("vllm.vtw")
 
 
 def log_startup(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: VTWConfig) -> None:
-    """Logs K, L, the KV-cache groups, and the KV memory of one image beside stock vLLM's."""
+    """Logs K, L, the KV-cache groups, and the KV memory of one image here and in stock vLLM.
+
+    It warns where the configuration saves little or nothing.
+    """
     num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
     stages = config.policy.stages
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-    groups = Groups(
+    groups = LayerGroups(
         tuple(spec.stage if isinstance(spec, StageSpec) else 0 for spec in specs),
         tuple(len(group.layer_names) for group in kv_cache_config.kv_cache_groups),
     )
     budget = MultiModalBudget(vllm_config, MULTIMODAL_REGISTRY)
     tokens = budget.mm_max_toks_per_item.get("image", 0)
     block_size = vllm_config.cache_config.block_size
-    by_stage = visual_held(config.policy, 1, tokens, config.align_to(block_size))
+    by_stage = visual_tokens_held(config.policy, 1, tokens, config.align_to(block_size))
     held = groups.width * sum(by_stage[stage] for stage in groups.stages)
     bytes_per_token = specs[0].page_size_bytes / block_size
     logger.info(

@@ -8,12 +8,12 @@ import torch
 
 from vllm_vtw.policy import Stage
 from vllm_vtw.search.divergence import Curve, Difference
-from vllm_vtw.search.model import Answered, Llava
-from vllm_vtw.search.schedules.ranked import Rows, answer_logits, through
+from vllm_vtw.search.model import FullAnswer, HFModel
+from vllm_vtw.search.schedules.layerwise import LayerInput, answer_logits, run_layer
 
 
 @dataclass(frozen=True)
-class Asked:
+class SampleAtLayer:
     """A sample, as the full model answers it, at some layer of a schedule.
 
     Attributes:
@@ -27,16 +27,16 @@ class Asked:
     task: str
     visual_tokens: int
     logits: torch.Tensor
-    rows: Rows
+    rows: LayerInput
 
     @classmethod
-    def of(cls, llava: Llava, task: str, answered: Answered) -> "Asked":
+    def of(cls, model: HFModel, task: str, answered: FullAnswer) -> "SampleAtLayer":
         """Before layer 0."""
-        asked = cls(task, answered.visual_tokens, answered.logits, Rows.of(answered))
-        full = asked.going_on(llava, 0, [1.0] * len(llava.decoder.layers))
-        return replace(asked, logits=answer_logits(llava, full.rows).cpu())
+        asked = cls(task, answered.visual_tokens, answered.logits, LayerInput.of(answered))
+        full = asked.going_on(model, 0, [1.0] * len(model.decoder.layers))
+        return replace(asked, logits=answer_logits(model, full.rows).cpu())
 
-    def going_on(self, llava: Llava, layer: int, keeps: Sequence[float]) -> "Asked":
+    def going_on(self, model: HFModel, layer: int, keeps: Sequence[float]) -> "SampleAtLayer":
         """Through the layers from `layer` on, of which each gets the fraction of `keeps`.
 
         The last of them ranks for what follows; the others only where the next one gets less.
@@ -44,19 +44,21 @@ class Asked:
         rows = self.rows
         counts = [Stage(index, keep).kept(self.visual_tokens) for index, keep in enumerate(keeps, layer)]
         for index, (count, following) in enumerate(pairwise([*counts, -1]), layer):
-            rows = through(llava, index, rows.withdrawn(count), ranks=following < count)
+            rows = run_layer(model, index, rows.withdrawn(count), ranks=following < count)
         return replace(self, rows=rows)
 
-    def difference(self, llava: Llava) -> Difference:
+    def difference(self, model: HFModel) -> Difference:
         """Behind the last layer: from the full model's answer."""
-        logits = answer_logits(llava, self.rows)
+        logits = answer_logits(model, self.rows)
         return Difference.between(self.logits.to(logits.device), logits)
 
 
-def effect(llava: Llava, asked: Iterable[Asked], layer: int, keep: Sequence[float]) -> dict[str, Curve]:
+def divergence_by_task(
+    model: HFModel, asked: Iterable[SampleAtLayer], layer: int, keep: Sequence[float]
+) -> dict[str, Curve]:
     """By task, how answers differ where the layers from `layer` on get the fractions of `keep`."""
     by_task: dict[str, list[Difference]] = {}
     for one in asked:
-        difference = one.going_on(llava, layer, keep).difference(llava)
+        difference = one.going_on(model, layer, keep).difference(model)
         by_task.setdefault(one.task, []).append(difference)
     return {task: Curve.of(differences) for task, differences in by_task.items()}

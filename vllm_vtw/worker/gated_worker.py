@@ -1,4 +1,4 @@
-"""The worker where gates decide: it carries decisions to the scheduler, and those it knows to the model."""
+"""The worker class for policies with gates. It carries decisions from the model to the scheduler and back."""
 
 from typing import Any
 
@@ -8,16 +8,16 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from vllm_vtw.config import EXITS
-from vllm_vtw.worker.step import CurrentStep
+from vllm_vtw.worker.current_step import CurrentStep
 
 WORKERS = "vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker"
 PlatformWorker: Any = resolve_obj_by_qualname(WORKERS[0] if current_platform.is_cpu() else WORKERS[1])
 
 
-class WithExits(AsyncModelRunnerOutput):
-    """A step's output that is not on the host yet, with what gates decided in the step."""
+class OutputWithExits(AsyncModelRunnerOutput):
+    """A step's output that is still on the device, with what the gates decided in the step."""
 
-    def __init__(self, output: AsyncModelRunnerOutput, exits: dict[str, int]) -> None:
+    def __init__(self, output: AsyncModelRunnerOutput, exits: dict[str, int | None]) -> None:
         self.output, self.exits = output, exits
 
     def get_output(self) -> ModelRunnerOutput:
@@ -27,7 +27,10 @@ class WithExits(AsyncModelRunnerOutput):
 
 
 class GatedWorker(PlatformWorker):
-    """The platform's worker. `--worker-cls` is vLLM's way to name another."""
+    """The platform's worker, with decisions of gates added to what it receives and returns.
+
+    It is selected by `--worker-cls`, which the plugin sets where the policy has gates.
+    """
 
     @property
     def _step(self) -> CurrentStep:
@@ -35,6 +38,8 @@ class GatedWorker(PlatformWorker):
         return step
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        new = {request.req_id for request in scheduler_output.scheduled_new_reqs}
+        self._step.begun = new | scheduler_output.scheduled_cached_reqs.resumed_req_ids
         self._step.known_exits = getattr(scheduler_output, EXITS, {})
         return super().execute_model(scheduler_output)
 
@@ -44,6 +49,6 @@ class GatedWorker(PlatformWorker):
         if not exits:
             return output
         if isinstance(output, AsyncModelRunnerOutput):
-            return WithExits(output, exits)
+            return OutputWithExits(output, exits)
         setattr(output, EXITS, exits)
         return output

@@ -1,4 +1,4 @@
-"""The seam into model runner V2: a model state that tells the step which requests the batch holds."""
+"""The seam into model runner V2: a model state that tells the current step which requests the batch holds."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,31 +14,31 @@ from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_vtw.config import VTWConfig
-from vllm_vtw.retention import Retention, decided, request_retentions
+from vllm_vtw.retention import Retention, after_exit, request_retentions
 from vllm_vtw.startup import vtw_config
-from vllm_vtw.worker.exits import blocks_left
-from vllm_vtw.worker.plan import Batch, Rows, reads_prompt_rows
-from vllm_vtw.worker.step import CurrentStep
+from vllm_vtw.worker.current_step import CurrentStep
+from vllm_vtw.worker.gates import blocks_after_exit
+from vllm_vtw.worker.step_plan import Batch, BatchRetentions, wants_prompt_logprobs
 
 
-class Known(NamedTuple):
+class TrackedRequest(NamedTuple):
     """A request that the runner knows.
 
     Attributes:
-        req_index: Its row of the runner's block tables.
-        prompt_len: Tokens of its prompt as it came.
-        retentions: Of every stage past the first.
-        reads_prompt_rows: Whether it wants logprobs of its prompt.
+        req_index: Its row in the runner's block tables.
+        prompt_len: Tokens of its original prompt.
+        retentions: Its retention in every stage past the first.
+        prompt_logprobs: Whether it wants logprobs of its prompt.
     """
 
     req_index: int
     prompt_len: int
     retentions: tuple[Retention, ...]
-    reads_prompt_rows: bool
+    prompt_logprobs: bool
 
 
 class VTWModelState(DefaultModelState):
-    """vLLM's state of a model, which also keeps every request's retention while the runner knows it."""
+    """vLLM's model state, which also tracks the retention of every request that the runner knows."""
 
     def __init__(
         self,
@@ -50,10 +50,10 @@ class VTWModelState(DefaultModelState):
         super().__init__(vllm_config, model, encoder_cache, device)
         self.config: VTWConfig = vtw_config(vllm_config)
         self.step: CurrentStep = model.step
-        self.step.settle = self._settle
-        self.known: dict[str, Known] = {}
+        self.step.record_exits = self._record_exits
+        self.tracked: dict[str, TrackedRequest] = {}
         self.req_ids: list[str] = []
-        """Of the step before: a batch of the same requests has the same rows."""
+        """Requests of the batch that `batch_retentions` was made for, in the order of its rows."""
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
@@ -62,19 +62,19 @@ class VTWModelState(DefaultModelState):
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
+        req_id, prompt_len = new_req_data.req_id, new_req_data.prompt_len
         retentions = request_retentions(
-            self.config.policy, new_req_data.mm_features, new_req_data.prompt_len, self.align_to
+            self.config.policy, new_req_data.mm_features, prompt_len, self.align_to
         )
-        exit_stage = self.step.known_exits.get(new_req_data.req_id)
-        if exit_stage is not None:
-            retentions = decided(retentions, exit_stage)
-        reads = reads_prompt_rows(new_req_data.sampling_params)
-        self.known[new_req_data.req_id] = Known(req_index, new_req_data.prompt_len, retentions, reads)
+        if req_id in self.step.known_exits:
+            retentions = after_exit(retentions, self.step.known_exits[req_id])
+        wants_logprobs = wants_prompt_logprobs(new_req_data.sampling_params)
+        self.tracked[req_id] = TrackedRequest(req_index, prompt_len, retentions, wants_logprobs)
         self.req_ids = []
 
     def remove_request(self, req_id: str) -> None:
         super().remove_request(req_id)
-        self.known.pop(req_id, None)
+        self.tracked.pop(req_id, None)
 
     def prepare_attn(
         self, input_batch: InputBatch, cudagraph_mode: CUDAGraphMode, *args: Any, **kwargs: Any
@@ -83,30 +83,32 @@ class VTWModelState(DefaultModelState):
         return super().prepare_attn(input_batch, cudagraph_mode, *args, **kwargs)
 
     def _batch(self, input_batch: InputBatch) -> Batch | None:
-        """What the step computes; None in a dummy run, whose requests are nobody's."""
+        """What the step computes. None in a dummy run, whose requests nobody sent."""
         num_reqs = input_batch.num_reqs
         req_ids = input_batch.req_ids[:num_reqs]
         if req_ids != self.req_ids:
-            if not all(req_id in self.known for req_id in req_ids):
+            if not all(req_id in self.tracked for req_id in req_ids):
                 return None
-            known = [self.known[req_id] for req_id in req_ids]
-            reads = any(one.reads_prompt_rows for one in known)
-            self.rows = Rows.of([one.retentions for one in known], reads)
+            requests = [self.tracked[req_id] for req_id in req_ids]
+            self.batch_retentions = BatchRetentions.of(
+                [request.retentions for request in requests],
+                any(request.prompt_logprobs for request in requests),
+            )
             self.req_ids = req_ids
         return Batch(
-            self.rows,
+            self.batch_retentions,
             input_batch.num_computed_tokens_np[:num_reqs],
             input_batch.query_start_loc_np[: num_reqs + 1],
         )
 
-    def _settle(self, exits: Mapping[int, int]) -> None:
-        """Keeps what gates decided, and drops the blocks from the rows that the scheduler takes back."""
+    def _record_exits(self, exits: Mapping[int, int | None]) -> None:
+        """Keeps what gates decided, and drops from the rows the blocks that the scheduler will free."""
         for row, exit_stage in exits.items():
             req_id = self.req_ids[row]
-            known = self.known[req_id]
-            retentions = decided(known.retentions, exit_stage)
-            self.known[req_id] = known._replace(retentions=retentions)
+            request = self.tracked[req_id]
+            retentions = after_exit(request.retentions, exit_stage)
+            self.tracked[req_id] = request._replace(retentions=retentions)
             self.step.exits[req_id] = exit_stage
-            for group, blocks in blocks_left(self.kv_cache_config, retentions, known.prompt_len):
-                self.block_tables.num_blocks.np[group, known.req_index] = blocks
+            for group, blocks in blocks_after_exit(self.kv_cache_config, retentions, request.prompt_len):
+                self.block_tables.num_blocks.np[group, request.req_index] = blocks
         self.req_ids = []

@@ -8,12 +8,12 @@ from typing import Protocol, TypeVar
 import torch
 
 from vllm_vtw.search.data.sample import BadSampleError, Sample, Skipped
-from vllm_vtw.search.model import Llava
+from vllm_vtw.search.model import HFModel
 
 Inputs = Mapping[str, torch.Tensor]
 
 
-class Seen(Protocol):
+class JournaledSample(Protocol):
     """What is known of a sample."""
 
     @property
@@ -21,7 +21,7 @@ class Seen(Protocol):
         """`inputs_digest` of what the model got."""
 
 
-S = TypeVar("S", bound=Seen)
+S = TypeVar("S", bound=JournaledSample)
 
 
 def inputs_digest(inputs: Inputs) -> str:
@@ -33,8 +33,8 @@ def inputs_digest(inputs: Inputs) -> str:
     return digest.hexdigest()
 
 
-def go_through(
-    llava: Llava,
+def evaluate_samples(
+    model: HFModel,
     samples: Sequence[Sample],
     limit: int,
     max_tokens: int,
@@ -45,7 +45,7 @@ def go_through(
     """Goes through samples in their order until `limit` are good.
 
     Args:
-        llava: Encodes them.
+        model: Encodes them.
         samples: In their order.
         limit: How many are wanted.
         max_tokens: Of an answer.
@@ -65,7 +65,7 @@ def go_through(
         if good == limit:
             return
         try:
-            inputs = llava.encode(sample, max_tokens)
+            inputs = model.encode(sample, max_tokens)
             digest = inputs_digest(inputs)
             seen = known.get(sample.where) or look(sample, inputs, digest)
         except BadSampleError as error:

@@ -1,7 +1,8 @@
-"""Dynamic exits: at every border gates decide whose visual tokens leave, and the rest of the step follows.
+"""Dynamic exits (DyVTE, arXiv 2411.19628) in the worker: the gates on the device.
 
-The step is planned as if nothing left. Where something does, the stages from there on are planned anew and
-their attention metadata built again, in prefill steps only.
+At the border of every stage, gates decide which prompts lose their visual tokens. A step is planned as if no
+token left. Where gates decide otherwise, the stages from there on are planned again and their attention
+metadata are built again; see `CurrentStep.ask_gates`. This happens only in steps that compute prompts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from torch import nn
 from vllm.distributed import get_tp_group
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from vllm_vtw.gates import features, load_gates, margins
+from vllm_vtw.gates import gate_features, leave_margins, load_gates
 from vllm_vtw.kv.spec import StageSpec
 from vllm_vtw.policy import Policy
 from vllm_vtw.retention import Retention
@@ -20,15 +21,16 @@ from vllm_vtw.retention import Retention
 class Gates(nn.Module):
     """A policy's gates on the device, in float32.
 
-    Their weights are buffers, which vLLM keeps while an engine sleeps and does not look for in a checkpoint.
+    Their weights are buffers, not parameters: vLLM keeps buffers while an engine sleeps, and does not look
+    for them in the checkpoint.
 
     Args:
-        policy: Names them.
-        hidden_size: Of the model.
+        policy: A policy with gates.
+        hidden_size: The model's hidden size.
         device: Where the model runs.
 
     Raises:
-        ValueError: There is something wrong with their file.
+        ValueError: `load_gates` refused the gates file.
     """
 
     def __init__(self, policy: Policy, hidden_size: int, device: torch.device) -> None:
@@ -40,16 +42,18 @@ class Gates(nn.Module):
         self.gates = nn.ModuleList(_on_device(gate, device) for gate in loaded)
 
     def leave(self, stage: int, texts: Sequence[torch.Tensor]) -> list[bool]:
-        """Whether the visual tokens of each prompt are gone from `stage` on.
+        """Whether each prompt loses its visual tokens before a stage.
 
         Args:
             stage: 1 or deeper.
-            texts: For each prompt the states of its text behind the last picture, `(tokens, hidden_size)`.
+            texts: For each prompt, the states of its text behind the last image, shape
+                `(tokens, hidden_size)`.
         """
-        of_prompts = torch.stack([features(text) for text in texts])
-        found = margins(self.gates[stage - 1], of_prompts)
-        # Ranks that differed in a last bit could decide differently.
-        return (get_tp_group().broadcast(found) > self.thresholds[stage - 1]).tolist()
+        features = torch.stack([gate_features(text) for text in texts])
+        margins = leave_margins(self.gates[stage - 1], features)
+        # All tensor-parallel ranks use the first one's numbers. Their own could differ in the last bit, and
+        # the decisions with them.
+        return (get_tp_group().broadcast(margins) > self.thresholds[stage - 1]).tolist()
 
 
 def _on_device(gate: nn.Sequential, device: torch.device) -> nn.Sequential:
@@ -61,15 +65,18 @@ def _on_device(gate: nn.Sequential, device: torch.device) -> nn.Sequential:
     return gate
 
 
-def blocks_left(
+def blocks_after_exit(
     kv_cache_config: KVCacheConfig, retentions: Sequence[Retention], num_tokens: int
 ) -> Iterator[tuple[int, int]]:
-    """By KV-cache group of a stage past the first, how many blocks of a request are left to it.
+    """How many blocks a request still holds in each KV-cache group of the stages past the first.
 
     Args:
-        kv_cache_config: The groups.
-        retentions: Of the request, at every stage past the first.
-        num_tokens: That it has so far.
+        kv_cache_config: The KV-cache groups.
+        retentions: The request's retention in every stage past the first, after its exit.
+        num_tokens: Tokens of the request so far.
+
+    Yields:
+        The index of a group, and the number of blocks.
     """
     for index, group in enumerate(kv_cache_config.kv_cache_groups):
         spec = group.kv_cache_spec

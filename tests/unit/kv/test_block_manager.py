@@ -19,8 +19,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 from vllm.v1.request import Request
 
 from tests.unit.strategies import Prompt
+from vllm_vtw.kv.block_manager import StagedBlockHashes, StageManager
 from vllm_vtw.kv.cache_manager import StagedKVCacheManager
-from vllm_vtw.kv.manager import RequestHashes, StageManager
 from vllm_vtw.kv.spec import StageSpec
 from vllm_vtw.retention import Retention
 
@@ -80,7 +80,7 @@ class Ask:
             block_hasher=get_request_block_hasher(block_size, sha256),
         )
         if retentions is not None:
-            request.block_hashes = RequestHashes(request.block_hashes, retentions)
+            request.block_hashes = StagedBlockHashes(request.block_hashes, retentions)
         return request
 
 

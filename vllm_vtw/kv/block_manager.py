@@ -1,4 +1,4 @@
-"""Allocates and shares the KV blocks of a stage past the first: one per `block_size` retained tokens."""
+"""Allocates and shares the KV blocks of a stage past the first, one for `block_size` retained tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
@@ -13,10 +13,15 @@ from vllm.v1.request import Request
 from vllm_vtw.retention import Retention
 
 
-class RequestHashes(list[BlockHash]):
-    """The hashes of a request's blocks, of all its tokens, and what its stages past the first retain.
+class StagedBlockHashes(list[BlockHash]):
+    """The block hashes of a request, together with its retentions.
 
-    The hashes are all that vLLM shows to a lookup in the prefix cache.
+    Lookups in the prefix cache get the block hashes and nothing else of a request.
+
+    Args:
+        hashes: vLLM's hashes. Hash i covers the request's tokens from the first to that at position
+            `(i + 1) * block_size - 1`.
+        retentions: The request's retention in every stage past the first.
     """
 
     def __init__(self, hashes: Sequence[BlockHash], retentions: tuple[Retention, ...]) -> None:
@@ -24,10 +29,22 @@ class RequestHashes(list[BlockHash]):
         self.retentions = retentions
 
     def row(self, stage: int, block_size: int, start: int, stop: int) -> Iterator[BlockHash | None]:
-        """For blocks `start` to `stop - 1` of a stage's row the hash under which they are shared.
+        """The hashes under which blocks of a stage's row are shared.
 
-        A row's block is what all tokens up to its last one made it. Its hash is therefore theirs, where they
-        fill blocks; elsewhere they have none, and the block cannot be shared.
+        The content of a block depends on all tokens of the request up to the block's last token, so it is
+        shared under the hash of those tokens. vLLM has such a hash only where a number of whole blocks of the
+        request ends. For example, with blocks of 16, if positions 32 to 95 are withdrawn, block 2 of the row
+        holds positions 96 to 111 and has the request's hash 6. If positions 35 to 97 are withdrawn, block 2
+        of the row holds positions 32 to 34 and 98 to 110, and cannot be shared.
+
+        Args:
+            stage: 1 or deeper.
+            block_size: Tokens of a block.
+            start: Index of the first block in the row.
+            stop: Index of the block behind the last one.
+
+        Yields:
+            For each block its hash, or None if it cannot be shared.
         """
         retention = self.retentions[stage - 1]
         for block in range(start, stop):
@@ -36,33 +53,35 @@ class RequestHashes(list[BlockHash]):
 
 
 class StageManager(SingleTypeKVCacheManager):
-    """vLLM's manager with every token count mapped to the count that the stage retains.
+    """vLLM's manager, with the number of tokens replaced by the number of tokens that the stage retains.
 
-    A request's blocks therefore number `ceil(retained / block_size)`, and a withdrawn token never had one.
+    A request therefore holds `ceil(retained / block_size)` blocks, and a withdrawn token never gets a slot.
+
+    Attributes:
+        retentions: By request id, the retention of every stage past the first. The scheduler sets it.
+        num_held_blocks: Blocks that requests hold. A block that several requests share counts once.
     """
 
     retentions: Mapping[str, tuple[Retention, ...]] = {}
-    """By request: the retention of every stage past the first. Set by the scheduler, which sees requests."""
     num_held_blocks = 0
-    """Blocks that requests hold, each counted once however many requests share it."""
 
     def _retained(self, request_id: str, num_tokens: int) -> int:
         return self.retentions[request_id][self.kv_cache_spec.stage - 1].count(num_tokens)
 
-    def give_back(self, request_id: str, num_tokens: int) -> None:
-        """Frees what a request's first `num_tokens` tokens do not fill, once its retention is another."""
+    def free_tail(self, request_id: str, num_tokens: int) -> None:
+        """Frees the blocks that a request's first `num_tokens` tokens no longer need after its exit."""
         row = self.req_to_blocks[request_id]
-        left = -(-self._retained(request_id, num_tokens) // self.block_size)
-        self._let_go(row[left:])
-        self.block_pool.free_blocks(reversed(row[left:]))
-        del row[left:]
+        needed = -(-self._retained(request_id, num_tokens) // self.block_size)
+        self._count_freed(row[needed:])
+        self.block_pool.free_blocks(reversed(row[needed:]))
+        del row[needed:]
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request_id)
-        self._let_go(blocks)
+        self._count_freed(blocks)
         return blocks
 
-    def _let_go(self, blocks: Sequence[KVCacheBlock]) -> None:
+    def _count_freed(self, blocks: Sequence[KVCacheBlock]) -> None:
         self.num_held_blocks -= sum(block.ref_cnt == 1 for block in blocks)
 
     def get_num_blocks_to_allocate(
@@ -113,9 +132,9 @@ class StageManager(SingleTypeKVCacheManager):
         return blocks
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **options: Any) -> None:
-        """Shares what the request's first `num_tokens` tokens filled of its row."""
+        """Offers the full blocks of the request's first `num_tokens` tokens to other requests."""
         hashes = request.block_hashes
-        assert isinstance(hashes, RequestHashes)
+        assert isinstance(hashes, StagedBlockHashes)
         stage = self.kv_cache_spec.stage
         retention = hashes.retentions[stage - 1]
         start = self.num_cached_block.get(request.request_id, 0)
@@ -124,7 +143,7 @@ class StageManager(SingleTypeKVCacheManager):
             return
         row = [*[None] * start, *hashes.row(stage, self.block_size, start, stop)]
         self.block_pool.cache_full_blocks(
-            SimpleNamespace(block_hashes=row),  # all that it reads while there are no KV events
+            SimpleNamespace(block_hashes=row),  # it reads nothing else of a request, as KV events are off
             self.req_to_blocks[request.request_id],
             start,
             stop,
@@ -134,15 +153,15 @@ class StageManager(SingleTypeKVCacheManager):
         )
         self.num_cached_block[request.request_id] = stop
 
-    def shared_tokens(self, request: Request, most: int) -> int:
-        """How many of its tokens a request would find in this row, had another one with the same computed it.
+    def cached_tokens(self, request: Request, most: int) -> int:
+        """How many tokens of the prompt another request with the same tokens would find cached in this row.
 
         Args:
-            request: Whose blocks have been shared as far as it has been computed.
-            most: How many other rows offer.
+            request: A request whose full blocks have been offered by `cache_blocks`.
+            most: The number of tokens that other rows offer.
         """
         hashes = request.block_hashes
-        assert isinstance(hashes, RequestHashes)
+        assert isinstance(hashes, StagedBlockHashes)
         retention = hashes.retentions[self.kv_cache_spec.stage - 1]
         most = min(most, retention.shareable)
         filled = min(
@@ -155,7 +174,7 @@ class StageManager(SingleTypeKVCacheManager):
     @classmethod
     def find_longest_cache_hit(
         cls,
-        block_hashes: RequestHashes,
+        block_hashes: StagedBlockHashes,
         max_length: int,
         kv_cache_group_ids: list[int],
         block_pool: BlockPool,
@@ -163,7 +182,7 @@ class StageManager(SingleTypeKVCacheManager):
         *args: Any,
         **options: Any,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """The shared blocks that a request's rows begin with, and how many of its tokens they stand for."""
+        """The cached blocks that a request's rows begin with, and how many of its tokens they cover."""
         stage, block_size = kv_cache_spec.stage, kv_cache_spec.block_size
         retention = block_hashes.retentions[stage - 1]
         most = min(max_length, retention.shareable)
@@ -178,9 +197,9 @@ class StageManager(SingleTypeKVCacheManager):
 
 
 def _hit_length(retention: Retention, blocks: int, most: int, block_size: int) -> int:
-    """How many tokens the first `blocks` blocks of a row stand for, `most` at most.
+    """How many tokens of the prompt the first `blocks` blocks of a row cover, at most `most`.
 
-    Withdrawn tokens behind the last block are part of the hit. With blocks of 16, of a row whose first 32
-    tokens are text and whose next 64 are withdrawn, two blocks stand for 96 tokens.
+    Withdrawn tokens behind the last block are part of the hit. For example, with blocks of 16, if the prompt
+    begins with 32 text tokens and the next 64 tokens are withdrawn, two blocks cover 96 tokens.
     """
     return min(most, retention.position(blocks * block_size)) // block_size * block_size

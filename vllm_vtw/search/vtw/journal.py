@@ -8,7 +8,7 @@ from vllm_vtw.search.journal import Journal
 
 
 @dataclass(frozen=True)
-class Settings:
+class CalibrationSettings:
     """What samples have to have in common to be looked at together.
 
     Attributes:
@@ -35,7 +35,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredSample:
     """One sample's answer by the full model, and what withdrawal does to it, by position in `layers`.
 
     `inputs_sha256` is of what the model got: tokens and pixels.
@@ -57,7 +57,7 @@ class Measured:
         return len(self.differences[0].changed)
 
 
-class Progress:
+class CalibrationJournal:
     """The measured samples of a folder.
 
     Args:
@@ -69,15 +69,15 @@ class Progress:
         ValueError: The folder's samples were measured otherwise, or `resume` was not asked for.
     """
 
-    def __init__(self, folder: Path, settings: Settings, resume: bool) -> None:
+    def __init__(self, folder: Path, settings: CalibrationSettings, resume: bool) -> None:
         self.file = folder / "samples.jsonl"
         self.journal = Journal(self.file, "calibration", asdict(settings), resume)
-        self.measured: dict[str, Measured] = {}
-        """By `Measured.where`."""
+        self.measured: dict[str, MeasuredSample] = {}
+        """By `MeasuredSample.where`."""
         for line in self.journal.found:
             differences = [Difference(**difference) for difference in line["differences"]]
-            self.measured[line["where"]] = Measured(**(line | {"differences": differences}))
+            self.measured[line["where"]] = MeasuredSample(**(line | {"differences": differences}))
 
-    def add(self, measured: Measured) -> None:
+    def add(self, measured: MeasuredSample) -> None:
         self.measured[measured.where] = measured
         self.journal.add(asdict(measured))

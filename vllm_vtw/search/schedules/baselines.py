@@ -8,7 +8,7 @@ from vllm_vtw.search.schedules.schedule import GRID
 FASTV_LAYER, FASTV_KEEP = 2, 0.5
 
 
-def rivals(policy: Policy, num_layers: int, share: Callable[[Policy], float]) -> dict[str, Policy]:
+def baselines(policy: Policy, num_layers: int, share: Callable[[Policy], float]) -> dict[str, Policy]:
     """By name: VTW (arXiv 2405.05803) and FastV (arXiv 2403.06764), which drops once, before layer 2.
 
     A method that cannot do with as little is left out. FastV as published drops half of the visual tokens,
