@@ -11,9 +11,9 @@ from vllm_vtw.commands.setup import (
     bound,
     collect_samples,
     require_samples,
+    values_of_layer,
 )
 from vllm_vtw.policy import Policy
-from vllm_vtw.search.reports.summary import notes, table
 from vllm_vtw.search.vtw.criteria import FIRST_LAYER, default_eta
 
 CRITERIA = ("answer", "first-token")
@@ -47,28 +47,6 @@ def add_command(commands: Any) -> None:
     parser.set_defaults(run=lambda arguments: _run(parser, arguments))
 
 
-def values_of_layer(text: str | None, num_layers: int) -> list[int]:
-    """The values of K that `--layers` asks for, ascending.
-
-    Raises:
-        ValueError: It is no list or range of them.
-    """
-    if text is None:
-        text = f"{min(FIRST_LAYER, num_layers - 1)}-{num_layers - 1}"
-    layers: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        ends = [first, last if dash else first]
-        if not all(end.isdecimal() for end in ends):
-            raise ValueError(f"--layers {text}: has to be like 8-20 or 8,12,16")
-        start, stop = map(int, ends)
-        if not 1 <= start <= stop < num_layers:
-            within = f"1-{num_layers - 1}, as the model has {num_layers} layers"
-            raise ValueError(f"--layers {text}: {part} is not a range within {within}")
-        layers.update(range(start, stop + 1))
-    return sorted(layers)
-
-
 def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     try:
         from vllm_vtw.search.reports import calibration as report
@@ -83,13 +61,16 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
     criterion = arguments.criterion
     found = result["layer"][criterion] is not None
     policy = policy_file(result, criterion) if found else None
-    save_results(arguments, result, policy, report.html, table(result), f", by the {criterion} criterion")
+    save_results(
+        arguments, result, policy, report.html, report.table(result), f", by the {criterion} criterion"
+    )
 
 
 def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `result.json` has."""
     from vllm_vtw.search.data.draw import draw_samples
     from vllm_vtw.search.model import MODEL_TYPES, HFModel
+    from vllm_vtw.search.reports.calibration import notes
     from vllm_vtw.search.vtw import calibration
     from vllm_vtw.search.vtw.journal import CalibrationJournal, CalibrationSettings
 

@@ -9,9 +9,16 @@ from math import isfinite, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_vtw.commands.calibrate import values_of_layer
 from vllm_vtw.commands.results import save_results, write_report
-from vllm_vtw.commands.setup import SearchSetup, add_options, bound, collect_samples, count, require_samples
+from vllm_vtw.commands.setup import (
+    SearchSetup,
+    add_options,
+    bound,
+    collect_samples,
+    count,
+    require_samples,
+    values_of_layer,
+)
 from vllm_vtw.files import shorten
 from vllm_vtw.policy import Gate, Policy, Stage, read_json
 

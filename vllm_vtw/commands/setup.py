@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from vllm_vtw.config import ModelShape
 from vllm_vtw.search.checkpoint import read_config, revision, supported_model
 from vllm_vtw.search.data.draw import SEEDS
+from vllm_vtw.search.vtw.criteria import FIRST_LAYER
 
 if TYPE_CHECKING:
     from vllm_vtw.search.data.read import Dataset
@@ -94,6 +95,28 @@ def share(text: str) -> float:
     if value > 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share, from 0 to 1")
     return value
+
+
+def values_of_layer(text: str | None, num_layers: int) -> list[int]:
+    """The values of K that `--layers` asks for, ascending.
+
+    Raises:
+        ValueError: It is no list or range of them.
+    """
+    if text is None:
+        text = f"{min(FIRST_LAYER, num_layers - 1)}-{num_layers - 1}"
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        ends = [first, last if dash else first]
+        if not all(end.isdecimal() for end in ends):
+            raise ValueError(f"--layers {text}: has to be like 8-20 or 8,12,16")
+        start, stop = map(int, ends)
+        if not 1 <= start <= stop < num_layers:
+            within = f"1-{num_layers - 1}, as the model has {num_layers} layers"
+            raise ValueError(f"--layers {text}: {part} is not a range within {within}")
+        layers.update(range(start, stop + 1))
+    return sorted(layers)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """The report of a calibration."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 
+from vllm_vtw.search.reports.data_notes import data_notes
 from vllm_vtw.search.reports.page import MARKERS, Draw, by_layer, page
+from vllm_vtw.search.vtw.criteria import FIRST_LAYER
 
 # Values below are drawn there: a logarithmic axis has no 0.
 LEAST_KL = 1e-6
@@ -76,3 +78,66 @@ def _marked(draw: Draw, result: dict[str, Any]) -> Draw:
 
 def _visible(values: Sequence[float]) -> list[float]:
     return [max(value, LEAST_KL) for value in values]
+
+
+def notes(result: dict[str, Any], criterion: str, unseen: Collection[str]) -> list[str]:
+    """What a reader has to know beside the numbers; `unseen` are tasks without a good sample."""
+    said = []
+    layers, layer, most = result["layers"], result["layer"][criterion], result["budget"]["max_token_change"]
+    if layer is None:
+        said.append(
+            f"No K that was looked at satisfies the {criterion} criterion, so there is no policy file: "
+            "look at other --layers, allow more, or serve without withdrawal."
+        )
+        if criterion == "first-token":
+            deepest = [
+                f"{result['first_token_kl'][-1]:.2g} nats, where {result['budget']['eta']:g} are allowed"
+            ]
+        else:
+            deepest = [
+                f"{task} {curve['token_change'][-1]:.2%} of the tokens and {curve['mean_kl'][-1]:.2g} nats"
+                for task, curve in result["curves"].items()
+            ]
+        said.append(f"What is left at K = {layers[-1]}: {', '.join(deepest)}.")
+    elif result["kv_share"][layers.index(layer)] >= 1:
+        said.append(
+            f"At K = {layer} the padding of vLLM's KV-cache groups takes more memory than withdrawal saves: "
+            "allow more, or serve without withdrawal."
+        )
+    said += data_notes(result, most, unseen)
+    published = [layer for layer in layers if layer >= FIRST_LAYER]
+    if not published or published != list(range(FIRST_LAYER, published[-1] + 1)):
+        looked_at = ", ".join(map(str, published)) or "none"
+        said.append(
+            f"As published, the first-token criterion looks at every K from {FIRST_LAYER} on; "
+            f"here it looked at {looked_at}."
+        )
+    return said
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """Both criteria side by side, in lines."""
+    layers, tokens = result["layers"], sum(count["tokens"] for count in result["tasks"].values())
+
+    def row(name: str, values: Iterable[str]) -> str:
+        return f"{name:34}" + "".join(f"{value:>14}" for value in values)
+
+    def shares(name: str, values: Sequence[float]) -> str:
+        at = [None if layer is None else layers.index(layer) for layer in result["layer"].values()]
+        return row(name, ("" if index is None else f"{values[index]:.1%}" for index in at))
+
+    lines = [
+        f"{result['made']['samples']} samples, {tokens} tokens of answers",
+        "",
+        row("criterion", result["layer"]),
+        row(
+            f"K, of {result['model']['num_hidden_layers']} layers",
+            ("none" if layer is None else str(layer) for layer in result["layer"].values()),
+        ),
+        shares("KV memory, of stock vLLM's", result["kv_share"]),
+        shares("decoder's work in prefill", result["prefill_flops_share"]),
+    ]
+    for task, curve in result["curves"].items():
+        lines.append(shares(f"{task}: tokens changed", curve["token_change"]))
+        lines.append(shares(f"{task}: answers changed", curve["answer_change"]))
+    return lines

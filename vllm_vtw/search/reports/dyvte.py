@@ -5,8 +5,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from vllm_vtw.search.reports.data_notes import data_notes
 from vllm_vtw.search.reports.page import MARKERS, Draw, by_layer, page
-from vllm_vtw.search.reports.summary import of_data
 
 
 def notes(result: dict[str, Any], unseen: Collection[str]) -> list[str]:
@@ -32,7 +32,7 @@ def notes(result: dict[str, Any], unseen: Collection[str]) -> list[str]:
             f"At layer {', '.join(useless)} the gate is right about no more of {result['held_out']} held-out "
             "samples than if it always said the same: more samples (--limit) or --epochs may help."
         )
-    return said + of_data(result, None, unseen)
+    return said + data_notes(result, None, unseen)
 
 
 def notes_of_evaluation(result: dict[str, Any], unseen: Collection[str], learned_from: bool) -> list[str]:
@@ -40,7 +40,7 @@ def notes_of_evaluation(result: dict[str, Any], unseen: Collection[str], learned
     said = ["To serve another threshold, write it for every layer into 'thresholds' of the policy file."]
     if learned_from:
         said.append("The gates learned from these data: on others they may do worse.")
-    return said + of_data(result, None, unseen)
+    return said + data_notes(result, None, unseen)
 
 
 def table(result: dict[str, Any]) -> list[str]:

@@ -5,8 +5,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from vllm_vtw.search.reports.data_notes import data_notes
 from vllm_vtw.search.reports.page import MARKERS, Draw, by_layer, page
-from vllm_vtw.search.reports.summary import of_data
 
 NAMES = {"gsearch": "G-Search", "psigmoid": "P-Sigmoid"}
 
@@ -42,7 +42,7 @@ def notes(result: dict[str, Any], unseen: Collection[str]) -> list[str]:
     elif found["kv_share"] >= 1:
         way = "allow more" if result["method"] == "gsearch" else "give less, or bound memory with --kv-budget"
         said.append(f"The padding of vLLM's KV-cache groups takes more memory than withdrawal saves: {way}.")
-    return said + of_data(result, result["made"].get("max_token_change"), unseen)
+    return said + data_notes(result, result["made"].get("max_token_change"), unseen)
 
 
 def table(result: dict[str, Any]) -> list[str]:
