@@ -115,7 +115,7 @@ def test_the_search_computes_a_fifth_of_the_plain_one_at_most(llava, pictures):
     ours = list(loaded.withdrawn_logits(answered, layers))
     rows, ours_rows = 0, rows
     for layer, logits in zip([*layers, 32], [*ours, answered.logits], strict=True):
-        wanted = plain_logits(loaded.model, inputs, answered.tokens, layer)
+        wanted = plain_logits(loaded.hf_model, inputs, answered.tokens, layer)
         torch.testing.assert_close(logits, wanted, atol=1e-3, rtol=1e-3)
     for hook in hooks:
         hook.remove()

@@ -1,0 +1,166 @@
+"""Which rooms of the package may import which: the rules of the layout, read off the sources."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import vllm_vtw
+
+PACKAGE = Path(vllm_vtw.__file__).parent
+HEAVY = {"torch", "transformers", "vllm"}
+
+ALLOWED = {
+    "policy": {"files"},
+    "config": {"files", "policy"},
+    "retention": {"policy"},
+    "capacity": {"policy"},
+    "files": set(),
+    "gates": {"files", "policy"},
+    "plugin": {"models"},
+    "startup": {"config", "gates", "policy"},
+    "metrics": {"config", "startup"},
+    "rankings": set(),
+    "kv": {"capacity", "config", "metrics", "policy", "retention", "startup"},
+    "worker": {"config", "gates", "kv.spec", "policy", "rankings", "retention", "startup"},
+    "models": {"config", "policy", "rankings", "retention", "startup", "worker"},
+    "search": {"capacity", "config", "policy"},
+    "search.data": {"search.checkpoint"},
+    "search.vtw": {"config", "policy", "search", "search.data"},
+    "search.schedules": {"capacity", "policy", "search", "search.data"},
+    "search.dyvte": {"capacity", "gates", "policy", "search", "search.data"},
+    "search.reports": {"config", "search.vtw.criteria"},
+    "commands": {"capacity", "config", "files", "gates", "plugin", "policy", "search"}
+    | {"search.data", "search.vtw", "search.schedules", "search.dyvte", "search.reports"},
+}
+"""For each room, a folder or a file of the package: the rooms and single files that it may import."""
+
+MAY_ALSO = {
+    "search.model": {"search.data.prompts", "search.data.sample"},
+    "search.resume": {"search.data.sample"},
+    "commands.doctor": {"kv.groups", "worker.backend", "worker.runner_v1", "worker.runner_v2"},
+}
+"""For single files, what they may import besides: the model encodes samples, `vtw doctor` tries the hooks."""
+
+WITHOUT_HEAVY = ("policy", "config", "retention", "capacity", "files", "commands", "search.checkpoint")
+"""Rooms and files whose import needs neither vLLM nor torch. `vtw doctor` runs where they are missing."""
+
+
+def name_of(file: Path) -> str:
+    """The name of a module without the package's."""
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+TREES = {name_of(file): ast.parse(file.read_text(encoding="utf-8")) for file in sorted(PACKAGE.rglob("*.py"))}
+"""The syntax tree of every module."""
+
+
+def room(module: str) -> str:
+    """The room of a module, given without the package's name: the longest one that it lies in."""
+    parents = [module.rsplit(".", cut)[0] for cut in range(module.count(".") + 1)]
+    return next((parent for parent in parents if parent in ALLOWED), "")
+
+
+def is_module(name: str) -> bool:
+    path = PACKAGE.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Full names of what a module imports anywhere, in functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None, "imports are absolute"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def of_package(tree: ast.AST) -> Iterator[str]:
+    """Modules of the package that a module imports, without the package's name."""
+    for name in imported(tree):
+        package, _, module = name.partition(".")
+        if package == "vllm_vtw" and module and is_module(module):
+            yield module
+
+
+def is_allowed(module: str, target: str) -> bool:
+    allowed = ALLOWED.get(room(module), set()) | MAY_ALSO.get(module, set())
+    return room(target) == room(module) or room(target) in allowed or target in allowed
+
+
+@pytest.mark.parametrize("module", TREES)
+def test_a_room_imports_only_what_it_may(module: str):
+    # `from vllm_vtw.worker import runner_v1` names the room, too, of which nothing but the file is used.
+    targets = set(of_package(TREES[module]))
+    targets -= {target for target in targets if any(other.startswith(f"{target}.") for other in targets)}
+    assert [target for target in sorted(targets) if not is_allowed(module, target)] == []
+
+
+def test_every_rule_is_needed():
+    """What a room does not import any more is struck from its rule."""
+    used: dict[str, set[str]] = {}
+    for module, tree in TREES.items():
+        for target in of_package(tree):
+            used.setdefault(room(module), set()).update({target, room(target)})
+            used.setdefault(module, set()).update({target, room(target)})
+    for name, allowed in (*ALLOWED.items(), *MAY_ALSO.items()):
+        assert allowed <= used.get(name, set()), f"{name} no longer imports all of this"
+
+
+def test_the_rooms_are_those_of_the_package():
+    folders = {
+        path.parent.relative_to(PACKAGE).as_posix().replace("/", ".") for path in PACKAGE.rglob("*.py")
+    }
+    files = {path.stem for path in PACKAGE.glob("*.py")}
+    assert ALLOWED.keys() == (folders - {"."}) | (files - {"__init__"})
+
+
+def at_import(tree: ast.Module) -> Iterator[str]:
+    """Names of what is imported when the module is, and not by a function or a type checker only."""
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from imported(ast.Module([node], []))
+
+
+def test_what_needs_neither_vllm_nor_torch_to_be_imported():
+    """Modules are followed as Python follows them, the packages that they lie in included."""
+
+    def heavy(module: str, seen: set[str]) -> set[str]:
+        if module in seen or module not in TREES:
+            return set()
+        seen.add(module)
+        names = set(at_import(TREES[module]))
+        found = {name.partition(".")[0] for name in names} & HEAVY
+        parents = [module.rsplit(".", cut)[0] for cut in range(1, module.count(".") + 1)]
+        ours = {name.partition(".")[2] for name in names if name.partition(".")[0] == "vllm_vtw"}
+        return found.union(*(heavy(name, seen) for name in (*ours, *parents)))
+
+    light = [module for module in TREES if room(module) in WITHOUT_HEAVY or module in WITHOUT_HEAVY]
+    assert {module: found for module in light if (found := heavy(module, set()))} == {}
+
+
+def test_the_search_runs_without_vllm():
+    wrong = {
+        module
+        for module, tree in TREES.items()
+        if module.startswith("search") and any(name.partition(".")[0] == "vllm" for name in imported(tree))
+    }
+    assert not wrong
+
+
+def test_a_forbidden_import_is_found():
+    for module, target in (
+        ("search.model", "commands.setup"),
+        ("worker.gates", "kv.scheduler"),
+        ("kv.scheduler", "worker.current_step"),
+        ("search.dyvte.exits", "search.schedules.gsearch"),
+        ("rankings.base", "policy"),
+        ("retention", "kv.spec"),
+    ):
+        assert module in TREES
+        assert is_module(target)
+        assert not is_allowed(module, target)
