@@ -178,7 +178,7 @@ def test_created_cache_tokens_are_tokens_of_the_prompt(engine):
 
 
 def only_gated(engine: Engine) -> None:
-    if scheduler_of(engine.llm).withdrawal.gate is None:
+    if scheduler_of(engine.llm).withdrawal_policy.gate is None:
         pytest.skip("no gates")
 
 
