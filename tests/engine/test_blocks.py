@@ -165,7 +165,7 @@ def test_several_stages(checkpoint, reference, tmp_path):
     file.write_text(json.dumps(policy))
     prompts = [ask.to_vllm(oracle) for ask in SHAPES]
     with running(folder, {"policy": str(file)}, max_num_batched_tokens=64) as llm:
-        assert len(scheduler_of(llm).withdrawal.stages) == 2
+        assert len(scheduler_of(llm).withdrawal_policy.stages) == 2
         outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
     for ask, output in zip(SHAPES, outputs, strict=True):
         assert_follows(oracle, ask, output.prompt_token_ids, output.outputs[0].token_ids, 3, align_to=1)
