@@ -1,4 +1,4 @@
-"""LayerGroups of layers and what requests take of them."""
+"""Groups of layers and what requests take of them."""
 
 from itertools import product
 

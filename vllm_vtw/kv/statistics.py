@@ -32,7 +32,6 @@ class Statistics:
         sizes = [len(group.layer_names) for group in groups]
         self.num_layers, self.width = sum(sizes), max(sizes)
         self.stage_0_groups = sum(not isinstance(group.kv_cache_spec, StageSpec) for group in groups)
-        """LayerGroups of stage 0."""
         self.counts: Counter[str] = Counter()
 
     def count_request(self, retentions: Sequence[Retention]) -> int:

@@ -29,7 +29,8 @@ def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
     model_builder: Any = backend.get_builder_cls()
 
     class StageBuilder(model_builder):
-        # LayerGroups of one stage would share the first one's lengths, which its own CUDA graphs do not read.
+        # With True, the KV-cache groups of one stage would share the metadata of the first group. CUDA graphs
+        # of the second group would then not see the row lengths, which they read from a buffer of their own.
         supports_update_block_table = False
 
         def __init__(

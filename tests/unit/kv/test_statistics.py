@@ -45,7 +45,7 @@ def test_requests_by_the_layer_that_first_withdraws():
 @pytest.mark.parametrize(
     ("layers", "saved"),
     [
-        # LayerGroups in the room of 4 layers: stock's 9 blocks of 8 layers are 18 of them, and 13 are held.
+        # Groups in the room of 4 layers: stock's 9 blocks of 8 layers are 18 of them, and 13 are held.
         ((4, 4), 5),
         # In the room of 5: 9 x 8 / 5, cut off.
         ((5, 3), 1),
