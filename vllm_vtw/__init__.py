@@ -1,3 +1,3 @@
-"""vllm-vtw: visual-token withdrawal inside vLLM."""
+"""vllm-vtw, a vLLM plugin that withdraws visual tokens from the deep layers of a decoder."""
 
 __version__ = "0.1.0"

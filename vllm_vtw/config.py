@@ -10,15 +10,17 @@ from vllm_vtw.policy import Policy
 
 logger = logging.getLogger("vllm.vtw")
 
-# The layers of arXiv 2405.05803, by (model type, text model type, decoder layers, hidden size).
 PUBLISHED_LAYERS = {
     ("llava", "llama", 32, 4096): 16,
     ("llava", "llama", 40, 5120): 20,
 }
-# The decoders whose layers are called as `layer(positions, hidden_states, residual)`.
+"""The withdrawal layers of arXiv 2405.05803, by model type, text model type, number of decoder layers and
+hidden size."""
 TEXT_MODELS = ("llama", "mistral", "qwen2")
+"""The supported text model types. vLLM calls their layers as `layer(positions, hidden_states, residual)`."""
 SERVED_MODEL_TYPES = ("llava",)
 KEYS = ("layer", "policy", "align")
+"""The keys that the `"vtw"` object may have."""
 WHAT_IT_COSTS = (
     "Multiple-choice and yes/no questions mostly keep their answers there; captions and OCR do not. In "
     "published re-runs of LLaVA-1.5-7B at layer 16, MMBench goes from 64.1 to 64.0 and POPE from 85.9 to "
@@ -28,16 +30,19 @@ WHAT_IT_COSTS = (
 SCHEDULER = "vllm_vtw.kv.scheduler.make_scheduler"
 WORKER = "vllm_vtw.worker.gated_worker.GatedWorker"
 ADMISSION = "vtw_admission"
-"""Attribute of vLLM's `ModelConfig`, where the processor of a model can see it: an `Admission`."""
+"""The attribute of vLLM's `ModelConfig` that holds an `Admission`. A model's processor can read it there."""
 EXITS = "vtw_exits"
-"""Attribute by which scheduler and workers tell each other what gates decided, by request the first stage
-without its visual tokens: of vLLM's `SchedulerOutput`, about requests that begin or resume, and of its
-`ModelRunnerOutput`."""
+"""The attribute in which scheduler and workers send each other what gates decided.
+
+It is a dict from request id to the first stage without the request's visual tokens, or None if they stay.
+Workers set it on `ModelRunnerOutput` when gates have decided. The scheduler sets it on `SchedulerOutput`, for
+requests that begin or resume in the step.
+"""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the configuration has to know of the checkpoint."""
+    """The properties of a checkpoint that the configuration depends on."""
 
     model_type: str
     text_model_type: str
@@ -45,7 +50,7 @@ class ModelShape:
     hidden_size: int
 
     def as_dict(self) -> dict[str, Any]:
-        """The `model` object of a policy file."""
+        """The `model` object of a policy file for this model."""
         return {
             "model_type": self.model_type,
             "num_hidden_layers": self.num_hidden_layers,
@@ -55,11 +60,11 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Admission:
-    """What decides whether a request can be served right, before it is queued.
+    """What a model's processor needs to refuse prompts that the policy cannot serve.
 
     Attributes:
-        policy: What is withdrawn, and before which layers.
-        max_step_tokens: The most tokens of a step.
+        policy: What is withdrawn, and from which layers on.
+        max_step_tokens: The largest number of tokens that a step computes (`--max-num-batched-tokens`).
     """
 
     policy: Policy
@@ -72,7 +77,8 @@ class VTWConfig:
 
     Attributes:
         policy: What is withdrawn, and from which layers on.
-        align: Withdraw by whole KV blocks (`True`), or every visual token, as published (`False`).
+        align: Whether only whole KV blocks of visual tokens are withdrawn. If not, every visual token is, as
+            published.
     """
 
     policy: Policy
@@ -80,10 +86,16 @@ class VTWConfig:
 
     @classmethod
     def parse(cls, options: Any, model: ModelShape, prefix_caching: bool) -> "VTWConfig":
-        """Resolves the options of a user, or those of `resolved`, to the same configuration.
+        """Reads and checks the `"vtw"` object.
+
+        Args:
+            options: The object as the user gave it, or as `resolved` returned it.
+            model: The model that is being served.
+            prefix_caching: Whether prefix caching is on. It sets the default of `align`.
 
         Raises:
-            ValueError: Names the key, its value and what is allowed.
+            ValueError: A key or value is not allowed. The message names the key, the value and what is
+                allowed.
         """
         if not isinstance(options, dict):
             raise _error("", options, "has to be an object with keys among " + ", ".join(KEYS))
@@ -101,11 +113,14 @@ class VTWConfig:
         return cls(policy, align)
 
     def align_to(self, block_size: int) -> int:
-        """Withdrawal goes by so many tokens at once."""
+        """How many tokens are withdrawn at once: a block of `block_size` tokens if `align` is set, else 1."""
         return block_size if self.align else 1
 
     def resolved(self, model: ModelShape) -> dict[str, Any]:
-        """These settings as options that `parse` reads the same anywhere, without the policy's file."""
+        """These settings as options from which `parse` makes the same configuration in another process.
+
+        They contain the policy itself in place of the path of its file.
+        """
         return {"policy": self.policy.to_file(model.as_dict()), "align": self.align}
 
 
@@ -144,7 +159,7 @@ def _policy(options: dict[str, Any], model: ModelShape) -> Policy:
 def _read_policy(source: Any, model: ModelShape) -> Policy:
     try:
         if isinstance(source, dict):
-            return Policy.from_file(source, model.as_dict())  # `resolved` wrote it
+            return Policy.from_file(source, model.as_dict())  # written by `VTWConfig.resolved`
         if isinstance(source, str):
             return Policy.read(Path(source), model.as_dict())
     except ValueError as error:

@@ -1,7 +1,8 @@
 """DyVTE's gates (arXiv 2411.19628), and the file that holds them.
 
-A gate before layer K reads what layer K - 1 makes of a prompt's text behind its last picture: the mean of all
-but the last token, and the last token. Of its two logits the second says "leave".
+The gate before layer K reads the output of layer K - 1 for a prompt's text behind the last image: the mean
+over all tokens but the last one, and the last token. It returns two logits, the first for "stay", the second
+for "leave".
 """
 
 import hashlib
@@ -16,13 +17,19 @@ from vllm_vtw.files import read_file, shorten
 from vllm_vtw.policy import Gate
 
 GATE_WIDTH = 2048
+"""The size of a gate's hidden layer."""
 MAX_GATES = 128
-"""Of a file, in 16 bits: it may have gates for layers that the policy does not use, but no model has more."""
+"""The largest number of gates in a file, with weights of 16 bits. A file may have gates for layers that the
+policy does not use, but no model has more layers than that."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""The data types that weights in a gates file may have."""
 
 
 def new_gate(hidden_size: int) -> nn.Sequential:
-    """A gate as published, `(prompts, 2 * hidden_size)` to `(prompts, 2)`, with Xavier's weights."""
+    """A new gate of the published form, with weights from Xavier initialization.
+
+    It maps features of shape `(prompts, 2 * hidden_size)` to logits of shape `(prompts, 2)`.
+    """
     layers = nn.Linear(2 * hidden_size, GATE_WIDTH, bias=False), nn.Linear(GATE_WIDTH, 2, bias=False)
     for layer in layers:
         nn.init.xavier_uniform_(layer.weight)
@@ -30,28 +37,37 @@ def new_gate(hidden_size: int) -> nn.Sequential:
 
 
 def gate_features(text: torch.Tensor) -> torch.Tensor:
-    """What a gate reads of one prompt, shape `(2 * hidden_size,)`, float32.
+    """The features of one prompt that a gate reads, float32, shape `(2 * hidden_size,)`.
 
     Args:
-        text: States of the tokens behind its last picture, two or more, shape `(tokens, hidden_size)`.
+        text: States of the tokens behind the prompt's last image, shape `(tokens, hidden_size)`. There have
+            to be at least two tokens.
     """
     states = text.float()
     return torch.cat([states[:-1].mean(0), states[-1]])
 
 
-def leave_margins(gate: nn.Module, of_prompts: torch.Tensor) -> torch.Tensor:
-    """By how much "leave" is above "stay", shape `(prompts,)`.
+def leave_margins(gate: nn.Module, features: torch.Tensor) -> torch.Tensor:
+    """The gate's logit for "leave" less its logit for "stay", shape `(prompts,)`.
 
     Args:
-        gate: One gate, in float32.
-        of_prompts: `gate_features` of each prompt, shape `(prompts, 2 * hidden_size)`.
+        gate: A gate in float32.
+        features: The `gate_features` of each prompt, shape `(prompts, 2 * hidden_size)`.
     """
-    logits = gate(of_prompts)
+    logits = gate(features)
     return logits[:, 1] - logits[:, 0]
 
 
 def save_gates(gates: Mapping[int, nn.Module], file: Path) -> str:
-    """Writes gates, by their layer K, to a safetensors file in bfloat16. Returns its SHA-256."""
+    """Writes gates to a safetensors file, in bfloat16.
+
+    Args:
+        gates: The gate before each layer.
+        file: The file to write.
+
+    Returns:
+        SHA-256 of the file, in hexadecimal digits.
+    """
     tensors = {
         f"{layer}.{name}": tensor.to("cpu", torch.bfloat16).contiguous()
         for layer, gate in gates.items()
@@ -63,53 +79,57 @@ def save_gates(gates: Mapping[int, nn.Module], file: Path) -> str:
 
 
 def load_gates(gate: Gate, layers: Sequence[int], hidden_size: int) -> list[nn.Sequential]:
-    """The gates of a policy, in float32, on the CPU.
+    """Reads the gates of a policy from their file.
 
     Args:
-        gate: Names the file.
-        layers: K of each gate.
-        hidden_size: Of the model.
+        gate: The file's path and SHA-256.
+        layers: The layers that the policy has gates before.
+        hidden_size: The model's hidden size.
+
+    Returns:
+        The gate before each of `layers`, in float32, on the CPU.
 
     Raises:
-        ValueError: The file is not there, not the one that the policy was made with, or lacks a gate. The
-            message is one short line.
+        ValueError: The file cannot be read, is not the one that the policy was made with, or lacks a gate.
+            The message is one short line.
     """
     named = f"gates {shorten(gate.weights)}"
-    # A megabyte for the names and shapes, which stand before the weights.
+    # The header of a safetensors file, with the tensors' names and shapes, takes less than the last megabyte.
     most_bytes = MAX_GATES * 2 * GATE_WIDTH * (2 * hidden_size + 2) + (1 << 20)
     try:
         content = read_file(Path(gate.weights), most_bytes)
     except ValueError as error:
         raise ValueError(
-            f"{named}, which the policy file names, cannot be read: {error}. They belong beside it"
+            f"{named} cannot be read: {error}. Put the file that the policy's 'gate' names into the policy "
+            "file's folder"
         ) from error
     found = hashlib.sha256(content).hexdigest()
     if found != gate.sha256:
         raise ValueError(
-            f"{named} are not those of the policy, whose SHA-256 is {shorten(gate.sha256)}: theirs is "
-            f"{found}. Keep policy and gates of one training together"
+            f"{named} are not those of the policy: the file's SHA-256 is {found}, and the policy names "
+            f"{shorten(gate.sha256)}. Use the policy and the gates of one training together"
         )
-    not_these = f"{named} are not for layers {shorten(list(layers))} of a model of hidden size {hidden_size}"
+    wrong_file = f"{named} are not for layers {shorten(list(layers))} of a model of hidden size {hidden_size}"
     try:
         tensors = load(content)
-    except Exception as error:  # whatever safetensors and torch raise about a file that somebody made up
-        raise ValueError(f"{not_these}: {shorten(error)}") from error
+    except Exception as error:  # safetensors and torch raise various errors for files that are not valid
+        raise ValueError(f"{wrong_file}: {shorten(error)}") from error
     gates = []
     for layer in layers:
         with torch.device("meta"):
-            one = new_gate(hidden_size)
+            loaded = new_gate(hidden_size)
         weights = {}
-        for name, wanted in one.state_dict().items():
+        for name, wanted in loaded.state_dict().items():
             tensor = tensors.get(f"{layer}.{name}")
             if tensor is None:
-                raise ValueError(f"{not_these}: {layer}.{name} is missing")
+                raise ValueError(f"{wrong_file}: {layer}.{name} is missing")
             if tensor.shape != wanted.shape or tensor.dtype not in DTYPES:
                 raise ValueError(
-                    f"{not_these}: {layer}.{name} has the type {tensor.dtype} and the shape "
-                    f"{shorten(tuple(tensor.shape))}; it has to hold floating-point "
-                    f"numbers of 16 or 32 bits, and have the shape {tuple(wanted.shape)}"
+                    f"{wrong_file}: {layer}.{name} has the type {tensor.dtype} and the shape "
+                    f"{shorten(tuple(tensor.shape))}; it has to have a floating-point type of 16 or 32 bits "
+                    f"and the shape {tuple(wanted.shape)}"
                 )
             weights[name] = tensor.float()
-        one.load_state_dict(weights, assign=True)
-        gates.append(one.requires_grad_(False))
+        loaded.load_state_dict(weights, assign=True)
+        gates.append(loaded.requires_grad_(False))
     return gates

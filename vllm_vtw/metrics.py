@@ -1,6 +1,6 @@
-"""Prometheus metrics of withdrawal, on vLLM's own `/metrics`.
+"""The plugin's Prometheus metrics, which vLLM shows on `/metrics`.
 
-A server of any model imports this module, so it imports nothing that hooks into vLLM.
+vLLM imports this module in a server of any model, so it must not import anything that changes vLLM.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,18 @@ from vllm_vtw.config import SCHEDULER
 
 REQUESTS, WITHDRAWN_TOKENS, KV_BLOCKS, KV_BLOCKS_SAVED = "requests", "withdrawn_tokens", "kv_blocks", "saved"
 EXIT_LAYER = "exit_layer"
+"""The names under which the scheduler sends its statistics; see `Statistics.take`."""
 LABELS = ["model_name", "engine"]
 
 
 class WithdrawalMetrics(AggregateStatLoggerBase):
-    """vLLM makes one for every engine of a server; it does nothing where the engine is stock vLLM.
+    """Publishes what the scheduler counts. It does nothing in a server that runs without `--model-impl vtw`.
+
+    vLLM makes one for all engines of a server.
 
     Args:
-        vllm_config: Of the engine.
-        engine_indexes: Its data-parallel ranks.
+        vllm_config: vLLM's configuration.
+        engine_indexes: The data-parallel ranks of the engines.
     """
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: Sequence[int]) -> None:
@@ -35,7 +38,11 @@ class WithdrawalMetrics(AggregateStatLoggerBase):
         self.exit_layers: Histogram | None = None
 
     def log_engine_initialized(self) -> None:
-        """Makes the metrics. Before, vLLM's own logger takes everything named `vllm:` out of the registry."""
+        """Creates the metrics.
+
+        It is too early in `__init__`: vLLM's own Prometheus logger, which is created later, removes all
+        metrics named `vllm:` from the registry.
+        """
         if not self.withdraws:
             return
         from vllm_vtw.startup import vtw_config
@@ -45,34 +52,35 @@ class WithdrawalMetrics(AggregateStatLoggerBase):
             num_layers = self.vllm_config.model_config.hf_text_config.num_hidden_layers
             self.exit_layers = Histogram(
                 "vllm:vtw_exit_layer",
-                "The layer from which on gates withdrew a request's visual tokens; the number of layers "
-                "where they did not.",
+                "Layer from which on gates withdrew a request's visual tokens, or the number of layers if "
+                "they did not.",
                 LABELS,
                 buckets=[*(stage.layer for stage in policy.stages), num_layers],
             )
         self.counters = {
             REQUESTS: Counter(
                 "vllm:vtw_requests",
-                "Requests, by the layer from which on their visual tokens are withdrawn; the number of "
-                "layers for those that withdraw nothing.",
+                "Number of requests by the layer from which on their visual tokens are withdrawn, which is "
+                "the number of layers if none are.",
                 [*LABELS, "layer"],
             ),
             WITHDRAWN_TOKENS: Counter(
                 "vllm:vtw_withdrawn_tokens",
-                "Visual tokens that requests do not hold in a stage, a run of layers that retain the same.",
+                "Number of visual tokens that a stage, a run of layers with the same tokens, does not hold.",
                 [*LABELS, "stage"],
             ),
         }
         self.gauges = {
             KV_BLOCKS: Gauge(
                 "vllm:vtw_kv_blocks",
-                "KV blocks that running requests hold in a stage, of the one pool for all groups of layers.",
+                "Number of KV blocks that running requests hold in a stage.",
                 [*LABELS, "stage"],
                 multiprocess_mode="mostrecent",
             ),
             KV_BLOCKS_SAVED: Gauge(
                 "vllm:vtw_kv_blocks_saved",
-                "KV blocks of the pool that the same requests would hold beyond that in stock vLLM.",
+                "Number of KV blocks that the running requests would hold in stock vLLM, less those that "
+                "they hold.",
                 LABELS,
                 multiprocess_mode="mostrecent",
             ),
@@ -85,7 +93,10 @@ class WithdrawalMetrics(AggregateStatLoggerBase):
         mm_cache_stats: Any = None,
         engine_idx: int = 0,
     ) -> None:
-        """Takes a scheduler's counts, which come where vLLM reports LoRA adapters: see `VTWScheduler`."""
+        """Adds a scheduler's statistics to the metrics. vLLM calls it for each report.
+
+        They come in the field `waiting_lora_adapters`, for the reason that `VTWScheduler.make_stats` gives.
+        """
         if not self.counters or scheduler_stats is None:
             return
         for key, value in scheduler_stats.waiting_lora_adapters.items():

@@ -1,4 +1,7 @@
-"""The entry point that vLLM loads in every one of its processes, each time it may already have been."""
+"""The plugin's entry point.
+
+vLLM loads it in each of its processes, and may load it more than once in the same process.
+"""
 
 import logging
 import multiprocessing
@@ -7,12 +10,16 @@ import os
 logger = logging.getLogger("vllm.vtw")
 
 SUPPORTED_VLLM = ("0.32.0",)
+"""The vLLM versions that the plugin was tested with."""
 
 
 def register() -> None:
-    """Makes `--model-impl vtw` known to vLLM. Under `VLLM_VTW_DISABLE=1` it only logs that it does not."""
+    """Makes `--model-impl vtw` known to vLLM.
+
+    If `VLLM_VTW_DISABLE=1` is set, it does nothing but log a warning that says so.
+    """
     if os.environ.get("VLLM_VTW_DISABLE") == "1":
-        # Engines and workers are processes that the server starts, and load the plugin, too.
+        # The server's child processes (engines, workers) load the plugin too and would repeat the warning.
         if multiprocessing.parent_process() is None:
             logger.warning(
                 "vtw: VLLM_VTW_DISABLE=1 is set: the plugin does nothing, and --model-impl vtw would serve "
@@ -25,10 +32,10 @@ def register() -> None:
 
 
 def check_version() -> None:
-    """Refuses a vLLM that the plugin was not tested with, unless `VLLM_VTW_ALLOW_UNTESTED=1`.
+    """Refuses a vLLM version that the plugin was not tested with, unless `VLLM_VTW_ALLOW_UNTESTED=1` is set.
 
     Raises:
-        RuntimeError: Names both versions and the ways out.
+        RuntimeError: This vLLM version was not tested.
     """
     import vllm
 

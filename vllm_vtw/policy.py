@@ -1,4 +1,4 @@
-"""What is withdrawn and from which layer on: pure data, and the policy file that carries it."""
+"""What is withdrawn and from which layer on, as pure data, and the policy file that stores it."""
 
 import json
 import re
@@ -13,35 +13,46 @@ from typing import Any
 from vllm_vtw.files import read_file, shorten
 
 MAX_POLICY_BYTES = 16 << 20
-"""Of a policy file, which takes less than a hundredth of that with the curves of a calibration."""
+"""The size of the largest policy file that is read. With the curves of a calibration, a file takes less than
+a hundredth of that."""
 FORMAT = "vllm-vtw-policy/1"
 RANKING = "last-token-attention"
 MODEL_KEYS = ("model_type", "num_hidden_layers", "hidden_size")
+"""The keys of a policy file's `model` object, which says what model the policy was made for."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Layers from `layer` on hold the fraction `keep` of a request's visual tokens."""
+    """A stage past the first.
+
+    Attributes:
+        layer: The stage's first decoder layer.
+        keep: The fraction of a request's visual tokens that the stage holds, from 0 (none) to less than 1. It
+            counts all of the request's visual tokens, not those of the stage before.
+    """
 
     layer: int
     keep: float
 
     def kept(self, visual_tokens: int) -> int:
-        """How many of a request's visual tokens stay: those that are ranked highest."""
-        return ceil(Fraction(str(self.keep)) * visual_tokens)  # 0.1 of 30 is 3, but not in floating point
+        """How many of a request's visual tokens the stage holds. Those that are ranked highest stay."""
+        # In floating point, 0.07 of 100 tokens would be 7.000000000000001, which is rounded up to 8.
+        return ceil(Fraction(str(self.keep)) * visual_tokens)
 
 
 @dataclass(frozen=True)
 class Gate:
-    """Gates before every stage past the first, which decide in a prompt when its visual tokens leave.
+    """The gates of a policy, one before each stage past the first (DyVTE, arXiv 2411.19628).
 
-    DyVTE (arXiv 2411.19628). What has not left by the last border stays.
+    The gates decide for each prompt before which stage all of its visual tokens leave. If no gate lets them
+    leave, they stay.
 
     Attributes:
-        weights: A safetensors file, in a policy file from its folder on.
-        sha256: Of that file.
-        thresholds: By stage: visual tokens leave where the second logit is above the first by more.
-            Published: 0.
+        weights: Path of the safetensors file that holds the gates. In a policy file, the name of a file in
+            the policy file's folder.
+        sha256: SHA-256 of that file, in hexadecimal digits.
+        thresholds: One for each stage past the first. The visual tokens leave before a stage if its gate's
+            second logit ("leave") exceeds the first by more than the threshold. The published method uses 0.
     """
 
     weights: str
@@ -51,23 +62,36 @@ class Gate:
 
 @dataclass(frozen=True)
 class Policy:
-    """The stages past the first, from shallow to deep. Stage 0 holds every token and is not listed."""
+    """What is withdrawn from a decoder.
+
+    Attributes:
+        stages: The stages past the first, from shallow to deep. Stage 0 holds all tokens and is not listed.
+        gate: The gates that decide where visual tokens leave. None for a policy without gates.
+    """
 
     stages: tuple[Stage, ...]
     gate: Gate | None = None
 
     @classmethod
     def withdraw_at(cls, layer: int, num_hidden_layers: int) -> "Policy":
-        """VTW (arXiv 2405.05803): no visual tokens from `layer` on. `num_hidden_layers` withdraws nothing."""
+        """The policy that withdraws all visual tokens at one layer (VTW, arXiv 2405.05803).
+
+        Args:
+            layer: The first layer that runs without visual tokens. If it is `num_hidden_layers`, nothing is
+                withdrawn.
+            num_hidden_layers: The number of decoder layers.
+        """
         return cls((Stage(layer, 0.0),) if layer < num_hidden_layers else ())
 
     @classmethod
     def read(cls, file: Path, model: dict[str, Any]) -> "Policy":
-        """Reads a policy file, with the path of its gates where it has some.
+        """Reads and checks a policy file.
+
+        If the policy has gates, `gate.weights` of the result is the absolute path of the gates file.
 
         Args:
-            file: The policy file. Its gates lie beside it.
-            model: `MODEL_KEYS` of the model that is being served.
+            file: The policy file. A gates file is in the same folder.
+            model: The `model` object that the policy file has to have: `MODEL_KEYS` of the served model.
 
         Raises:
             ValueError: The file cannot be read, or `from_file` refuses it. The message is one short line.
@@ -78,21 +102,22 @@ class Policy:
         weights = policy.gate.weights
         if weights in (".", "..") or not re.fullmatch(r"[^/\\\x00-\x1f]+", weights):
             raise ValueError(
-                f"'gate'['weights'] = {shorten(weights)}: has to be the name of a file beside it"
+                f"'gate'['weights'] = {shorten(weights)}: has to be the name of a file in the policy "
+                "file's folder"
             )
         return replace(policy, gate=replace(policy.gate, weights=str(file.absolute().parent / weights)))
 
     @classmethod
     def from_file(cls, content: Any, model: dict[str, Any]) -> "Policy":
-        """Reads a policy file's JSON.
+        """Checks the JSON value of a policy file and makes the policy of it.
 
         Args:
-            content: The parsed file.
-            model: `MODEL_KEYS` of the model that is being served.
+            content: The parsed JSON of the file.
+            model: The `model` object that the file has to have: `MODEL_KEYS` of the served model.
 
         Raises:
-            ValueError: The file is of another format, was made for another model, or asks for what this
-                version cannot serve.
+            ValueError: The file has another format, was made for another model, or holds a value that is not
+                allowed. The message is one short line.
         """
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"not a policy file: expected a JSON object with 'format': '{FORMAT}'")
@@ -101,18 +126,20 @@ class Policy:
             raise ValueError(f"made for another model: {shorten(made_for)}; this one is {model}")
         stages = content.get("stages")
         if not isinstance(stages, list):
-            raise ValueError("'stages' has to be a list")
-        policy = cls(cls._checked(stages, model["num_hidden_layers"]))
+            raise ValueError(
+                f"'stages' = {shorten(stages)}: has to be a list of objects with the keys 'layer' and 'keep'"
+            )
+        policy = cls(cls._checked_stages(stages, model["num_hidden_layers"]))
         if content.get("gate") is not None:
             policy = replace(policy, gate=policy._checked_gate(content["gate"]))
         ranking = content.get("ranking")
         if ranking != policy.ranking:
             found = f"'ranking' = {shorten(ranking)}: has to be {policy.ranking!r}"
-            raise ValueError(f"{found}, as {'a' if policy.ranking else 'no'} stage keeps some visual tokens")
+            raise ValueError(f"{found}, as {'a' if policy.ranking else 'no'} stage has a 'keep' above 0")
         return policy
 
     @staticmethod
-    def _checked(stages: list[Any], num_hidden_layers: int) -> tuple[Stage, ...]:
+    def _checked_stages(stages: list[Any], num_hidden_layers: int) -> tuple[Stage, ...]:
         checked: list[Stage] = []
         for number, stage in enumerate(stages):
             where = f"'stages'[{number}]"
@@ -129,20 +156,27 @@ class Policy:
                 )
             if type(keep) not in (int, float) or not 0 <= keep < 1:
                 raise ValueError(
-                    f"{where}['keep'] = {shorten(keep)}: has to be a number from 0 on, less than 1"
+                    f"{where}['keep'] = {shorten(keep)}: has to be a number of at least 0 and less than 1"
                 )
             if checked and keep > checked[-1].keep:
                 raise ValueError(
-                    f"{where}['keep'] = {shorten(keep)}: more than before, where tokens left for good"
+                    f"{where}['keep'] = {shorten(keep)}: has to be at most {checked[-1].keep}, the 'keep' of "
+                    "the stage before, as withdrawn tokens do not come back"
                 )
             checked.append(Stage(layer, float(keep)))
         return tuple(checked)
 
     def _checked_gate(self, gate: Any) -> Gate:
         if not isinstance(gate, dict) or set(gate) != {"weights", "sha256", "thresholds"}:
-            raise ValueError("'gate' has to have exactly the keys 'weights', 'sha256' and 'thresholds'")
+            raise ValueError(
+                "'gate' has to have exactly the keys 'weights', 'sha256' and 'thresholds', "
+                f"got {shorten(gate)}"
+            )
         if not self.stages or any(stage.keep for stage in self.stages):
-            raise ValueError("'stages' of a 'gate' are where it may let all visual tokens leave: 'keep' is 0")
+            raise ValueError(
+                "a policy with a 'gate' has to have at least one stage in 'stages', and 'keep' has to be 0 "
+                "in all of them"
+            )
         for key in ("weights", "sha256"):
             if not isinstance(gate[key], str):
                 raise ValueError(f"'gate'['{key}'] = {shorten(gate[key])}: has to be a string")
@@ -153,13 +187,17 @@ class Policy:
             or not all(map(_is_finite, thresholds))
         ):
             raise ValueError(
-                f"'gate'['thresholds'] = {shorten(thresholds)}: has to be a number for every stage, "
-                f"{len(self.stages)}"
+                f"'gate'['thresholds'] = {shorten(thresholds)}: has to be a list of finite numbers, one for "
+                f"each of the {len(self.stages)} stages"
             )
         return Gate(gate["weights"], gate["sha256"], tuple(map(float, thresholds)))
 
     def to_file(self, model: dict[str, Any]) -> dict[str, Any]:
-        """The policy as the JSON object of a policy file."""
+        """The policy as the JSON object of a policy file.
+
+        Args:
+            model: The file's `model` object: `MODEL_KEYS` of the model that the policy was made for.
+        """
         stages = [{"layer": stage.layer, "keep": stage.keep} for stage in self.stages]
         return {
             "format": FORMAT,
@@ -171,30 +209,33 @@ class Policy:
 
     @property
     def ranking(self) -> str | None:
-        """What visual tokens are ranked by; None where no stage keeps some of them and not others."""
+        """What visual tokens are ranked by. None if no stage keeps only some of them."""
         return RANKING if any(stage.keep > 0 for stage in self.stages) else None
 
     @property
     def is_dynamic(self) -> bool:
-        """Whether what is withdrawn is known only when a prompt is computed, from its first picture on."""
+        """Whether what is withdrawn depends on states that are known only when the prompt is computed."""
         return self.ranking is not None or self.gate is not None
 
     @property
     def keeps(self) -> tuple[float, ...]:
-        """The fraction of visual tokens that every stage holds at least, stage 0 included."""
+        """The fraction of visual tokens that each stage holds at least, starting with stage 0.
+
+        A stage behind gates may hold all visual tokens, and counts as 0 here.
+        """
         return (1.0, *(stage.keep for stage in self.stages))
 
     def segments(self, num_hidden_layers: int) -> list[range]:
-        """The decoder layers of every stage, stage 0 included."""
+        """The decoder layers of each stage, starting with stage 0."""
         borders = [0, *(stage.layer for stage in self.stages), num_hidden_layers]
         return [range(start, stop) for start, stop in pairwise(borders)]
 
 
 def read_json(file: Path) -> Any:
-    """What a policy file says, of which nothing is checked.
+    """The JSON value of a policy file. What it contains is not checked.
 
     Raises:
-        ValueError: The file cannot be read, or is no JSON. The message is one short line.
+        ValueError: The file cannot be read, or is not JSON. The message is one short line.
     """
     try:
         return json.loads(read_file(file, MAX_POLICY_BYTES))
@@ -203,5 +244,5 @@ def read_json(file: Path) -> Any:
 
 
 def _is_finite(value: Any) -> bool:
-    # `math.isfinite` would convert an integer, and fail for one that is larger than any float.
+    # `math.isfinite` converts integers to float and fails for those that are too large for it.
     return type(value) in (int, float) and abs(value) <= sys.float_info.max

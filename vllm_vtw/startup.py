@@ -1,4 +1,4 @@
-"""What vLLM's configuration means to the plugin: read, checked and adjusted before an engine starts."""
+"""Reads, checks and adjusts vLLM's configuration before an engine starts."""
 
 from collections.abc import Iterator
 
@@ -13,10 +13,10 @@ from vllm_vtw.policy import Policy
 
 
 def vtw_config(vllm_config: VllmConfig) -> VTWConfig:
-    """The plugin's configuration, the same in every process of an engine.
+    """The plugin's configuration. It is the same in all processes of an engine.
 
     Raises:
-        ValueError: An option is wrong, or in the wrong place.
+        ValueError: An option of the plugin is not allowed or is not under `"vtw"`.
     """
     additional = vllm_config.additional_config or {}
     misplaced = [key for key in KEYS if key in additional]
@@ -38,14 +38,17 @@ def _model(vllm_config: VllmConfig) -> ModelShape:
 
 
 class VTWModelConfig(VerifyAndUpdateConfig):
-    """vLLM's hook for what an architecture demands of the configuration."""
+    """vLLM's hook through which a model architecture checks and changes the configuration."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Refuses what cannot be served right, then settles the options and the scheduler.
+        """Refuses what cannot be served correctly, and sets the options that the plugin needs.
+
+        It sets the scheduler and, for policies with gates, the worker. It replaces the user's `"vtw"` options
+        by resolved ones, which mean the same in every process. vLLM calls this before the engine starts.
 
         Raises:
-            ValueError: Names every option that stands in the way, and what to do instead.
+            ValueError: An option is not supported, or the policy or its gates cannot be used.
         """
         refuse_unsupported(vllm_config)
         config = vtw_config(vllm_config)
@@ -68,19 +71,26 @@ class VTWModelConfig(VerifyAndUpdateConfig):
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
-    """Raises a ValueError that names every option in the way, where there is one."""
+    """Refuses options with which no policy can be served.
+
+    Raises:
+        ValueError: There are such options. The message names all of them and what to do instead.
+    """
     refused = list(_refusals(vllm_config))
     if refused:
         raise ValueError("--model-impl vtw cannot serve this configuration:\n- " + "\n- ".join(refused))
 
 
 def refuse_unsupported_dynamic(vllm_config: VllmConfig, policy: Policy) -> None:
-    """Raises a ValueError that names every option in the way of a policy that depends on a request's
-    question, where there is one."""
+    """Refuses options with which this policy, which ranks visual tokens or has gates, cannot be served.
+
+    Raises:
+        ValueError: There are such options. The message names all of them and what to do instead.
+    """
     refused = list(_dynamic_refusals(vllm_config, policy))
     if refused:
-        what = "ask gates about" if policy.ranking is None else "rank"
-        raise ValueError(f"--model-impl vtw cannot {what} visual tokens here:\n- " + "\n- ".join(refused))
+        what = "use gates" if policy.ranking is None else "rank visual tokens"
+        raise ValueError(f"--model-impl vtw cannot {what} in this configuration:\n- " + "\n- ".join(refused))
 
 
 def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
@@ -95,28 +105,29 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
         )
     if getattr(model.hf_text_config, "sliding_window", None) is not None:
         yield (
-            "the text model attends over a sliding window, which counts withdrawn tokens: "
+            "the text model attends over a sliding window, which would count withdrawn tokens: "
             'disable it with --hf-overrides \'{"text_config": {"sliding_window": null}}\' if the model allows'
         )
     if model.runner_type != "generate":
-        yield f"--runner {model.runner_type} pools hidden states of withdrawn tokens: use --runner generate"
+        yield f"--runner {model.runner_type} pools the states of withdrawn tokens, too: use --runner generate"
     if not isinstance(vllm_config.additional_config, dict | None):
         yield "--additional-config has to be a JSON object"
     if vllm_config.lora_config is not None:
-        yield "LoRA maps adapters to the tokens of the whole batch: remove --enable-lora"
+        yield "LoRA assigns adapters to the tokens of the whole batch, not of a stage: remove --enable-lora"
     if speculative is not None and not speculative.use_ngram():
         yield (
-            f'speculative decoding with method {speculative.method!r}: use "method": "ngram" or remove '
+            f'speculative decoding with method {speculative.method!r}: use "method": "ngram", or remove '
             "--speculative-config"
         )
     if vllm_config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE:
         yield "compilation mode 1 compiles the whole model at once: remove -cc.mode=1, vLLM's default is 3"
     mode = vllm_config.compilation_config.cudagraph_mode
     if parallel.pipeline_parallel_size > 1 and mode is not None and mode.mixed_mode() == CUDAGraphMode.FULL:
-        # A rank of shallow layers alone would take it, and send rows that the next one does not expect.
+        # A rank that holds only layers of stage 0 would run in this mode, and send the next rank a number of
+        # rows that it does not expect.
         yield f"CUDA graph mode {mode.name} with pipeline parallelism: use FULL_AND_PIECEWISE"
     if is_breakable_cudagraph_enabled():
-        yield "breakable CUDA graphs fix the tokens of every stage: set VLLM_USE_BREAKABLE_CUDAGRAPH=0"
+        yield "breakable CUDA graphs fix each stage's number of tokens: set VLLM_USE_BREAKABLE_CUDAGRAPH=0"
     if parallel.decode_context_parallel_size > 1:
         yield "decode context parallelism: remove --decode-context-parallel-size"
     if parallel.prefill_context_parallel_size > 1:
@@ -125,45 +136,48 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
         yield "micro-batching: remove --enable-dbo and --ubatch-size"
     if vllm_config.kv_transfer_config is not None or vllm_config.cache_config.kv_offloading_size is not None:
         yield (
-            "KV connectors move blocks as if they held every token: remove --kv-transfer-config and "
+            "KV connectors move KV blocks as if they held all tokens: remove --kv-transfer-config and "
             "--kv-offloading-size"
         )
     if vllm_config.cache_config.prefix_match_unit is not None:
-        yield "stages share whole KV blocks: remove --prefix-match-unit"
+        yield "requests can share only whole KV blocks: remove --prefix-match-unit"
     events = vllm_config.kv_events_config
     if events is not None and events.enable_kv_cache_events:
-        yield "KV events would say that deep blocks hold withdrawn tokens: remove --kv-events-config"
+        yield "KV events would report withdrawn tokens as held by deep layers: remove --kv-events-config"
     if vllm_config.ec_transfer_config is not None:
         yield "encoder-cache connectors are untested: remove --ec-transfer-config"
     if vllm_config.is_mm_encoder_only:
-        yield "--mm-encoder-only runs no decoder: serve without --model-impl vtw"
+        yield "--mm-encoder-only runs no decoder: serve this model without --model-impl vtw"
     if model.enable_prompt_embeds:
         yield "prompt embeddings do not say which positions are visual: remove --enable-prompt-embeds"
     if vllm_config.cache_config.kv_sharing_fast_prefill:
-        yield "fast prefill drops tokens of its own: remove --kv-sharing-fast-prefill"
+        yield "fast prefill skips tokens of the prompt by its own rule: remove --kv-sharing-fast-prefill"
     if scheduler.disable_hybrid_kv_cache_manager:
-        yield "stages need KV cache groups of their own: remove --disable-hybrid-kv-cache-manager"
+        yield "each stage needs its own KV cache groups: remove --disable-hybrid-kv-cache-manager"
     if scheduler.scheduler_cls not in (None, SCHEDULER):
-        yield f"the scheduler is the plugin's own: remove --scheduler-cls {scheduler.scheduler_cls}"
+        yield f"the plugin brings its own scheduler: remove --scheduler-cls {scheduler.scheduler_cls}"
 
 
 def _dynamic_refusals(vllm_config: VllmConfig, policy: Policy) -> Iterator[str]:
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     if parallel.pipeline_parallel_size > 1:
         yield (
-            "the next pipeline rank is not told which tokens stay: use --tensor-parallel-size, not "
+            "pipeline ranks do not tell each other which tokens stay: use --tensor-parallel-size, not "
             "--pipeline-parallel-size"
         )
     if policy.gate is not None and parallel.worker_cls not in ("auto", WORKER):
-        yield f"the worker is the plugin's own where gates decide: remove --worker-cls {parallel.worker_cls}"
+        yield f"a policy with gates needs the plugin's own worker: remove --worker-cls {parallel.worker_cls}"
     if policy.gate is not None and not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
-        yield f"workers on {current_platform.device_name} tell nothing of gates: use CUDA, ROCm or the CPU"
+        yield f"there is no worker with gates for {current_platform.device_name}: use CUDA, ROCm or the CPU"
     if policy.ranking is not None and cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
-        yield f"keys are ranked as they were computed: remove --kv-cache-dtype {cache.cache_dtype}"
+        yield f"ranking needs keys that are not quantized: remove --kv-cache-dtype {cache.cache_dtype}"
     scheduler = vllm_config.scheduler_config
     if (
         scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
     ) < scheduler.max_num_batched_tokens:
-        yield "a prompt is computed in one step: set --max-num-batched-tokens, not --max-num-scheduled-tokens"
+        yield (
+            "this policy computes a prompt in one step: set --max-num-batched-tokens, not "
+            "--max-num-scheduled-tokens"
+        )
     if scheduler.long_prefill_token_threshold > 0:
-        yield "a prompt is computed in one step: remove --long-prefill-token-threshold"
+        yield "this policy computes a prompt in one step: remove --long-prefill-token-threshold"

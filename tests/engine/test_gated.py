@@ -389,4 +389,4 @@ def test_a_server_counts_exits(checkpoint, reference, tmp_path):
         found = server.metrics()
         assert found["vllm:vtw_exit_layer_count"] == 2
         assert found["vllm:vtw_exit_layer_sum"] == 2 * LAYERS[1]
-        assert "every visual token where a gate says so, at one of layers 2, 4, 6" in server.log()
+        assert "every visual token at the layer that gates choose, one of 2, 4, 6" in server.log()

@@ -204,13 +204,13 @@ def test_tokens_of_an_image_are_those_of_vllm(tmp_path, vision, strategy, tokens
     ("changes", "said"),
     [
         ({"vision_config": {"model_type": "pixtral"}}, "the vision tower is 'pixtral'"),
-        ({"text_config": {"model_type": "gemma"}}, "the model is 'llava' over 'gemma'"),
+        ({"text_config": {"model_type": "gemma"}}, "the model is 'llava' with the text model 'gemma'"),
         (
             {"text_config": {"model_type": "mistral", "sliding_window": 4096}},
             "attends over a sliding window, which --model-impl vtw refuses",
         ),
         ({"text_config": {"model_type": "nosuch"}}, "cannot read a model configuration"),
-        ({"model_type": "llava_next"}, "the model is 'llava_next' over 'llama'"),
+        ({"model_type": "llava_next"}, "the model is 'llava_next' with the text model 'llama'"),
     ],
 )
 def test_what_is_not_served_is_not_planned(tmp_path, changes, said):

@@ -87,7 +87,7 @@ def test_an_option(checkpoint, options, message):
 def test_an_option_that_only_ranking_refuses(checkpoint, options, message):
     folder = checkpoint(MODEL)
     configure(folder, **options)
-    with pytest.raises(ValueError, match=f"cannot rank visual tokens here:\n- .*{message}"):
+    with pytest.raises(ValueError, match=f"cannot rank visual tokens in this configuration:\n- .*{message}"):
         configure(folder, additional_config={"vtw": {"policy": RANKED}}, **options)
 
 
@@ -96,7 +96,7 @@ def test_an_option_that_only_gates_refuse(checkpoint, tmp_path, options, message
     folder = checkpoint(MODEL)
     configure(folder, **options)
     gates = gated(tmp_path, random_gates(LAYERS), [0.0] * len(LAYERS))
-    with pytest.raises(ValueError, match=f"cannot ask gates about visual tokens here:\n- .*{message}"):
+    with pytest.raises(ValueError, match=f"cannot use gates in this configuration:\n- .*{message}"):
         configure(folder, additional_config={"vtw": gates.options}, **options)
 
 

@@ -1,4 +1,4 @@
-"""What the plugin logs, whether or not an engine of an earlier test has configured vLLM's logging."""
+"""A fixture that records what the plugin logs, also after an engine has configured vLLM's logging."""
 
 import logging
 from collections.abc import Iterator
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 
 
-class Kept(logging.Handler):
-    """Keeps records."""
+class RecordingHandler(logging.Handler):
+    """Keeps the log records that it gets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -19,10 +19,10 @@ class Kept(logging.Handler):
 
 @pytest.fixture
 def logged(monkeypatch) -> Iterator[list[logging.LogRecord]]:
-    """The plugin's records from INFO on."""
-    kept, logger = Kept(), logging.getLogger("vllm.vtw")
-    monkeypatch.setattr(logger, "handlers", [kept])
+    """The records that the plugin logs in the test, of level INFO or higher."""
+    handler, logger = RecordingHandler(), logging.getLogger("vllm.vtw")
+    monkeypatch.setattr(logger, "handlers", [handler])
     level = logger.level
     logger.setLevel(logging.INFO)
-    yield kept.records
+    yield handler.records
     logger.setLevel(level)

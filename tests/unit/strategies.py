@@ -1,4 +1,4 @@
-"""Requests as Hypothesis makes them, and the slow, obvious model of what a stage holds."""
+"""Hypothesis strategies for prompts, and a slow, simple computation of what a stage holds of them."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from vllm_vtw.retention import Retention, Span, prompt_retention
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's length and the spans of its pictures."""
+    """A prompt's length, and the spans of its images."""
 
     length: int
     spans: tuple[Span, ...]
@@ -18,7 +18,7 @@ class Prompt:
         return prompt_retention(self.spans, self.length, align_to)
 
     def held(self, num_tokens: int, align_to: int) -> list[int]:
-        """Token by token, block by block: the positions among the first `num_tokens` that a stage holds."""
+        """The positions among the first `num_tokens` that a stage holds, found one by one."""
         visual = {position for start, stop in self.spans for position in range(start, stop)}
         visual.discard(self.length - 1)
         held = []
@@ -31,11 +31,11 @@ class Prompt:
 
 @st.composite
 def prompts(draw: st.DrawFn, longest_piece: int = 40) -> Prompt:
-    """Texts and pictures in turn, either of which may be missing, so that pictures also touch."""
+    """Prompts of up to six pieces of text or image in any order. Images may touch."""
     pieces = draw(st.lists(st.tuples(st.booleans(), st.integers(1, longest_piece)), min_size=1, max_size=6))
     spans, length = [], 0
-    for is_picture, size in pieces:
-        if is_picture:
+    for is_image, size in pieces:
+        if is_image:
             spans.append((length, length + size))
         length += size
     return Prompt(length, tuple(spans))

@@ -40,7 +40,7 @@ def test_every_layer_is_in_one_group_of_its_stage(given_policy):
 
 @given(st.integers(2, 40), st.data())
 def test_no_other_split_takes_less(num_layers: int, data: st.DataObject):
-    """For as many visual as other tokens, among all numbers of groups."""
+    """For a request with as many visual as text tokens, no other numbers of groups take less memory."""
     layer = data.draw(st.integers(1, num_layers - 1))
     groups = LayerGroups.of(Policy.withdraw_at(layer, num_layers), num_layers)
 

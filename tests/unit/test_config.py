@@ -1,4 +1,4 @@
-"""The options: what they resolve to, and how wrong ones are refused."""
+"""Tests of the `"vtw"` options: what they resolve to, and how wrong ones are refused."""
 
 import json
 import re
@@ -117,25 +117,25 @@ def test_wrong_options(options, message):
         ),
         (RANKED | {"ranking": None}, "'ranking' = None: has to be 'last-token-attention', as a stage"),
         ({"gate": {}}, "'gate' has to have exactly the keys"),
-        ({"gate": GATE, "stages": [{"layer": 3, "keep": 0.1}]}, "'keep' is 0"),
-        ({"gate": GATE, "stages": []}, "'stages' of a 'gate' are where"),
+        ({"gate": GATE, "stages": [{"layer": 3, "keep": 0.1}]}, "'keep' has to be 0 in all of them"),
+        ({"gate": GATE, "stages": []}, "at least one stage in 'stages'"),
         ({"gate": GATE | {"weights": None}}, "'gate'['weights'] = None: has to be a string"),
-        ({"gate": GATE | {"thresholds": [1]}}, "= [1]: has to be a number for every stage"),
+        ({"gate": GATE | {"thresholds": [1]}}, "= [1]: has to be a list of finite numbers, one for each"),
         (
             {"gate": GATE | {"thresholds": [0, float("nan")]}},
-            "= [0, nan]: has to be a number for every stage",
+            "= [0, nan]: has to be a list of finite numbers, one for each",
         ),
-        ({"stages": None}, "'stages' has to be a list"),
+        ({"stages": None}, "'stages' = None: has to be a list of objects"),
         ({"stages": [{"layer": 3}]}, "'stages'[0] has to have exactly the keys 'layer' and 'keep'"),
         ({"stages": [{"layer": 0, "keep": 0}]}, "'stages'[0]['layer'] = 0: has to be an integer from 1 to 7"),
         ({"stages": [{"layer": 8, "keep": 0}]}, "'stages'[0]['layer'] = 8: has to be an integer from 1 to 7"),
         ({"stages": [{"layer": 5, "keep": 0}, {"layer": 3, "keep": 0}]}, "an integer from 6 to 7"),
-        ({"stages": [{"layer": 3, "keep": 1}]}, "'keep'] = 1: has to be a number from 0 on, less than 1"),
-        ({"stages": [{"layer": 3, "keep": -0.1}]}, "'keep'] = -0.1: has to be a number from 0 on"),
-        ({"stages": [{"layer": 3, "keep": False}]}, "'keep'] = False: has to be a number from 0 on"),
+        ({"stages": [{"layer": 3, "keep": 1}]}, "'keep'] = 1: has to be a number of at least 0 and less"),
+        ({"stages": [{"layer": 3, "keep": -0.1}]}, "'keep'] = -0.1: has to be a number of at least 0"),
+        ({"stages": [{"layer": 3, "keep": False}]}, "'keep'] = False: has to be a number of at least 0"),
         (
             {"stages": [{"layer": 3, "keep": 0.2}, {"layer": 5, "keep": 0.3}]},
-            "'keep'] = 0.3: more than before",
+            "'keep'] = 0.3: has to be at most 0.2, the 'keep' of the stage before",
         ),
     ],
 )
@@ -169,7 +169,7 @@ def test_a_ranked_policy(tmp_path):
     assert config.policy.ranking == "last-token-attention"
     assert config.policy.keeps == (1, 0.5, 0.1)
     assert parse(config.resolved(SMALL)) == config
-    # It goes by tokens, prefix caching or not.
+    # Ranked policies withdraw by tokens, also with prefix caching.
     assert not VTWConfig.parse({"policy": str(file)}, SMALL, prefix_caching=True).align
     with pytest.raises(
         ValueError, match=re.escape('["align"] = True: has to be false for a policy that ranks')
@@ -179,5 +179,5 @@ def test_a_ranked_policy(tmp_path):
 
 @given(st.integers(0, 1000), st.integers(0, 5000))
 def test_the_number_of_tokens_that_stay_is_exact(thousandths: int, tokens: int):
-    """Of the fraction as it is written: 0.1 of 30 is 3."""
+    """The fraction is taken as it is written: 0.07 of 100 is 7, though not in floating point."""
     assert Stage(1, thousandths / 1000).kept(tokens) == -(-thousandths * tokens // 1000)

@@ -1,4 +1,4 @@
-"""Which rooms of the package may import which: the rules of the layout, read off the sources."""
+"""Tests of which rooms (folders and top-level files) of the package import which, read from the sources."""
 
 import ast
 from collections.abc import Iterator
@@ -41,14 +41,14 @@ MAY_ALSO = {
     "search.resume": {"search.data.sample"},
     "commands.doctor": {"kv.groups", "worker.backend", "worker.runner_v1", "worker.runner_v2"},
 }
-"""For single files, what they may import besides: the model encodes samples, `vtw doctor` tries the hooks."""
+"""For single files, what else they may import: the model encodes samples, `vtw doctor` tries the hooks."""
 
 WITHOUT_HEAVY = ("policy", "config", "retention", "capacity", "files", "commands", "search.checkpoint")
 """Rooms and files whose import needs neither vLLM nor torch. `vtw doctor` runs where they are missing."""
 
 
 def name_of(file: Path) -> str:
-    """The name of a module without the package's."""
+    """The name of a module, without the package's name."""
     parts = file.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(part for part in parts if part != "__init__")
 
@@ -58,7 +58,7 @@ TREES = {name_of(file): ast.parse(file.read_text(encoding="utf-8")) for file in 
 
 
 def room(module: str) -> str:
-    """The room of a module, given without the package's name: the longest one that it lies in."""
+    """The room of a module: the innermost one that contains it. Names are without the package's name."""
     parents = [module.rsplit(".", cut)[0] for cut in range(module.count(".") + 1)]
     return next((parent for parent in parents if parent in ALLOWED), "")
 
@@ -69,7 +69,7 @@ def is_module(name: str) -> bool:
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Full names of what a module imports anywhere, in functions too."""
+    """The full names of everything that a module imports, also inside functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -80,7 +80,7 @@ def imported(tree: ast.AST) -> Iterator[str]:
 
 
 def of_package(tree: ast.AST) -> Iterator[str]:
-    """Modules of the package that a module imports, without the package's name."""
+    """The modules of the package that a module imports, without the package's name."""
     for name in imported(tree):
         package, _, module = name.partition(".")
         if package == "vllm_vtw" and module and is_module(module):
@@ -94,14 +94,14 @@ def is_allowed(module: str, target: str) -> bool:
 
 @pytest.mark.parametrize("module", TREES)
 def test_a_room_imports_only_what_it_may(module: str):
-    # `from vllm_vtw.worker import runner_v1` names the room, too, of which nothing but the file is used.
+    # `from vllm_vtw.worker import runner_v1` also names the room, but uses only the file.
     targets = set(of_package(TREES[module]))
     targets -= {target for target in targets if any(other.startswith(f"{target}.") for other in targets)}
     assert [target for target in sorted(targets) if not is_allowed(module, target)] == []
 
 
 def test_every_rule_is_needed():
-    """What a room does not import any more is struck from its rule."""
+    """A rule allows nothing that its room does not import."""
     used: dict[str, set[str]] = {}
     for module, tree in TREES.items():
         for target in of_package(tree):
@@ -120,14 +120,14 @@ def test_the_rooms_are_those_of_the_package():
 
 
 def at_import(tree: ast.Module) -> Iterator[str]:
-    """Names of what is imported when the module is, and not by a function or a type checker only."""
+    """The full names of what is imported when the module is, not only in functions or for type checkers."""
     for node in tree.body:
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield from imported(ast.Module([node], []))
 
 
 def test_what_needs_neither_vllm_nor_torch_to_be_imported():
-    """Modules are followed as Python follows them, the packages that they lie in included."""
+    """Imports are followed as in Python, including those of the packages that contain a module."""
 
     def heavy(module: str, seen: set[str]) -> set[str]:
         if module in seen or module not in TREES:

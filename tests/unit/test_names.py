@@ -1,4 +1,4 @@
-"""No class that subclasses one of vLLM's reuses a name of its base, but where it means to override it."""
+"""Tests that a subclass of a vLLM class reuses a name of its base only if it means to override it."""
 
 import ast
 import importlib
@@ -54,8 +54,8 @@ OVERRIDES = {
     "OutputWithExits": {"get_output"},
     "WithdrawalMetrics": {"log_engine_initialized", "record"},
 }
-"""What each class means to override. A name that is not here and is in a base is a fault: add it only where
-the base's callers are to get the new meaning."""
+"""What each class means to override. If a test finds another name that a base has too, rename it, or add it
+here if the base's callers are meant to use the new one."""
 
 
 def modules() -> Iterator[ModuleType]:
@@ -64,7 +64,7 @@ def modules() -> Iterator[ModuleType]:
 
 
 def subclasses() -> dict[str, type]:
-    """Every class of the plugin that subclasses one of vLLM's, those made at run time too."""
+    """All classes of the plugin that subclass one of vLLM's, including those made at run time."""
     made = [stage_backend(backend).get_builder_cls() for backend in BACKENDS]
     made += [ranking_impl(backend.get_impl_cls()) for backend in BACKENDS]
     made.append(admission_processor(LlavaMultiModalProcessor))
@@ -80,12 +80,12 @@ def subclasses() -> dict[str, type]:
 
 
 def names(cls: type) -> set[str]:
-    """What a class itself defines, declares, or assigns to `self` anywhere."""
+    """The names that a class itself defines, annotates or assigns to `self`."""
     found = {name for name in vars(cls) if not (name.startswith("__") and name.endswith("__"))}
     found |= set(inspect.get_annotations(cls))
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-    except (OSError, TypeError):  # of C, or made by a decorator
+    except (OSError, TypeError):  # written in C, or made by a decorator
         return found
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
@@ -96,7 +96,7 @@ def names(cls: type) -> set[str]:
 
 
 def reused(cls: type) -> set[str]:
-    """Names of the plugin's classes that a base of another package has too."""
+    """The names that are in the plugin's classes among a class's bases, and in other bases too."""
     ours = [base for base in cls.__mro__ if base.__module__.startswith("vllm_vtw.")]
     others = [base for base in cls.__mro__ if base not in ours and base is not object]
     return set[str]().union(*map(names, ours)) & set[str]().union(*map(names, others))
@@ -109,7 +109,7 @@ def test_a_subclass_reuses_no_name_without_meaning_to(name: str, cls: type):
 
 
 def test_every_override_is_one():
-    """A name that the base no longer has would be called by nobody."""
+    """If the base no longer has a name, nobody calls the override."""
     found: dict[str, set[str]] = {}
     for cls in subclasses().values():
         for base in cls.__mro__:

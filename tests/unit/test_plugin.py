@@ -1,4 +1,4 @@
-"""The entry point: loaded again and again, switched off, beside an untested vLLM, beside a changed one."""
+"""Tests of the entry point: loaded twice, switched off, and with a vLLM that is untested or changed."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from vllm_vtw.worker import runner_v1
 
 @pytest.fixture
 def bare(monkeypatch):
-    """A registry without the hook, restored afterwards."""
+    """Removes the hook from vLLM's registry for the test."""
     for target in registry.TARGETS:
         method = getattr(type(ModelRegistry), target)
         monkeypatch.setattr(type(ModelRegistry), target, getattr(method, "__wrapped__", method))
@@ -36,7 +36,7 @@ def test_vllm_finds_it():
 
 
 def test_metrics_hook_nothing():
-    """A server of any model imports them."""
+    """vLLM imports them in a server of any model."""
     code = """
 import sys
 import vllm_vtw.metrics
@@ -95,7 +95,7 @@ def test_the_kill_switch_is_told_once_for_all_processes(tmp_path):
 
 @pytest.mark.parametrize("model_impl", ["vtw", "whatever"])
 def test_without_the_plugin_vllm_takes_any_name_for_its_own_implementation(bare, model_impl):
-    """What the README and `vtw doctor` say of VLLM_PLUGINS and VLLM_VTW_DISABLE."""
+    """vLLM then serves the stock model, as the README and `vtw doctor` say."""
     asked = SimpleNamespace(model_impl=model_impl, convert_type="none", _architecture="")
     model, name = ModelRegistry.resolve_model_cls("LlavaForConditionalGeneration", asked)
     assert name == model.__name__ == "LlavaForConditionalGeneration"

@@ -1,4 +1,4 @@
-"""Policy and gates files that are broken or hostile are refused with one short line, whatever is in them."""
+"""Tests that broken or hostile policy and gates files are refused with one short line."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def one_short_line(message: str) -> str:
 
 
 def refusal(file: Path) -> str:
-    """Why an engine does not take a policy file."""
+    """The message with which a policy file is refused."""
     with pytest.raises(ValueError) as refused:  # noqa: PT011 - every message is looked at
         VTWConfig.parse({"policy": str(file)}, MODEL, prefix_caching=True)
     assert str(file) in str(refused.value)
@@ -77,9 +77,9 @@ def test_the_file_that_others_are_made_from_is_good(tmp_path):
     [
         (with_gate(thresholds=[0, 10**400]), "'thresholds'] = [0, 1000"),
         (with_gate().replace(b"1.5", b"1" + 5000 * b"0"), "cannot be read as JSON: Exceeds the limit"),
-        (with_gate().replace(b"1.5", b"1e999"), "[0, inf]: has to be a number for every stage"),
-        (with_gate().replace(b"1.5", b"NaN"), "[0, nan]: has to be a number for every stage"),
-        (with_gate().replace(b"1.5", b"-Infinity"), "[0, -inf]: has to be a number for every stage"),
+        (with_gate().replace(b"1.5", b"1e999"), "[0, inf]: has to be a list of finite numbers"),
+        (with_gate().replace(b"1.5", b"NaN"), "[0, nan]: has to be a list of finite numbers"),
+        (with_gate().replace(b"1.5", b"-Infinity"), "[0, -inf]: has to be a list of finite numbers"),
         (b"[" * 100_000 + b"]" * 100_000, "cannot be read as JSON: maximum recursion depth"),
         (b'{"a":' * 100_000, "cannot be read as JSON: maximum recursion depth"),
         (b"\xed\xa0\x80", "cannot be read as JSON"),
@@ -92,15 +92,15 @@ def test_the_file_that_others_are_made_from_is_good(tmp_path):
         (json.dumps(GATED | {"stages": [{"layer": 10**400, "keep": 0}]}).encode(), "from 1 to 7"),
         (json.dumps(GATED | {"stages": [{"layer": 3, "keep": 10**400}]}).encode(), "less than 1"),
         (json.dumps(GATED | {"stages": [{"layer": 3, "keep": 0, "x" * 10**6: 0}]}).encode(), "the keys"),
-        (with_gate(weights="../gates.safetensors"), "has to be the name of a file beside it"),
-        (with_gate(weights="../../etc/passwd"), "has to be the name of a file beside it"),
-        (with_gate(weights="/etc/passwd"), "has to be the name of a file beside it"),
-        (with_gate(weights="sub/gates.safetensors"), "has to be the name of a file beside it"),
-        (with_gate(weights=".."), "has to be the name of a file beside it"),
-        (with_gate(weights="."), "has to be the name of a file beside it"),
-        (with_gate(weights=""), "has to be the name of a file beside it"),
-        (with_gate(weights="a\nb"), "has to be the name of a file beside it"),
-        (with_gate(weights="a\0b"), "has to be the name of a file beside it"),
+        (with_gate(weights="../gates.safetensors"), "the name of a file in the policy file's folder"),
+        (with_gate(weights="../../etc/passwd"), "the name of a file in the policy file's folder"),
+        (with_gate(weights="/etc/passwd"), "the name of a file in the policy file's folder"),
+        (with_gate(weights="sub/gates.safetensors"), "the name of a file in the policy file's folder"),
+        (with_gate(weights=".."), "the name of a file in the policy file's folder"),
+        (with_gate(weights="."), "the name of a file in the policy file's folder"),
+        (with_gate(weights=""), "the name of a file in the policy file's folder"),
+        (with_gate(weights="a\nb"), "the name of a file in the policy file's folder"),
+        (with_gate(weights="a\0b"), "the name of a file in the policy file's folder"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
@@ -112,15 +112,15 @@ def test_contents(content, why, tmp_path):
 def test_files_that_are_none(tmp_path):
     assert "Is a directory" in refusal(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    assert "it is no regular file" in refusal(tmp_path / "pipe")
+    assert "it is not a regular file" in refusal(tmp_path / "pipe")
     (tmp_path / "device").symlink_to("/dev/zero")
-    assert "it is no regular file" in refusal(tmp_path / "device")
+    assert "it is not a regular file" in refusal(tmp_path / "device")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     assert "symbolic links" in refusal(tmp_path / "loop")
     assert "No such file" in refusal(tmp_path / "nothing")
     with (tmp_path / "huge").open("wb") as file:
-        file.truncate(10 << 30)  # It takes no room on the disk.
-    assert f"it has {10 << 30} bytes, and may have {MAX_POLICY_BYTES}" in refusal(tmp_path / "huge")
+        file.truncate(10 << 30)  # a sparse file, which takes no space on the disk
+    assert f"it has {10 << 30} bytes, more than the {MAX_POLICY_BYTES} that" in refusal(tmp_path / "huge")
 
 
 @pytest.mark.parametrize("name", ["a\0b", "\ud800", "x" * 10_000, "a\nb"])
@@ -154,7 +154,7 @@ def test_a_value_is_shown_in_one_short_line(value):
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The ways to everything inside a JSON value, itself included."""
+    """The paths to all values inside a JSON value, including itself."""
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [path, *(place for key, one in inside for place in places(one, (*path, key)))]
 
@@ -173,7 +173,7 @@ def changed(content: Any, place: tuple[Any, ...], value: Any) -> Any:
 
 @given(st.data(), st.sampled_from([GATED, RANKED]), ANYTHING)
 def test_anything_anywhere_is_taken_or_refused_in_one_short_line(data, content, value):
-    """In the options that engine processes get, which hold the policy itself."""
+    """The policy is given as in the options of engine processes, as an object in place of a file."""
     content = changed(content, data.draw(st.sampled_from(places(content))), value)
     try:
         VTWConfig.parse({"policy": content}, MODEL, prefix_caching=True)
@@ -182,7 +182,7 @@ def test_anything_anywhere_is_taken_or_refused_in_one_short_line(data, content, 
 
 
 def garbled(content: bytes) -> st.SearchStrategy[bytes]:
-    """The content cut short, or with other bytes somewhere."""
+    """The content, either cut off or with a few bytes replaced."""
 
     def with_other(at: int, other: bytes) -> bytes:
         return content[:at] + other + content[at + len(other) :]
@@ -195,7 +195,7 @@ def garbled(content: bytes) -> st.SearchStrategy[bytes]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """For files that examples write over one another."""
+    """A folder for files that each example overwrites."""
     return tmp_path_factory.mktemp("files")
 
 
@@ -222,7 +222,7 @@ def gate(folder) -> Gate:
 
 
 def of(content: bytes, folder: Path) -> Gate:
-    """What names a file of this content by its right digest."""
+    """Writes a gates file and returns a `Gate` with its path and digest."""
     (folder / "other.safetensors").write_bytes(content)
     return Gate(str(folder / "other.safetensors"), sha256(content).hexdigest(), (0, 0))
 
@@ -266,7 +266,7 @@ def test_gates_of_a_right_digest_that_are_none(content, why, folder):
 
 
 def test_links(gate, tmp_path):
-    """A snapshot of the Hugging Face hub is made of links: one that leads to the right content is good."""
+    """Links are followed, because snapshots of the Hugging Face Hub consist of them."""
     (tmp_path / "gates.safetensors").symlink_to(gate.weights)
     (tmp_path / "blob").write_text(json.dumps(GATED | {"gate": GATE | {"sha256": gate.sha256}}))
     (tmp_path / "policy.json").symlink_to(tmp_path / "blob")
@@ -278,10 +278,10 @@ def test_links(gate, tmp_path):
     (tmp_path / "text").write_text("something else")
     os.mkfifo(tmp_path / "pipe")
     for target, why in (
-        ("/dev/zero", "it is no regular file"),
+        ("/dev/zero", "it is not a regular file"),
         (tmp_path, "Is a directory"),
-        (tmp_path / "pipe", "it is no regular file"),
-        (tmp_path / "huge", f"it has {10 << 30} bytes, and may have "),
+        (tmp_path / "pipe", "it is not a regular file"),
+        (tmp_path / "huge", f"it has {10 << 30} bytes, more than the "),
         (tmp_path / "text", "are not those of the policy"),
         (tmp_path / "nothing", "No such file"),
     ):
@@ -293,7 +293,7 @@ def test_links(gate, tmp_path):
 @example(save(STATES))
 @given(garbled(save(STATES)))
 def test_garbled_gates_are_loaded_or_refused_in_one_short_line(folder, content):
-    """Though their digest be right."""
+    """The digest in the policy file is that of the garbled file."""
     try:
         gates = load_gates(of(content, folder), LAYERS, HIDDEN)
     except ValueError as error:
@@ -319,7 +319,7 @@ def test_a_command_ends_with_one_line(command, content, tmp_path):
     file = tmp_path / "policy.json"
     shape = json.loads(CHECKPOINT.joinpath("config.json").read_text())["text_config"]
     num_layers, hidden_size = shape["num_hidden_layers"], shape["hidden_size"]
-    # Only what is broken is to be refused.
+    # The rest of the policy has to fit the checkpoint, so that only the broken part is refused.
     model = json.dumps(ModelShape("llava", "llama", num_layers, hidden_size).as_dict()).encode()
     file.write_bytes(content.replace(json.dumps(MODEL.as_dict()).encode(), model))
     options = [f"--data={tmp_path / 'data.jsonl'}", f"--out={tmp_path / 'out'}"] if "eval" in command else []
@@ -330,12 +330,12 @@ def test_a_command_ends_with_one_line(command, content, tmp_path):
 
 
 def test_an_engine_does_not_start(tmp_path):
-    """The error is vLLM's, around the plugin's."""
+    """vLLM raises an error that contains the plugin's message."""
     text = {"num_hidden_layers": 8, "hidden_size": HIDDEN, "num_attention_heads": 2, "vocab_size": 64}
     architecture = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
     config = architecture | {"text_config": text | {"model_type": "llama"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    for file, why in (("pipe", "it is no regular file"), ("gates.safetensors", "it is no regular file")):
+    for file, why in (("pipe", "is not a regular file"), ("gates.safetensors", "is not a regular file")):
         policy = written(tmp_path, GATED)
         (tmp_path / file).unlink(missing_ok=True)
         os.mkfifo(tmp_path / file)

@@ -1,4 +1,4 @@
-"""`Retention` against the obvious model, and what it makes of vLLM's features."""
+"""Tests of `Retention` against a slow, simple computation, and of the retentions of vLLM's requests."""
 
 from types import SimpleNamespace
 
@@ -43,14 +43,14 @@ def test_where_all_is_kept(prompt: Prompt, align_to: int):
 
 @given(prompts(), ALIGNMENTS, st.lists(st.booleans(), max_size=4))
 def test_what_goes_on_from_a_prompt_shares_its_start(prompt: Prompt, align_to: int, pieces: list[bool]):
-    """Up to `shareable` tokens, whatever comes after: more text, more pictures."""
+    """Up to `shareable` tokens are retained in the same way, whatever text or images follow the prompt."""
     spans, length = list(prompt.spans), prompt.length
-    for is_picture in pieces:
-        if is_picture:
+    for is_image in pieces:
+        if is_image:
             spans.append((length, length + 9))
         length += 9
     longer = Prompt(length, tuple(spans))
-    # A block that is visual in part leaves where the rest of it is visual too.
+    # Visual tokens that follow may complete the prompt's last block, which is then withdrawn.
     shared = min(prompt.retention(align_to).shareable, prompt.length // align_to * align_to)
     for num_tokens in range(shared + 1):
         assert longer.held(num_tokens, align_to) == prompt.held(num_tokens, align_to)
@@ -65,11 +65,11 @@ def test_all_is_shareable_where_keeping_the_last_token_changes_nothing(prompt: P
 
 def test_the_last_prompt_token_stays():
     assert Prompt(8, ((0, 8),)).retention(1).keep_mask(0, 8).tolist() == [False] * 7 + [True]
-    # With whole blocks, its block stays with it.
+    # If whole blocks are withdrawn, the last token's block stays.
     assert Prompt(8, ((0, 8),)).retention(4).keep_mask(0, 8).tolist() == [False] * 4 + [True] * 4
 
 
-def test_a_block_across_two_touching_pictures_leaves():
+def test_a_block_across_two_touching_images_leaves():
     assert Prompt(13, ((0, 6), (6, 12))).retention(4).num_withdrawn == 12
 
 
@@ -114,7 +114,7 @@ def test_gated_stages_hold_everything_until_gates_decide(prompt: Prompt, stages:
         kept = held if exit_stage is not None and stage >= exit_stage else list(range(prompt.length))
         assert np.flatnonzero(retention.keep_mask(0, prompt.length)).tolist() == kept
         assert retention.count(prompt.length + 7) == len(kept) + 7
-        # What the text before the first picture was made into does not depend on the question.
+        # Only the text before the first image is independent of the question.
         assert retention.shareable == prompt.spans[0][0]
 
 
@@ -136,7 +136,7 @@ def test_ranked_stages_promise_a_number(prompt: Prompt, keeps: list[float]):
         assert one_step is not None
         assert (one_step.start, one_step.stop) == (prompt.spans[0][0], prompt.length)
         assert sum(stop - start for start, stop in one_step.candidates) == leaving
-        # No step ends between the first picture and the end, and no other request shares what is there.
+        # No step ends between the first image and the prompt's end, and no other request shares blocks there.
         assert retention.shareable == one_step.start
         assert retention.count(one_step.start) == one_step.start
         for generated in (0, 7):

@@ -1,4 +1,4 @@
-"""The seam into vLLM's split of layers into KV-cache groups: a KV-cache spec may choose the group size."""
+"""The seam into vLLM's split of layers into KV-cache groups, by which a spec can choose their size."""
 
 import functools
 import inspect
@@ -10,12 +10,13 @@ from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec
 
 TARGET = "_get_kv_cache_groups_uniform_page_size"
 EXTENSION_POINT = "layers_per_group"
+"""The method of a KV-cache spec that returns the number of layers in a group."""
 
 
 def install() -> None:
-    """Wraps vLLM's function that splits layers into groups, so that it asks specs for `layers_per_group`.
+    """Wraps vLLM's function that splits layers into groups, so that it calls the specs' `layers_per_group`.
 
-    Does nothing where vLLM asks specs by itself.
+    Does nothing if vLLM calls it by itself (`patches/kv-cache-groups.diff`).
 
     Raises:
         RuntimeError: The function is not the one that the wrapper was written for.

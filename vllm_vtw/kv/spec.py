@@ -1,6 +1,7 @@
-"""The KV-cache spec of a stage past the first. Importing this module registers it with its manager.
+"""The KV-cache spec of a stage past the first.
 
-Every process that handles such a spec has imported this module, at the latest when it unpickled the spec.
+Importing this module registers the spec and its manager with vLLM. A process imports it at the latest when it
+unpickles such a spec.
 """
 
 from collections.abc import Sequence
@@ -20,12 +21,12 @@ from vllm_vtw.kv.block_manager import StageManager
 class StageSpec(AttentionSpec):
     """Full attention over the tokens that a stage retains, stored compactly.
 
-    It is not a `FullAttentionSpec`, which vLLM would merge into the group of stage 0, and whose blocks it
-    would trim on a prefix-cache hit as if they held every token.
+    It does not subclass `FullAttentionSpec`: vLLM would merge it into the group of stage 0, and on a
+    prefix-cache hit would trim its blocks as if they held all tokens.
 
     Attributes:
-        stage: 1 or deeper.
-        keep: The fraction of visual tokens that the stage keeps.
+        stage: Number of the stage, 1 or higher.
+        keep: The fraction of visual tokens that the stage holds at least, as in `Policy.keeps`.
     """
 
     stage: int
@@ -33,27 +34,32 @@ class StageSpec(AttentionSpec):
 
     @classmethod
     def like(cls, spec: FullAttentionSpec, stage: int, keep: float = 0.0) -> "StageSpec":
-        """A spec of `stage` with the memory layout of the model's own spec."""
+        """Makes the spec of a stage, with the memory layout of a layer's own spec."""
         dropped = ("sliding_window", "attention_chunk_size", "non_causal")
         return replace_as(spec, cls, drop=dropped, stage=stage, keep=keep)
 
     @staticmethod
     def layers_per_group(specs: Sequence[KVCacheSpec], counts: Sequence[int]) -> int:
-        """How many layers vLLM puts into every KV-cache group, if `counts[i]` layers have `specs[i]`."""
+        """The number of layers in each KV-cache group; see `vllm_vtw.capacity.layers_per_group`.
+
+        Args:
+            specs: The different specs of a model's layers.
+            counts: The number of layers with each of them.
+        """
         keeps = [spec.keep if isinstance(spec, StageSpec) else 1.0 for spec in specs]
         return capacity.layers_per_group(counts, keeps)
 
     @property
     def uses_slot_mapping(self) -> bool:
-        """False, as vLLM's slot mapping gives every token a slot. The stage writes its own."""
+        """False, because vLLM's slot mapping gives every token a slot. The plugin makes the stage's own."""
         return False
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """Bytes of the largest possible request. It has no images, so every token is retained."""
+        """Bytes that a layer needs for the largest request: one without images, which retains all tokens."""
         return cdiv(vllm_config.model_config.max_model_len, self.block_size) * self.page_size_bytes
 
 
-# The registry adds vLLM's own specs only while it is empty.
+# vLLM adds its own specs to the registry only if it is empty, so they have to be added first.
 KVCacheSpecRegistry._ensure_registered()
 KVCacheSpecRegistry.register(StageSpec, StageManager)
 groups.install()

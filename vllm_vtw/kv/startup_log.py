@@ -1,4 +1,4 @@
-"""The line that an engine logs at start-up: what is withdrawn, and how much KV memory an image takes."""
+"""What an engine logs at start-up about the withdrawal of visual tokens and the KV memory of an image."""
 
 import logging
 
@@ -16,9 +16,9 @@ logger = logging.getLogger("vllm.vtw")
 
 
 def log_startup(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: VTWConfig) -> None:
-    """Logs K, L, the KV-cache groups, and the KV memory of one image here and in stock vLLM.
+    """Logs what is withdrawn, the KV-cache groups, and the KV memory of one image, also that in stock vLLM.
 
-    It warns where the configuration saves little or nothing.
+    It warns if the configuration saves little or no memory.
     """
     num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
     stages = config.policy.stages
@@ -51,13 +51,13 @@ def log_startup(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config:
     )
     if stages and groups.takes_more_than_stock(config.policy):
         logger.warning(
-            "vtw: at this layer, padding of KV cache groups takes more memory than withdrawal saves: "
-            "`vtw plan MODEL --layer K` shows what others take"
+            "vtw: with these layers, padding of KV cache groups takes more memory than withdrawal saves: "
+            "`vtw plan MODEL --layer K` shows how much memory other layers take"
         )
     if stages and config.align and by_stage[-1] > tokens / 2:
         logger.warning(
-            "vtw: blocks of %d tokens leave little of an image of %d tokens to withdraw by whole blocks: "
-            'take a smaller --block-size, or set "align": false',
+            "vtw: with KV blocks of %d tokens, few of the %d tokens of an image are withdrawn, because only "
+            'whole blocks are: use a smaller --block-size, or set "align": false',
             block_size,
             tokens,
         )
@@ -67,10 +67,10 @@ def _withdrawal(config: VTWConfig, num_layers: int) -> str:
     stages = config.policy.stages
     if config.policy.ranking is not None:
         parts = (f"{stage.keep:.3g} of all stay from layer {stage.layer} on" for stage in stages)
-        return f"visual tokens, the least attended to by the end of the prompt, {', '.join(parts)}"
+        return f"the visual tokens that a prompt's last token attends to least: {', '.join(parts)}"
     if config.policy.gate is not None:
         borders = ", ".join(str(stage.layer) for stage in stages)
-        return f"every visual token where a gate says so, at one of layers {borders}"
+        return f"every visual token at the layer that gates choose, one of {borders}"
     what = "whole blocks of visual tokens" if config.align else "every visual token"
     return f"{what} at layer K = {stages[0].layer if stages else num_layers}"
 
@@ -78,5 +78,5 @@ def _withdrawal(config: VTWConfig, num_layers: int) -> str:
 def _held(policy: Policy, stage: int) -> str:
     keep = policy.keeps[stage]
     if stage > 0 and policy.gate is not None:
-        return "text, or all"
+        return "all, or text"
     return {1.0: "all", 0.0: "text"}.get(keep, f"text and {keep:.3g} of the visual tokens")

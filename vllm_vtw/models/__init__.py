@@ -1,1 +1,1 @@
-"""`--model-impl vtw`: the model classes, with their decoders cut into one segment a stage."""
+"""The model classes of `--model-impl vtw`. Their decoders are cut into one segment for each stage."""

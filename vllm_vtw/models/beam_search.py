@@ -1,9 +1,9 @@
-"""The seam into vLLM's beam search: it is refused for prompts that retain other tokens when they grow.
+"""The seam into vLLM's beam search, which is refused for some prompts.
 
-vLLM's beam search sends the prompt and the tokens so far to the engine as a new prompt, for every token.
-What is withdrawn of a prompt may depend on where it ends: on what its last token attends to, on the text
-behind its last picture, or on whether that token is visual itself. A generated token must not be taken for
-a prompt's last one.
+For every token, vLLM's beam search sends the prompt and the tokens generated so far to the engine as a new
+prompt. What is withdrawn may depend on the end of the prompt: a ranking depends on what the last token
+attends to, gates depend on the text behind the last image, and a visual token is kept if it is the last one.
+The stages of such a prompt would retain other tokens with every token that is added.
 """
 
 import functools
@@ -16,24 +16,26 @@ from vllm.entrypoints.generate.beam_search.utils import BeamSearchSequence
 TARGET = "get_prompt"
 EXTENSION_POINT = "NO_BEAM_SEARCH"
 REFUSED = "no_beam_search"
-"""Key of an engine's input: the reason why beam search may not go on from it."""
+"""The key of an engine input that holds the reason why beam search is refused."""
 REASON = (
-    "Beam search sends every generated token to the engine as the end of a new prompt, and the policy of "
-    "--model-impl vtw withdraws this prompt's visual tokens by what it ends with: use sampling, or greedy "
-    "decoding with temperature 0"
+    "Beam search sends every generated token to the engine as the end of a new prompt, and what the policy "
+    "of --model-impl vtw withdraws from this prompt depends on how it ends: use sampling, or greedy decoding "
+    "with temperature 0"
 )
 
 
 def refuse(engine_input: Any) -> None:
-    """Marks an engine's input as one that beam search may not go on from."""
+    """Marks an engine input as a prompt for which beam search is refused."""
     engine_input[REFUSED] = REASON
 
 
 def install() -> None:
-    """Wraps what makes a prompt of a beam, unless this vLLM reads the mark itself.
+    """Wraps vLLM's method that makes the prompt of a beam, so that it reads the mark of `refuse`.
+
+    Does nothing if vLLM reads the mark by itself (`patches/beam-search.diff`).
 
     Raises:
-        RuntimeError: The method is not what the wrapper was written for.
+        RuntimeError: The method is not the one that the wrapper was written for.
     """
     if hasattr(utils, EXTENSION_POINT):
         return

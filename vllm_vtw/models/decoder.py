@@ -1,4 +1,4 @@
-"""A decoder cut into one segment a stage: each computes the tokens that its stage retains."""
+"""A decoder cut into one segment for each stage. Each segment computes the tokens that its stage retains."""
 
 from bisect import bisect_right
 from dataclasses import replace
@@ -23,16 +23,21 @@ from vllm_vtw.worker.stage_step import StageStep
 
 
 class StagedDecoder:
-    """Runs a pipeline rank's layers of a vLLM text model, withdrawing tokens between its segments.
+    """Runs a pipeline rank's layers of a vLLM text model and withdraws tokens between its segments.
 
-    Not an `nn.Module`: the layers stay registered where the text model has them, under their own names.
+    It is not an `nn.Module`, so the layers stay registered in the text model only, under their own names.
 
     Args:
         vllm_config: vLLM's configuration.
-        text_model: vLLM's `LlamaModel` or a model of the same shape: `embed_input_ids`, `layers`,
-            `start_layer`, `end_layer`, `norm`.
-        policy: Where the segments begin.
-        step: What each step retains.
+        text_model: vLLM's `LlamaModel`, or a model with the same `embed_input_ids`, `layers`, `start_layer`,
+            `end_layer` and `norm`.
+        policy: What is withdrawn, and from which layers on.
+        step: What the current step computes in each stage.
+
+    Attributes:
+        stages: The stages that this pipeline rank has layers of.
+        segments: By stage, the layers of this rank.
+        graph_inputs: The buffers that CUDA graphs of the segments read.
     """
 
     def __init__(self, vllm_config: VllmConfig, text_model: Any, policy: Policy, step: CurrentStep) -> None:
@@ -42,7 +47,6 @@ class StagedDecoder:
         start, end = text_model.start_layer, text_model.end_layer
         borders = [stage.layer for stage in policy.stages]
         self.stages = range(bisect_right(borders, start), bisect_right(borders, end - 1) + 1)
-        """The stages that this rank has layers of."""
         self.segments: dict[int, Segment] = {}
         for stage, layers in enumerate(policy.segments(len(text_model.layers))):
             own = [text_model.layers[i] for i in layers if start <= i < end]
@@ -69,20 +73,22 @@ class StagedDecoder:
         received: IntermediateTensors | None,
         inputs_embeds: torch.Tensor | None,
     ) -> torch.Tensor | IntermediateTensors:
-        """Computes one step of this pipeline rank's layers.
+        """Runs this pipeline rank's layers for one step.
 
         Args:
-            input_ids: Token ids, shape `(tokens,)`; read only where there are no embeddings.
-            positions: Position ids in the prompts as they came, shape `(tokens,)`.
-            received: What the pipeline rank before returned.
-            inputs_embeds: Embeddings of text and pictures, shape `(tokens, hidden_size)`.
+            input_ids: Token ids, shape `(tokens,)`. Ignored if `inputs_embeds` is given.
+            positions: Position ids, shape `(tokens,)`. Withdrawn tokens count, too.
+            received: The hidden states and residual that the previous pipeline rank returned. None on the
+                first rank.
+            inputs_embeds: Embeddings of text and image tokens, shape `(tokens, hidden_size)`.
 
         Returns:
-            On the last rank, the final hidden states, shape `(tokens, hidden_size)`; on others, hidden states
-            and residual for the next rank, in the same shape. `TokenStates.scatter` says what the rows of
-            withdrawn tokens hold.
+            On the last rank, the final hidden states, shape `(tokens, hidden_size)`. On other ranks, hidden
+            states and residual, both of that shape. `TokenStates.scatter` says what the rows of withdrawn
+            tokens contain.
         """
-        # Where vLLM measures memory, or keeps an idle rank in step, there is no batch.
+        # There is no batch when vLLM measures memory, or when a data-parallel rank without requests runs a
+        # step because the others do.
         is_dummy = get_forward_context().attn_metadata is None
         steps = self._steps(is_dummy)
         if received is None:
@@ -109,7 +115,7 @@ class StagedDecoder:
         return IntermediateTensors({"hidden_states": states.hidden, "residual": states.residual})
 
     def _steps(self, is_dummy: bool) -> tuple[StageStep | None, ...]:
-        """By stage, stage 0 included; None for what computes everything."""
+        """What the step computes in each stage, starting with stage 0. None if it computes all tokens."""
         return (None, *((None,) * self.step.num_stages if is_dummy else self.step.stages))
 
     def _run(
@@ -120,19 +126,34 @@ class StagedDecoder:
         hidden: torch.Tensor,
         residual: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Runs one segment, a CUDA graph of its own token count where there is one."""
+        """Runs one segment.
+
+        A segment past the first may compute fewer tokens than the batch has. If the step uses piecewise CUDA
+        graphs, or does not only because the batch is too large for them, the segment runs the smallest graph
+        that is large enough for its tokens.
+
+        Args:
+            stage: The segment's stage.
+            step: What the step computes in the stage. None if it computes all tokens.
+            positions: Position ids of the batch, shape `(tokens,)`.
+            hidden: Hidden states of the tokens that the stage computes, shape `(kept, hidden_size)`.
+            residual: Their residual stream, same shape. None before layer 0.
+
+        Returns:
+            Hidden states and residual after the segment, same shape.
+        """
         segment, context = self.segments[stage], get_forward_context()
         if stage == 0:
             return segment(positions, hidden, residual)
         rows = len(hidden)
         if rows == 0:
-            return hidden, residual  # a chunk of nothing but withdrawn tokens
+            return hidden, residual  # all tokens of the step are withdrawn
         assert residual is not None
         piecewise = context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE
         kept = None if step is None else step.kept
         size = rows if piecewise else None
         if kept is not None:
-            # A batch too large for a graph may have few enough tokens left.
+            # The batch may be too large for any graph, and its kept tokens few enough for one.
             if piecewise or self.graph_inputs.size(len(positions)) is None:
                 size = self.graph_inputs.size(rows)
             positions = positions[kept]

@@ -1,4 +1,4 @@
-"""Inputs of segments that CUDA graphs replay piece by piece."""
+"""The buffers from which piecewise CUDA graphs read the inputs of a segment."""
 
 from bisect import bisect_left
 
@@ -8,12 +8,18 @@ from vllm.config import VllmConfig
 
 
 class GraphInputs(nn.Module):
-    """Where a segment past the first finds its inputs: a graph reads where they were when it was captured.
+    """Holds the inputs of segments past the first at fixed addresses.
 
-    The segments share the buffers, as one is done with its inputs before the next one's are written. Rows
-    behind a step's own keep what was there, and a graph computes them too. So they have to outlast a sleep of
-    the engine: vLLM keeps a model's registered buffers then, and may drop all else that was made with the
-    weights.
+    A CUDA graph always reads from the memory that it read from when it was captured. All segments share the
+    buffers, as a segment has read its inputs before those of the next segment are written.
+
+    A graph also computes the rows behind those of the step, which still hold the inputs of earlier steps. The
+    content therefore has to survive when the engine sleeps. vLLM keeps a model's registered buffers then, and
+    may drop everything else that was allocated together with the weights.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        device: Where the model runs.
     """
 
     positions: torch.Tensor
@@ -24,7 +30,8 @@ class GraphInputs(nn.Module):
         super().__init__()
         self.compilation = vllm_config.compilation_config
         rows = 0
-        # The runner may still turn FULL into FULL_AND_PIECEWISE, when it knows its attention backends.
+        # In any mode with graphs: the runner may still change FULL to FULL_AND_PIECEWISE, once it knows the
+        # attention backends.
         if self.compilation.cudagraph_mode and self.compilation.cudagraph_capture_sizes:
             rows = max(self.compilation.cudagraph_capture_sizes)
         model = vllm_config.model_config
@@ -34,14 +41,14 @@ class GraphInputs(nn.Module):
             self.register_buffer(name, buffer, persistent=False)
 
     def _sizes(self) -> list[int]:
-        """The captured token counts, ascending."""
+        """The numbers of tokens that piecewise graphs are captured for, ascending."""
         mode = self.compilation.cudagraph_mode
         if mode is None or not mode.has_piecewise_cudagraphs():
             return []
         return sorted(self.compilation.cudagraph_capture_sizes or [])
 
     def size(self, rows: int) -> int | None:
-        """The token count of the smallest graph for `rows` rows; None where no graph is large enough."""
+        """The number of tokens of the smallest graph for `rows` rows. None if no graph is large enough."""
         sizes = self._sizes()
         index = bisect_left(sizes, rows)
         return sizes[index] if index < len(sizes) else None
@@ -49,7 +56,17 @@ class GraphInputs(nn.Module):
     def write(
         self, size: int, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Copies a segment's inputs; returns `size` rows of the buffers, the last of them from before."""
+        """Copies a segment's inputs into the buffers.
+
+        Args:
+            size: The number of tokens of the graph that will run, at least the number of rows.
+            positions: Position ids, shape `(rows,)`.
+            hidden: Hidden states, shape `(rows, hidden_size)`.
+            residual: The residual stream, same shape.
+
+        Returns:
+            The first `size` rows of the three buffers.
+        """
         rows = len(hidden)
         self.positions[:rows].copy_(positions)
         self.hidden[:rows].copy_(hidden)

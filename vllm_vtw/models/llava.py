@@ -1,4 +1,4 @@
-"""LLaVA with its visual tokens withdrawn: the model classes that `--model-impl vtw` selects."""
+"""LLaVA with withdrawal of visual tokens: the model class that `--model-impl vtw` selects."""
 
 from typing import Any
 
@@ -24,21 +24,28 @@ VLLM_PROCESSING = LlavaForConditionalGeneration._processor_factory
     dummy_inputs=VLLM_PROCESSING.dummy_inputs,
 )
 class VTWLlavaForConditionalGeneration(LlavaForConditionalGeneration):
-    """vLLM's LLaVA, weights and processing unchanged, on a staged decoder."""
+    """vLLM's LLaVA with a staged decoder. The weights are those of the checkpoint.
+
+    Attributes:
+        step: What the current step computes in each stage.
+        decoder: Runs the layers of the language model.
+        prepare_batch: Called by the seam into model runner V1 before each step. It does not exist under model
+            runner V2, which uses `get_model_state_cls`.
+    """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config = vtw_config(vllm_config)
         self.step = CurrentStep(len(config.policy.stages), vllm_config.device_config.device)
         self.decoder = StagedDecoder(vllm_config, self.language_model.model, config.policy, self.step)
-        # Registered here, as the decoder is no module.
+        # They are registered here, because the decoder is not a module.
         self.graph_inputs, self.gates = self.decoder.graph_inputs, self.step.gates
         if not vllm_config.use_v2_model_runner:
             self.prepare_batch = runner_v1.V1Batches(config, self.step).prepare
             runner_v1.install()
 
     def get_model_state_cls(self) -> type[ModelState]:
-        """How model runner V2 is told of the batch."""
+        """The class through which model runner V2 prepares each batch. vLLM calls this."""
         from vllm_vtw.worker.runner_v2 import VTWModelState
 
         return VTWModelState

@@ -1,4 +1,4 @@
-"""The seam into vLLM's model registry: `--model-impl vtw` stands for the plugin's model classes."""
+"""The seam into vLLM's model registry, by which `--model-impl vtw` selects the plugin's model classes."""
 
 import functools
 import inspect
@@ -12,6 +12,8 @@ MODEL_IMPL = "vtw"
 MODELS = {
     "LlavaForConditionalGeneration": "vllm_vtw.models.llava:VTWLlavaForConditionalGeneration",
 }
+"""By supported architecture, the model class. The registry lists it under the architecture's name with the
+prefix "VTW"."""
 TARGETS = ("inspect_model_cls", "resolve_model_cls")
 EXTENSION_POINT = "register_model_impl"
 EXPECTED_PARAMETERS = ["self", "architectures", "model_config"]
@@ -20,12 +22,15 @@ Guard = Callable[[], None]
 
 
 def install(guard: Guard) -> None:
-    """Makes the registry resolve `--model-impl vtw`, through its extension point where vLLM has one.
+    """Makes vLLM's model registry resolve `--model-impl vtw`.
 
-    A registry that is not what the hook was written for refuses `vtw` and serves everything else.
+    If vLLM has an extension point for this (`patches/model-impl.diff`), it is used. Otherwise two methods of
+    the registry are wrapped. If these are not the methods that the wrappers were written for,
+    `--model-impl vtw` raises a RuntimeError, and all other models are served as before.
 
     Args:
-        guard: Called before the implementation is first used; raises where it must not be.
+        guard: Called each time before `--model-impl vtw` is resolved. It raises an exception if the plugin
+            must not be used.
     """
     resolve = functools.partial(_resolve, guard)
     if hasattr(ModelRegistry, EXTENSION_POINT):
@@ -56,14 +61,21 @@ def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if any(getattr(value, "model_impl", None) == MODEL_IMPL for value in (*args, *kwargs.values())):
-            raise RuntimeError(f"vllm-vtw does not know this vLLM's ModelRegistry.{original.__name__}")
+            raise RuntimeError(
+                f"vllm-vtw does not know this vLLM's ModelRegistry.{original.__name__}: install vLLM 0.32.0"
+            )
         return original(*args, **kwargs)
 
     return wrapper
 
 
 def _resolve(guard: Guard, architectures: str | list[str], model_config: ModelConfig) -> list[str]:
-    """The plugin's name for the checkpoint's architecture, registered by the time it is returned.
+    """The name under which the registry lists the plugin's class for a checkpoint's architecture.
+
+    Args:
+        guard: As `install` takes it.
+        architectures: The names in the checkpoint's configuration.
+        model_config: The model's configuration.
 
     Raises:
         ValueError: The architecture is not supported.
@@ -83,7 +95,10 @@ def _resolve(guard: Guard, architectures: str | list[str], model_config: ModelCo
 
 
 def _is_inner_model(model_config: ModelConfig) -> bool:
-    """Whether a supported model is building its text model, under a copy of its own configuration."""
+    """Whether a supported model is creating its text model, which vLLM resolves with the same `model_impl`.
+
+    The configuration is then a copy of the outer model's, which still names the outer model's architecture.
+    """
     return getattr(model_config, "_architecture", "").removeprefix("VTW") in MODELS
 
 

@@ -1,4 +1,4 @@
-"""The layers of one stage, compiled as one region."""
+"""The layers of one stage, which are compiled together."""
 
 from types import FunctionType
 from typing import Any
@@ -11,10 +11,17 @@ from vllm.config import VllmConfig
 
 
 class Segment(nn.Module):
-    """Decoder layers that compute the same tokens, with the final norm where they are the last.
+    """Decoder layers that compute the same tokens, followed by the final norm if they are the last.
 
-    Layers and norm stay registered where the text model has them; here they lie in a list, which registers
-    nothing.
+    Layers and norm are held in lists, which register nothing, so they stay registered in the text model only.
+
+    Args:
+        vllm_config: vLLM's configuration. vLLM's compilation decorator reads it.
+        layers: The decoder layers.
+        norm: The final norm. None if other layers follow.
+
+    Attributes:
+        layer_names: The names of the layers' attention, under which vLLM keeps attention metadata.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, layers: list[Any], norm: nn.Module | None) -> None:
@@ -26,12 +33,15 @@ class Segment(nn.Module):
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Hidden states and residual of every token; after the final norm there is no residual.
+        """Runs the layers.
 
         Args:
             positions: Position ids, shape `(tokens,)`.
-            hidden_states: Shape `(tokens, hidden_size)`.
-            residual: Shape `(tokens, hidden_size)`; None before layer 0.
+            hidden_states: Hidden states, shape `(tokens, hidden_size)`.
+            residual: The residual stream, same shape. None before layer 0.
+
+        Returns:
+            Hidden states and residual, same shape. The residual is None after the final norm.
         """
         for layer in self.layers:
             hidden_states, residual = layer(positions, hidden_states, residual)
@@ -43,10 +53,16 @@ class Segment(nn.Module):
 def compiled_segment(
     vllm_config: VllmConfig, stage: int, layers: list[Any], norm: nn.Module | None
 ) -> Segment:
-    """The segment of `stage`, compiled where vLLM's configuration says so.
+    """Makes the segment of a stage, compiled if vLLM's configuration says so.
 
-    vLLM files compiled code under the class's tag and the name of its `forward`: segments that shared them
-    would take each other's from the cache.
+    vLLM's compilation cache finds compiled code by the model tag and the name of `forward`. Each segment gets
+    its own, because segments with the same ones would load each other's code.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        stage: Number of the stage.
+        layers: The decoder layers.
+        norm: The final norm. None if other layers follow.
     """
     name = f"Segment{stage}"
     code = Segment.forward.__code__.replace(co_name=f"forward_{stage}", co_qualname=f"{name}.forward")

@@ -1,4 +1,4 @@
-"""The states of a step's tokens: gathered where a stage begins, scattered back where a pipeline rank ends."""
+"""The hidden states of a step's tokens, gathered before each stage and scattered back at the end."""
 
 from dataclasses import dataclass
 
@@ -12,15 +12,17 @@ from vllm_vtw.worker.stage_step import StageStep
 class TokenStates:
     """The states of the tokens that the current stage of a decoder computes.
 
-    A batch of five tokens whose second and third are visual has five rows in stage 0. `gather` leaves rows
-    0, 3 and 4 for stage 1; `scatter` returns to five rows.
+    For example, a batch of five tokens whose tokens 1 and 2 are visual has five rows in stage 0. `gather`
+    keeps rows 0, 3 and 4 for stage 1, and `scatter` makes five rows of them again.
 
     Attributes:
         hidden: Hidden states, shape `(kept, hidden_size)`.
         residual: The residual stream, same shape. None before layer 0 and after the final norm.
-        kept: Indices of these tokens in the batch, shape `(kept,)`. None where every token is computed.
-        exit_states: For every token of the batch, `hidden + residual` when it left, shape
-            `(tokens, hidden_size)`. None as long as nothing has left, or where nothing reads these states.
+        kept: Indices of these tokens in the batch, shape `(kept,)`. None if they are all tokens of the
+            batch.
+        exit_states: For each token of the batch, the sum of its hidden state and residual when it was
+            withdrawn, shape `(tokens, hidden_size)`. Only the rows of withdrawn tokens are used. None if no
+            token has been withdrawn, or if nothing reads these states.
     """
 
     hidden: torch.Tensor
@@ -32,8 +34,8 @@ class TokenStates:
         """Keeps the tokens that a stage computes.
 
         Args:
-            step: The stage's plan. None where it computes every token.
-            keep_exit_states: Whether `exit_states` are needed.
+            step: What the step computes in the stage. None if it computes all tokens.
+            keep_exit_states: Whether to keep the states of withdrawn tokens in `exit_states`.
         """
         if step is None or step.kept is None:
             return
@@ -50,14 +52,14 @@ class TokenStates:
         self.kept = step.kept
 
     def scatter(self, num_tokens: int, norm: nn.Module | None) -> None:
-        """Puts the tokens back into the batch's rows.
+        """Puts the tokens back into the rows of the batch.
 
-        The row of a withdrawn token holds its exit state, after `norm`, where exit states were kept, and
-        zeros elsewhere. Nothing is sampled from it.
+        If exit states were kept, the row of a withdrawn token gets its exit state, after `norm`. Otherwise it
+        gets zeros. Nothing is sampled from these rows.
 
         Args:
-            num_tokens: Tokens of the batch.
-            norm: The final norm, where the hidden states have been through it.
+            num_tokens: The number of tokens of the batch.
+            norm: The final norm, if it has been applied to the hidden states. None if not.
         """
         if self.kept is None:
             return

@@ -1,11 +1,13 @@
-"""What visual tokens are ranked by, where a stage keeps some of them: one ranking, one file.
+"""The rankings that decide which visual tokens a stage keeps, if it keeps only some of them.
 
-A ranking is a class with one method, `score`. Its name in a policy file stands in `RANKINGS`.
+To add a ranking, subclass `Ranking` in a file of its own, and enter it in `RANKINGS` under its name in policy
+files.
 """
 
 from vllm_vtw.rankings.base import Ranking
 from vllm_vtw.rankings.last_token_attention import LastTokenAttention
 
 RANKINGS: dict[str, type[Ranking]] = {"last-token-attention": LastTokenAttention}
+"""The rankings, by their name in policy files."""
 
 __all__ = ["RANKINGS", "Ranking"]

@@ -1,4 +1,4 @@
-"""Visual tokens ranked by the attention of the prompt's last token."""
+"""FastV's ranking of visual tokens, by the attention of the prompt's last token."""
 
 import torch
 
@@ -6,9 +6,10 @@ from vllm_vtw.rankings.base import Ranking
 
 
 class LastTokenAttention(Ranking):
-    """The attention that the prompt's last token pays to each token, summed over the heads.
+    """Scores tokens by the attention that the prompt's last token pays to them, summed over the heads.
 
-    This is the criterion of FastV (arXiv 2403.06764). A sum orders tokens as FastV's mean over heads does.
+    This is the criterion of FastV (arXiv 2403.06764), which takes the mean over the heads. The sum puts the
+    tokens into the same order.
     """
 
     def score(self, query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:

@@ -1,1 +1,1 @@
-"""Offline, on transformers: where to withdraw. Nothing here needs vLLM."""
+"""Searches offline, with transformers, for the layers at which to withdraw. Nothing here needs vLLM."""

@@ -1,4 +1,4 @@
-"""A LLaVA on transformers: loading, prompts into tokens, and its layers with and without visual tokens."""
+"""Runs a LLaVA model on transformers, with visual tokens in all layers or withdrawn from layer K on."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,19 +15,23 @@ MODEL_TYPES = ("llava", "llava_next")
 
 @dataclass
 class FullAnswer:
-    """What the full model says to a sample, and the states that the text's rows had on the way.
+    """The full model's answer to a sample, and the hidden states of text tokens in every layer.
 
-    With T text tokens in the prompt (its last token among them, whatever that is) and an answer of O tokens,
-    rows are those T and all but the last of the O.
+    The prompt has T text tokens and the answer has O tokens. The prompt's last token counts as a text token
+    even if it is visual, because it is never withdrawn. The answer's last token is not given to the model, so
+    there are states of T + O - 1 text tokens.
 
     Attributes:
-        tokens: The answer, O token ids, its end of sequence included.
-        logits: Those it was chosen by, shape `(O, vocabulary)`, float32.
-        states: By layer, what the layer gets, shape `(T + O - 1, hidden)` each.
-        positions: Of the rows, shape `(T + O - 1,)`.
-        embedded: What layer 0 gets of all tokens, shape `(prompt + O - 1, hidden)`.
-        is_visual: Which of them are left out of `states`, shape `(prompt + O - 1,)`.
-        cut: It did not end by itself.
+        tokens: The O token ids of the answer, with the end-of-sequence token if there is one.
+        logits: The logits from which the answer's tokens were chosen, shape `(O, vocabulary)`, float32.
+        states: For each layer, the hidden states of text tokens that enter it, shape
+            `(T + O - 1, hidden_size)`.
+        positions: The positions of the text tokens in prompt and answer, shape `(T + O - 1,)`.
+        embedded: The hidden states of all tokens that enter layer 0, shape
+            `(prompt tokens + O - 1, hidden_size)`.
+        is_visual: Whether each of these tokens is a visual one, and so left out of `states`, shape
+            `(prompt tokens + O - 1,)`.
+        cut: Whether the answer reached the most tokens allowed without an end-of-sequence token.
     """
 
     tokens: list[int]
@@ -40,37 +44,39 @@ class FullAnswer:
 
     @property
     def visual_tokens(self) -> int:
+        """The number of the prompt's visual tokens, its last token excluded."""
         return int(self.is_visual.sum())
 
     @property
     def text_tokens(self) -> int:
-        """Of the prompt."""
+        """The number T of the prompt's text tokens."""
         return len(self.positions) - len(self.tokens) + 1
 
     @property
     def prompt_tokens(self) -> int:
-        """Text and visual ones."""
+        """The number of the prompt's tokens, text and visual ones together."""
         return len(self.is_visual) - len(self.tokens) + 1
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a model computes, and in which type."""
+    """The device on which a model runs, and the data type of its weights."""
 
     device: torch.device
     dtype: torch.dtype
 
     @classmethod
     def of(cls, device: str, dtype: str, config: Any) -> "Placement":
-        """Resolves a user's words.
+        """Resolves the `--device` and `--dtype` options.
 
         Args:
-            device: As in torch; "auto" for a GPU where there is one.
-            dtype: As in torch; "auto" for the checkpoint's on a GPU, and float32 on the CPU.
-            config: The checkpoint's configuration.
+            device: The name of a torch device, or "auto" for a GPU if there is one and else the CPU.
+            dtype: The name of a torch data type, or "auto" for float32 on the CPU and the checkpoint's own
+                type elsewhere.
+            config: The checkpoint's transformers configuration.
 
         Raises:
-            ValueError: There is no such device here.
+            ValueError: This machine has no such device.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,30 +90,40 @@ class Placement:
 
 
 class HFModel:
-    """A checkpoint with its processor.
+    """A LLaVA checkpoint on transformers, with its processor.
 
     Args:
-        name: A checkpoint's name or folder.
-        config: Its configuration.
-        placement: Where it computes.
+        name: The checkpoint's name on the Hugging Face Hub, or its folder.
+        config: The checkpoint's transformers configuration.
+        placement: The device and data type to load the model with.
+
+    Attributes:
+        config: The checkpoint's transformers configuration.
+        processor: The checkpoint's processor.
+        prompts: Makes the model's inputs of samples.
+        hf_model: The transformers model.
+        decoder: The text model within `hf_model`.
+        ends: Ids of the tokens that end an answer.
+
     Raises:
-        ValueError: transformers cannot load it.
+        ValueError: transformers cannot load the checkpoint.
     """
 
     def __init__(self, name: str, config: Any, placement: Placement) -> None:
         self.config = config
         try:
             self.processor = AutoProcessor.from_pretrained(name)
-            # SDPA takes a missing mask for a causal one, which is what `withdrawn_logits` needs.
+            # `withdrawn_logits` calls decoder layers without a mask. With SDPA, attention is then causal.
             model = AutoModelForImageTextToText.from_pretrained(
                 name, config=config, dtype=placement.dtype, attn_implementation="sdpa"
             )
-        except Exception as error:  # transformers raises what comes
+        except Exception as error:  # transformers lets through errors of many types
             raise ValueError(f"cannot load {name}: {error}") from error
         self.prompts = Prompts(self.processor, config)
         self.hf_model: Any = model.to(placement.device).eval()
         self.decoder: Any = self.hf_model.model.language_model
-        # A checkpoint's own may punish repetition: then no answer is that of its logits alone.
+        # A checkpoint's own generation configuration may set a repetition penalty, for example. The tokens of
+        # an answer would then not be the most likely ones by its logits.
         own = self.hf_model.generation_config
         self.hf_model.generation_config = GenerationConfig(
             eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id, bos_token_id=own.bos_token_id
@@ -116,25 +132,34 @@ class HFModel:
 
     @property
     def layer_parameters(self) -> int:
-        """Of one decoder layer."""
+        """The number of parameters of one decoder layer."""
         return sum(parameter.numel() for parameter in self.decoder.layers[0].parameters())
 
     def encode(self, sample: Sample, max_tokens: int) -> Mapping[str, torch.Tensor]:
-        """The model's inputs for a sample, where an answer of `max_tokens` fits behind it.
+        """Makes the model's inputs of a sample, on the model's device.
+
+        Args:
+            sample: The sample.
+            max_tokens: The most tokens of an answer, which has to fit behind the prompt.
 
         Raises:
-            ValueError: There is no chat template.
-            BadSampleError: It has no good prompt, an unreadable picture, or is too long.
+            ValueError: The sample needs a chat template, and the checkpoint has none.
+            BadSampleError: No prompt can be made of the sample, an image cannot be read, or prompt and answer
+                are too long for the model.
         """
         inputs = self.prompts.inputs(sample, max_tokens)
         return inputs.to(self.hf_model.device, self.hf_model.dtype)
 
     @torch.inference_mode()
     def answer(self, inputs: Mapping[str, torch.Tensor], max_tokens: int) -> FullAnswer:
-        """Greedy decoding by the full model, of at most `max_tokens` tokens.
+        """Answers a sample by greedy decoding with all visual tokens.
+
+        Args:
+            inputs: The model's inputs, as `encode` returns them.
+            max_tokens: The most tokens of the answer.
 
         Raises:
-            ValueError: Its logits are not finite.
+            ValueError: The model's logits are not finite.
         """
         out = self.hf_model.generate(
             **inputs,
@@ -145,77 +170,83 @@ class HFModel:
             return_dict_in_generate=True,
         )
         prompt = inputs["input_ids"][0]
-        kept = prompt != self.config.image_token_id
-        kept[-1] = True
-        of_prompt, *of_answer = out.hidden_states
+        is_text = prompt != self.config.image_token_id
+        is_text[-1] = True
+        prompt_states, *answer_states = out.hidden_states
         states = [
-            torch.cat([of_prompt[layer][0, kept], *(step[layer][0] for step in of_answer)])
+            torch.cat([prompt_states[layer][0, is_text], *(step[layer][0] for step in answer_states)])
             for layer in range(len(self.decoder.layers))
         ]
-        said = out.sequences[0, len(prompt) :]
+        answer = out.sequences[0, len(prompt) :]
         logits = torch.cat(out.logits).float()
         if not logits.isfinite().all():
             raise ValueError(
-                f"the model's logits are not finite in {self.hf_model.dtype}: take another --dtype"
+                f"the model's logits are not finite in {self.hf_model.dtype}: choose another --dtype"
             )
-        positions = torch.arange(len(prompt) + len(said) - 1, device=prompt.device)
-        rows = torch.cat([kept, kept.new_ones(len(said) - 1)])
+        positions = torch.arange(len(prompt) + len(answer) - 1, device=prompt.device)
+        in_states = torch.cat([is_text, is_text.new_ones(len(answer) - 1)])
         return FullAnswer(
-            tokens=said.tolist(),
+            tokens=answer.tolist(),
             logits=logits,
             states=states,
-            positions=positions[rows],
-            embedded=torch.cat([of_prompt[0][0], *(step[0][0] for step in of_answer)]),
-            is_visual=~rows,
-            cut=int(said[-1]) not in self.ends,
+            positions=positions[in_states],
+            embedded=torch.cat([prompt_states[0][0], *(step[0][0] for step in answer_states)]),
+            is_visual=~in_states,
+            cut=int(answer[-1]) not in self.ends,
         )
 
     @torch.inference_mode()
     def withdrawn_logits(self, answered: FullAnswer, layers: Sequence[int]) -> Iterator[torch.Tensor]:
-        """What the answer's tokens would be chosen by, were visual tokens withdrawn at each of `layers`.
+        """Computes the logits of the full model's answer, with visual tokens withdrawn at each of `layers`.
 
-        The layers before K do the same in the full model, so what is left is the text through those from K
-        on: a batch with a row for every K that has begun, in one pass over the decoder.
+        Before layer K, the model computes the same as the full model. So for each K, only the text tokens are
+        run through the layers from K on, starting from `FullAnswer.states`. One pass over the decoder does
+        this for all K: at layer K, the states that enter it in the full model join the batch as one more
+        sequence.
 
         Args:
-            answered: The full model's answer, which is what every row reads.
+            answered: The full model's answer. For each K the model reads the same tokens.
             layers: Values of K, ascending, each less than the number of layers.
 
         Yields:
-            For each K the logits, shape `(O, vocabulary)`, float32.
+            For each K, in the order of `layers`, the logits, shape `(O, vocabulary)`, float32.
         """
         positions = answered.positions[None]
         rotary = self.decoder.rotary_emb(answered.states[0], position_ids=positions)
-        rows = answered.states[0].new_empty((0, *answered.states[0].shape))
+        sequences = answered.states[0].new_empty((0, *answered.states[0].shape))
         for index in range(layers[0], len(self.decoder.layers)):
             if index in layers:
-                rows = torch.cat([rows, answered.states[index][None]])
-            rows = self.decoder.layers[index](
-                rows, attention_mask=None, position_ids=positions, position_embeddings=rotary
+                sequences = torch.cat([sequences, answered.states[index][None]])
+            sequences = self.decoder.layers[index](
+                sequences, attention_mask=None, position_ids=positions, position_embeddings=rotary
             )
-        for row in rows:  # one by one: together, a large vocabulary takes gigabytes
-            said = row[-len(answered.tokens) :]
-            yield self.hf_model.lm_head(self.decoder.norm(said)).float()
+        # One by one, because with a large vocabulary the logits of all K together take gigabytes.
+        for sequence in sequences:
+            hidden = sequence[-len(answered.tokens) :]
+            yield self.hf_model.lm_head(self.decoder.norm(hidden)).float()
 
     @torch.inference_mode()
     def withdrawn_answer(self, answered: FullAnswer, layer: int, max_tokens: int) -> list[int]:
-        """Greedy decoding with visual tokens withdrawn at `layer`, of at most `max_tokens` tokens.
+        """Answers a sample by greedy decoding with visual tokens withdrawn at one layer.
 
         Args:
-            answered: The full model's answer to the same prompt.
-            layer: K.
-            max_tokens: As of `answer`.
+            answered: The full model's answer to the same sample. Only its prompt is used.
+            layer: The withdrawal layer K.
+            max_tokens: The most tokens of the answer.
+
+        Returns:
+            The token ids of the answer.
         """
         prompt, cache = answered.prompt_tokens, DynamicCache()
-        said: list[int] = []
+        tokens: list[int] = []
         hidden = answered.embedded[None, :prompt]
         positions = torch.arange(prompt, device=hidden.device)[None]
-        kept = ~answered.is_visual[:prompt]
+        is_text = ~answered.is_visual[:prompt]
         while True:
             rotary = self.decoder.rotary_emb(hidden, position_ids=positions)
             for index, block in enumerate(self.decoder.layers):
-                if index == layer and not said:
-                    hidden, positions = hidden[:, kept], positions[:, kept]
+                if index == layer and not tokens:
+                    hidden, positions = hidden[:, is_text], positions[:, is_text]
                     rotary = self.decoder.rotary_emb(hidden, position_ids=positions)
                 hidden = block(
                     hidden,
@@ -224,8 +255,8 @@ class HFModel:
                     position_embeddings=rotary,
                     past_key_values=cache,
                 )
-            said.append(int(self.hf_model.lm_head(self.decoder.norm(hidden[0, -1])).argmax()))
-            if said[-1] in self.ends or len(said) == max_tokens:
-                return said
-            hidden = self.decoder.embed_tokens(torch.tensor([said[-1:]], device=hidden.device))
-            positions = torch.tensor([[prompt + len(said) - 1]], device=hidden.device)
+            tokens.append(int(self.hf_model.lm_head(self.decoder.norm(hidden[0, -1])).argmax()))
+            if tokens[-1] in self.ends or len(tokens) == max_tokens:
+                return tokens
+            hidden = self.decoder.embed_tokens(torch.tensor([tokens[-1:]], device=hidden.device))
+            positions = torch.tensor([[prompt + len(tokens) - 1]], device=hidden.device)

@@ -1,4 +1,4 @@
-"""What a policy leaves to be paid: of stock's KV memory and of the decoder's work."""
+"""What a policy costs: the decoder's work and the KV memory that it takes, compared with stock vLLM."""
 
 from dataclasses import dataclass
 
@@ -6,11 +6,18 @@ from vllm_vtw.capacity import LayerGroups
 from vllm_vtw.policy import Policy
 
 STOCK = Policy(())
+"""The policy that withdraws nothing, as stock vLLM."""
 
 
 @dataclass(frozen=True)
 class RequestTokens:
-    """A request's tokens, which may be means over many."""
+    """The numbers of a request's tokens, or their means over many requests.
+
+    Attributes:
+        visual: Visual tokens of the prompt.
+        text: All other tokens of the prompt.
+        output: Tokens of the answer.
+    """
 
     visual: float
     text: float
@@ -19,14 +26,14 @@ class RequestTokens:
 
 @dataclass(frozen=True)
 class Price:
-    """What policies take of a decoder's work and of the KV memory.
+    """Computes what policies cost for one model and one kind of request.
 
     Attributes:
-        num_layers: Of the decoder.
-        layer_parameters: Of one of them.
-        hidden_size: Of their states.
-        request: A request's tokens.
-        work_weight: What a share of the work costs, where the same share of the memory costs 1.
+        num_layers: The number of the decoder's layers.
+        layer_parameters: The number of parameters of one decoder layer.
+        hidden_size: The model's hidden size.
+        request: The tokens of a request.
+        work_weight: How much a share of the work counts in `cost`, relative to the same share of KV memory.
     """
 
     num_layers: int
@@ -36,32 +43,43 @@ class Price:
     work_weight: float = 1.0
 
     def layer_flops(self, keep: float) -> float:
-        """Floating-point operations over a prompt, of a layer that gets the fraction `keep` of visual tokens.
+        """The floating-point operations that one layer needs for a prompt.
 
-        As in the papers: two for every weight and token, and attention over all pairs of tokens.
+        They are counted as in the papers: two for each parameter and token, and attention between all pairs
+        of tokens.
+
+        Args:
+            keep: The fraction of visual tokens that the layer gets.
         """
         tokens = keep * self.request.visual + self.request.text
         return 2 * self.layer_parameters * tokens + 4 * self.hidden_size * tokens**2
 
     def prefill_flops(self, policy: Policy) -> float:
-        """Floating-point operations of the decoder's layers over a prompt."""
+        """The floating-point operations that all decoder layers together need for a prompt."""
         segments = zip(policy.keeps, policy.segments(self.num_layers), strict=True)
         return sum(len(layers) * self.layer_flops(keep) for keep, layers in segments)
 
     def layer_held(self, keep: float) -> float:
-        """Tokens that a layer holds of a whole request, with the fraction `keep` of visual tokens."""
+        """The number of tokens of a request, prompt and answer, that one layer holds in the KV cache.
+
+        Args:
+            keep: The fraction of visual tokens that the layer holds.
+        """
         return keep * self.request.visual + self.request.text + self.request.output
 
     def flops_share(self, policy: Policy) -> float:
-        """Of stock's `prefill_flops`."""
+        """The policy's `prefill_flops` as a share of stock vLLM's."""
         return self.prefill_flops(policy) / self.prefill_flops(STOCK)
 
     def kv_share(self, policy: Policy) -> float:
-        """Of stock's KV memory for a request, the padding of KV-cache groups included, blocks not."""
+        """The KV memory of a request as a share of stock vLLM's.
+
+        The padding of KV-cache groups is included. Rounding up to whole blocks is not.
+        """
         groups = LayerGroups.of(policy, self.num_layers)
         held = sum(self.layer_held(policy.keeps[stage]) for stage in groups.stages)
         return groups.width * held / (self.num_layers * self.layer_held(1))
 
     def cost(self, policy: Policy) -> float:
-        """Of both shares."""
+        """The weighted sum of `flops_share` and `kv_share`, which searches minimize."""
         return self.work_weight * self.flops_share(policy) + self.kv_share(policy)

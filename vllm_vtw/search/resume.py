@@ -1,4 +1,4 @@
-"""Going through samples: what is there already is not computed again, and has to be of the same sample."""
+"""Evaluates samples in order. The results of an earlier run are used again if the samples are the same."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,21 +14,21 @@ Inputs = Mapping[str, torch.Tensor]
 
 
 class JournaledSample(Protocol):
-    """What is known of a sample."""
+    """The result of a sample, as a journal holds it."""
 
     @property
     def inputs_sha256(self) -> str:
-        """`inputs_digest` of what the model got."""
+        """The `inputs_digest` of the model's inputs for the sample."""
 
 
 S = TypeVar("S", bound=JournaledSample)
 
 
 def inputs_digest(inputs: Inputs) -> str:
-    """SHA-256 of what the model gets."""
+    """The SHA-256 of a model's inputs, as hexadecimal digits."""
     digest = hashlib.sha256()
     for name in sorted(inputs):
-        # numpy has no bfloat16.
+        # Converted to float32 because numpy has no bfloat16.
         digest.update(inputs[name].to("cpu", torch.float32).numpy().tobytes())
     return digest.hexdigest()
 
@@ -40,25 +40,26 @@ def evaluate_samples(
     max_tokens: int,
     known: Mapping[str, S],
     file: Path,
-    look: Callable[[Sample, Inputs, str], S],
+    evaluate: Callable[[Sample, Inputs, str], S],
 ) -> Iterator[Skipped | S]:
-    """Goes through samples in their order until `limit` are good.
+    """Evaluates samples in their order until `limit` of them could be evaluated.
 
     Args:
-        model: Encodes them.
-        samples: In their order.
-        limit: How many are wanted.
-        max_tokens: Of an answer.
-        known: By place, what was seen before.
-        file: That has it.
-        look: Sees a new one, given what the model gets and its digest; keeps it, and may refuse it with a
-            `BadSampleError`.
+        model: The model, which makes inputs of the samples.
+        samples: The samples, in the order in which they are tried.
+        limit: The number of results that are wanted.
+        max_tokens: The most tokens of an answer.
+        known: Results of an earlier run, by `Sample.where`.
+        file: The journal that holds the results of `known`. Error messages name it.
+        evaluate: Called with a sample that is not in `known`, the model's inputs and their `inputs_digest`.
+            It returns the result and stores it in the journal, or raises a `BadSampleError`.
 
     Yields:
-        What is seen of each sample that is good, and why others are not.
+        For each sample its result or, if it cannot be used, the reason.
 
     Raises:
-        ValueError: A known sample was another one then.
+        ValueError: There is no chat template, or the inputs for a sample of `known` differ from those that
+            its result was made with.
     """
     good = 0
     for sample in samples:
@@ -67,14 +68,14 @@ def evaluate_samples(
         try:
             inputs = model.encode(sample, max_tokens)
             digest = inputs_digest(inputs)
-            seen = known.get(sample.where) or look(sample, inputs, digest)
+            result = known.get(sample.where) or evaluate(sample, inputs, digest)
         except BadSampleError as error:
             yield Skipped(sample.where, error)
             continue
-        if seen.inputs_sha256 != digest:
+        if result.inputs_sha256 != digest:
             raise ValueError(
-                f"--resume: {sample.where} was another picture or prompt when {file} was made: "
-                "give another --out"
+                f"--resume: {sample.where} had another image or prompt when {file} was made: "
+                "restore the data, or give another --out"
             )
         good += 1
-        yield seen
+        yield result

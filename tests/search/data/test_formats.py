@@ -104,7 +104,7 @@ def test_as_many_images_as_placeholders_or_placeholders_before_the_question(
         said = "".join("<image>" if part == IMAGE else part["text"] for part in parts)
         assert "".join(said.split()) == ("" if places else "<image>" * num_images) + "".join(value.split())
     else:
-        with pytest.raises(ValueError, match=r"has no image|more images than|more places for"):
+        with pytest.raises(ValueError, match=r"has no image|more images than|more image placeholders"):
             read(folder, content)
 
 
@@ -115,15 +115,15 @@ NO_DATA = {
     ),
     "numbers": (b"1\n2\n" * 170, "line 1: not a JSON object; --data takes JSON lines"),
     "parquet": (b"PAR1" + bytes(range(256)) * 9 + b"PAR1", "--data takes JSON lines"),
-    "utf-16 without an end": (b"\xff\xfe\0", "this is no JSON: --data takes JSON lines"),
+    "utf-16 without an end": (b"\xff\xfe\0", "the file is not JSON: --data takes JSON lines"),
     "one object": (json.dumps(ENTRIES[0], indent=2).encode(), "line 1: not JSON"),
-    "a list cut": (json.dumps(ENTRIES).encode()[:-5], "begins as a JSON list and is none"),
+    "a list cut": (json.dumps(ENTRIES).encode()[:-5], "begins like a JSON list but is not one"),
     "a list of texts": (b'["a", "b"]', "item 1: not a JSON object"),
     "no question": (
         b'{"image": "a.png", "question": "What?"}\n' * 170,
         "lines 1, 2, 3 and 167 more: has to",
     ),
-    "no image": (b'[{"prompt": "What?"}, {"prompt": "Who?"}]', r"items 1, 2: has no image: 'image'"),
+    "no image": (b'[{"prompt": "What?"}, {"prompt": "Who?"}]', r"items 1, 2: has no image: give 'image'"),
 }
 
 
@@ -152,7 +152,7 @@ def test_many_bad_lines_are_one_message_for_each_reason(tmp_path):
     said = [line.strip() for line in ended.err.replace("\r", "\n").splitlines() if "skipped" in line]
     assert said[:2] == [
         "skipped: lines 109, 110, 111 and 67 more: "
-        "has no image: 'image', 'images', or an 'image_url' in 'messages'",
+        "has no image: give 'image', 'images', or an 'image_url' in 'messages'",
         "skipped: lines 179, 180: not JSON: Expecting property name enclosed in double quotes at column 2",
     ]
     (missing,) = said[2:]

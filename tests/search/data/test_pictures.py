@@ -138,7 +138,7 @@ def test_broken_exif_does_not_end_the_run(tmp_path):
 
 def test_formats_that_vllm_refuses_are_refused(tmp_path):
     Image.effect_noise(SIZE, 80).save(tmp_path / "a.eps")
-    with pytest.raises(BadSampleError, match="is no picture of a format that vLLM reads"):
+    with pytest.raises(BadSampleError, match="is not an image in a format that vLLM reads"):
         Sample("line 1", ("a.eps",), folder=tmp_path).pictures()
     assert set(Image.OPEN) - REFUSED_FORMATS == set(Image.OPEN) & set(ALLOWED_IMAGE_FORMATS)
 
@@ -165,11 +165,11 @@ def test_a_damaged_file_is_shown_or_refused_as_vllm_does(data):
     ("source", "why"),
     [
         ("nowhere.png", "image 'nowhere.png': there is no such file: .*/nowhere.png"),
-        ("data.jsonl", "image 'data.jsonl': is no picture of a format that vLLM reads"),
+        ("data.jsonl", "image 'data.jsonl': is not an image in a format that vLLM reads"),
         ("half.png", "image 'half.png': cannot be read"),
         (".", r"image '\.': cannot be read"),
-        ("http://localhost/a.png", "nothing is fetched"),
-        ("data:image/png,abc", "image a data URL: cannot be read: it is not base64"),
+        ("http://localhost/a.png", "images are not downloaded"),
+        ("data:image/png,abc", "image a data URL: cannot be read: the data URL is not base64"),
         ("data:image/png;base64,####", "a data URL: cannot be read"),
     ],
 )

@@ -135,7 +135,7 @@ def test_what_the_assistant_says_last_is_the_known_answer(folder):
         (r'{"image": "a.png", "prompt": "\ud83d"}', "not JSON"),
         ({"prompt": "What?"}, "has no image"),
         ({"image": "a.png"}, "one of 'prompt', 'messages' and 'conversations'"),
-        ({"image": "a.png", "prompt": "What?", "messages": []}, "has to have one of"),
+        ({"image": "a.png", "prompt": "What?", "messages": []}, "has to have exactly one of"),
         ({"image": "a.png", "images": ["a.png"], "prompt": "What?"}, "both 'image' and 'images'"),
         ({"image": [1], "prompt": "What?"}, "'image' or 'images' has to be a path"),
         ({"image": "a.png", "prompt": 3}, "'prompt' is not a string"),
@@ -146,19 +146,22 @@ def test_what_the_assistant_says_last_is_the_known_answer(folder):
         ({"image": "a.png", "messages": [{"role": "user"}]}, "a string or a list of parts"),
         (
             {"image": "a.png", "messages": [{"role": "assistant", "content": "A."}]},
-            "no message of the user's",
+            "no message with the role user",
         ),
         (
             {"image": "a.png", "messages": [user(WHAT), {"role": "system", "content": "Be brief."}]},
-            "the last message has to be the user's or the assistant's",
+            "only messages with the role assistant may follow the last user message",
         ),
         ({"image": "a.png", "conversations": {}}, "'conversations' is not a list of turns"),
         ({"image": "a.png", "conversations": [{"from": [], "value": "What?"}]}, "a turn has to have 'from'"),
-        ({"image": "a.png", "conversations": [{"from": "human"}]}, "and 'value', a string"),
+        ({"image": "a.png", "conversations": [{"from": "human"}]}, "and 'value' (a string)"),
         ({"image": "a.png", "messages": [user({"type": "audio"})]}, "a part of type 'audio'"),
-        ({"image": "a.png", "messages": [user({"type": "image_url"})]}, "an 'image_url' has no URL"),
-        ({"image": "a.png", "messages": [user(IMAGE, IMAGE)]}, "more places for images than images"),
-        ({"images": ["a.png", "b.png"], "messages": [user(IMAGE, WHAT)]}, "more images than places for them"),
+        (
+            {"image": "a.png", "messages": [user({"type": "image_url"})]},
+            "'image_url' has no URL in 'image_url'",
+        ),
+        ({"image": "a.png", "messages": [user(IMAGE, IMAGE)]}, "more image placeholders than images"),
+        ({"images": ["a.png", "b.png"], "messages": [user(IMAGE, WHAT)]}, "more images than image place"),
     ],
 )
 def test_bad_lines_are_told_with_number_and_reason(folder, line, why):

@@ -95,7 +95,7 @@ def test_ctrl_c_keeps_the_layers_that_were_found(gsearched, data, tmp_path):
     again = searched("gsearch", data, tmp_path, *options)
     assert (again.status, "go on with --resume, or give another --out" in again.err) == (2, True)
     other = searched("gsearch", data, tmp_path, "--max-token-change=0.06", "--resume")
-    assert (other.status, "was made with another max_" in other.err) == (2, True)
+    assert (other.status, "was made with another value of max_" in other.err) == (2, True)
     assert searched("gsearch", data, tmp_path, *options, "--resume").status == 0
     assert result_of(tmp_path) == result_of(gsearched[0])
 
@@ -111,14 +111,14 @@ def test_p_sigmoid_spends_its_budget_and_begins_where_it_stopped(data, tmp_path)
     made = result["made"]
     assert result["keeps"] == sigmoid(made["k"], made["m"], made["r_max"], LAYERS)
     again = searched("psigmoid", data, once, *options)
-    assert (again.status, "holds a P-Sigmoid: go on with --resume" in again.err) == (2, True)
+    assert (again.status, "holds results (P-Sigmoid): go on with --resume" in again.err) == (2, True)
     for resume in ((), ("--resume",)):
         other = searched("gsearch", data, once, *resume)
-        assert (other.status, "holds another search, psigmoid.jsonl: give another" in other.err) == (2, True)
+        assert (other.status, "results of another search (psigmoid.jsonl): give" in other.err) == (2, True)
     nothing = searched("psigmoid", data, twice, *options, "--resume")
     assert (nothing.status, "--resume: there is no" in nothing.err) == (2, True)
     other = searched("psigmoid", data, once, "--budget=0.6", "--resume")
-    assert (other.status, "was made with another budget, 0.7, and now it is 0.6" in other.err) == (2, True)
+    assert (other.status, "was made with another value of budget (0.7, now 0.6)" in other.err) == (2, True)
     assert "answering" not in other.err
     # Fewer trials first, then the rest: the same.
     assert searched("psigmoid", data, twice, "--budget=0.7", "--trials=2").status == 0

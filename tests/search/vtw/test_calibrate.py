@@ -148,7 +148,7 @@ def test_bad_samples_are_told_and_skipped(data, tmp_path):
         for said in (
             "line 3: not JSON",
             "line 5: image 'nowhere.png': there is no such file",
-            "line 7: 1 images, and <image> 2 times in the prompt",
+            "line 7: the prompt has <image> 2 times, and the number of images is 1",
             "line 8: a prompt of",
         ):
             assert f"skipped: {said}" in ended.err
@@ -208,7 +208,7 @@ def test_logits_that_are_not_finite_are_told(data, tmp_path):
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     ended = calibrate(data, tmp_path / "out", "--dtype=float16", model=model)
     assert ended.status == 2
-    assert "logits are not finite in torch.float16: take another --dtype" in ended.err
+    assert "logits are not finite in torch.float16: choose another --dtype" in ended.err
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_logits_that_are_not_finite_are_told(data, tmp_path):
         (["--layers=a"], "has to be like 8-20 or 8,12,16"),
         (["--layers=5-"], "has to be like 8-20 or 8,12,16"),
         (["--device=toaster"], "--device toaster"),
-        (["--prompt=What?"], "--prompt is for a folder of pictures"),
+        (["--prompt=What?"], "--prompt is for a folder of images"),
     ],
 )
 def test_wrong_options_are_told(data, tmp_path, options, said):

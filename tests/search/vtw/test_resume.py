@@ -59,11 +59,12 @@ def test_resuming_asks_for_more_samples_or_other_budgets_but_not_for_other_data(
     ended = calibrate(data, tmp_path, *options, "12")
     assert (ended.status, ended.err.splitlines()[-1]) == (
         2,
-        f"vtw calibrate: error: {tmp_path} holds a calibration: go on with --resume, or give another --out",
+        f"vtw calibrate: error: {tmp_path} already holds results (calibration): "
+        "go on with --resume, or give another --out",
     )
     ended = calibrate(data, tmp_path, "--layers=9-11", "--limit=12", "--resume")
     assert ended.status == 2
-    assert "was made with another layers, [8, 9, 10, 11], and now it is [9, 10, 11]" in ended.err
+    assert "was made with another value of layers ([8, 9, 10, 11], now [9, 10, 11])" in ended.err
 
 
 def test_another_picture_or_other_weights_are_not_mixed_in(data, tmp_path):
@@ -79,23 +80,23 @@ def test_another_picture_or_other_weights_are_not_mixed_in(data, tmp_path):
     Image.new("RGB", (96, 96)).save(picture)
     ended = calibrate(file, tmp_path / "out", *options, "--resume", model=model)
     assert ended.status == 2
-    assert f"--resume: {measured['where']} was another picture or prompt" in ended.err
+    assert f"--resume: {measured['where']} had another image or prompt" in ended.err
     picture.write_bytes(kept)
     assert calibrate(file, tmp_path / "out", *options, "--resume", model=model).status == 0
     weights = load_file(model / "model.safetensors")
     save_file({name: tensor / 2 for name, tensor in weights.items()}, model / "model.safetensors")
     ended = calibrate(file, tmp_path / "out", *options, "--resume", model=model)
     assert ended.status == 2
-    assert "was made with another revision: give the same" in ended.err
+    assert "was made with another value of revision: use the same" in ended.err
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    for other, name in (("--seed=1", "seed, 0, and now it is 1"), ("--max-tokens=9", "max_tokens, 128")):
+    for other, name in (("--seed=1", "seed (0, now 1)"), ("--max-tokens=9", "max_tokens (128,")):
         ended = calibrate(file, tmp_path / "out", *options, other, "--resume", model=model)
         assert ended.status == 2
-        assert f"was made with another {name}" in ended.err
+        assert f"was made with another value of {name}" in ended.err
     file.write_text(file.read_text() + "\n")
     ended = calibrate(file, tmp_path / "out", *options, "--resume", model=model)
     assert ended.status == 2
-    assert "was made with another data_sha256: give the same" in ended.err
+    assert "was made with another value of data_sha256: use the same" in ended.err
 
 
 def test_a_file_that_is_not_its_own_is_left_alone(data, tmp_path):

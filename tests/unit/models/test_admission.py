@@ -58,7 +58,7 @@ RANKED, FIXED = Policy((Stage(2, 0.5),)), Policy((Stage(2, 0.0),))
 def test_a_refused_prompt_takes_back_what_it_added_and_nothing_else():
     cache = Cache()
     processed(cache, RANKED, "another user's")
-    with pytest.raises(ValueError, match=r"has 35 tokens from its first image on.* a step takes 30"):
+    with pytest.raises(ValueError, match=r"has 35 tokens from its first image on.* a step has room for 30"):
         processed(cache, RANKED, "another user's", "new", "newer")
     assert cache.held == {"another user's"}
     processed(cache, RANKED, "another user's", "new")

@@ -1,1 +1,1 @@
-"""Users' samples: files, chats and pictures, read as `vllm serve` reads requests."""
+"""Reads users' samples, with their chats and images, in the way in which `vllm serve` reads requests."""

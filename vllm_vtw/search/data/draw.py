@@ -1,4 +1,4 @@
-"""The order in which a search looks at samples."""
+"""The order in which a search uses samples."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -10,11 +10,19 @@ if TYPE_CHECKING:
     from vllm_vtw.search.data.sample import Sample
 
 SEEDS = 1 << 32
-"""Seeds are whole numbers less than this, as numpy's and Optuna's samplers take them."""
+"""Seeds are integers from 0 to `SEEDS - 1`, because numpy's and Optuna's samplers take no others."""
 
 
 def draw_samples(samples: "Iterable[Sample]", seed: int) -> "list[Sample]":
-    """The samples in random order, the tasks by turns, so that the first few have some of every task."""
+    """Puts samples in a random order in which tasks take turns.
+
+    The first few samples therefore include some of each task. For example, samples of the tasks a, a, a and b
+    come in the order a, b, a, a.
+
+    Args:
+        samples: The samples of all tasks.
+        seed: An integer from 0 to `SEEDS - 1`. The same seed gives the same order.
+    """
     shuffled = list(samples)
     Random(seed).shuffle(shuffled)
     by_task: dict[str, list[Sample]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""Pictures as `vllm serve` shows them to a model."""
+"""Loads images in the way in which `vllm serve` does before it gives them to a model."""
 
 import base64
 import io
@@ -8,16 +8,16 @@ from pathlib import Path
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 REFUSED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-"""Those that Pillow opens and vLLM does not."""
+"""Formats that Pillow opens but vLLM refuses."""
 
 
 class BadPictureError(ValueError):
-    """vLLM would not show a picture; the message says why.
+    """Raised if an image cannot be loaded, because vLLM would refuse it or because it is not on this machine.
 
     Args:
-        name: The picture's.
-        kind: What the message has in common with those of other pictures.
-        detail: What is of this picture alone.
+        name: What the message calls the image, such as its path in quotes.
+        kind: The reason, in words that are the same for all images that fail for it.
+        detail: More about the reason, specific to this image.
     """
 
     def __init__(self, name: str, kind: str, detail: str = "") -> None:
@@ -26,54 +26,57 @@ class BadPictureError(ValueError):
 
 
 def load_picture(source: str, folder: Path) -> Image.Image:
-    """The picture of a path or data URL, in RGB.
+    """Loads the image of a path or data URL, in RGB.
 
     Args:
-        source: The path, or the data URL.
-        folder: What the path is relative to.
+        source: The path or data URL.
+        folder: The folder that a relative path starts from.
 
     Raises:
-        BadPictureError: vLLM would not show it either, or it is on another machine.
+        BadPictureError: The image cannot be read, or `source` is a URL to download from.
     """
     is_url = source.startswith("data:")
     if "://" in source and not is_url:
-        raise BadPictureError(repr(source), "nothing is fetched; give a path or a data URL")
+        raise BadPictureError(repr(source), "images are not downloaded; give a path or a data URL")
     name = "a data URL" if is_url else repr(source)
     try:
-        return decode_picture(_of_data_url(source) if is_url else (folder / source).read_bytes())
+        return decode_picture(_decode_data_url(source) if is_url else (folder / source).read_bytes())
     except FileNotFoundError as error:
         raise BadPictureError(name, "there is no such file", str(folder / source)) from error
     except UnidentifiedImageError as error:
-        raise BadPictureError(name, "is no picture of a format that vLLM reads") from error
-    except Exception as error:  # Pillow raises what comes, struct.error and zlib.error among it
+        raise BadPictureError(name, "is not an image in a format that vLLM reads") from error
+    except Exception as error:  # Pillow lets through errors of many types, such as zlib.error
         raise BadPictureError(name, "cannot be read", str(error)) from error
 
 
 def decode_picture(content: bytes) -> Image.Image:
-    """The picture of a file's content: upright, in RGB, and on white where it is transparent.
+    """Decodes an image file: upright by its EXIF orientation, in RGB, and on white if it is transparent.
+
+    Args:
+        content: The file's content.
 
     Raises:
-        Exception: Of Pillow, where vLLM's own loader raises, too.
+        Exception: Pillow cannot decode the file. vLLM's own loader fails for such files, too.
     """
     Image.init()
     opened = Image.open(io.BytesIO(content), formats=sorted(Image.OPEN.keys() - REFUSED_FORMATS))
-    # vLLM shows a picture as it is stored where its EXIF block is broken.
+    # If the EXIF block is broken, vLLM takes the image as it is stored.
     upright: Image.Image = opened
     with suppress(Exception):
         upright = ImageOps.exif_transpose(opened)
     upright.load()
-    # Pillow's own `has_transparency_data` is true of more, which vLLM shows without their alpha.
-    is_clear = upright.mode in ("LA", "PA", "RGBA") or "transparency" in upright.info
-    if upright.mode == "RGB" or not is_clear:
+    # Pillow's own `has_transparency_data` is also true for other modes, whose alpha channel vLLM ignores.
+    is_transparent = upright.mode in ("LA", "PA", "RGBA") or "transparency" in upright.info
+    if upright.mode == "RGB" or not is_transparent:
         return upright.convert("RGB")
-    clear = upright.convert("RGBA")
-    white = Image.new("RGB", clear.size, "white")
-    white.paste(clear, mask=clear.getchannel("A"))
-    return white
+    rgba = upright.convert("RGBA")
+    on_white = Image.new("RGB", rgba.size, "white")
+    on_white.paste(rgba, mask=rgba.getchannel("A"))
+    return on_white
 
 
-def _of_data_url(url: str) -> bytes:
+def _decode_data_url(url: str) -> bytes:
     head, _, body = url.partition(",")
     if not head.endswith(";base64"):
-        raise ValueError("it is not base64")
+        raise ValueError("the data URL is not base64")
     return base64.b64decode(body, validate=True)

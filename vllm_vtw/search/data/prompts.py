@@ -1,4 +1,4 @@
-"""Samples as a model gets them: vLLM's token ids, and pictures."""
+"""Makes a model's inputs of samples, with the same token ids as in vLLM."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,33 +8,35 @@ from vllm_vtw.search.data.sample import BadSampleError, Message, Sample
 
 
 class Prompts:
-    """What a checkpoint's processor makes of samples.
+    """Makes a model's inputs of samples with the checkpoint's processor.
 
     Args:
-        processor: Of transformers; it is changed to count an image's tokens as vLLM does.
-        config: The checkpoint's configuration.
+        processor: The checkpoint's transformers processor. It is modified, so that it counts the tokens of an
+            image as vLLM does.
+        config: The checkpoint's transformers configuration.
 
     Attributes:
-        notes: What a reader has to know of the samples so far.
+        notes: Sentences for reports about how the samples so far were read.
     """
 
     def __init__(self, processor: Any, config: Any) -> None:
-        # An old processor's configuration lacks some of these, and vLLM never asks it.
+        # vLLM reads these from the model's configuration. Old processors' configurations lack some of them.
         processor.patch_size = config.vision_config.patch_size
         processor.num_additional_image_tokens = VISION_TOWERS[config.vision_config.model_type]
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
         self.processor = processor
-        self.longest = config.get_text_config().max_position_embeddings
+        self.max_model_len = config.get_text_config().max_position_embeddings
         self.template = processor.chat_template or processor.tokenizer.chat_template
-        self.template_takes_parts = self._goes_through_parts()
+        self.template_takes_parts = self._takes_parts()
         self.notes: list[str] = []
 
     def text(self, sample: Sample) -> str:
-        """The text that the model gets, with one placeholder for each picture.
+        """The text that the model gets, with one placeholder for each image.
 
         Raises:
-            ValueError: There is no chat template.
-            BadSampleError: Placeholders and pictures differ in number, or the chat template refuses the chat.
+            ValueError: The sample needs a chat template, and the checkpoint has none.
+            BadSampleError: The prompt has more or fewer placeholders than the sample has images, or the chat
+                template refuses the chat.
         """
         if sample.prompt is not None:
             text = sample.prompt
@@ -46,41 +48,47 @@ class Prompts:
                 messages = tuple(self._as_text(message) for message in messages)
             try:
                 text = self._rendered(messages)
-            except Exception as error:  # templates raise what they like
-                kind = "the model's chat template refuses it"
+            except Exception as error:  # A template may raise anything.
+                kind = "the model's chat template refuses the chat"
                 raise BadSampleError(f"{kind}: {error}", kind) from error
         token = self.processor.image_token
         if text.count(token) != len(sample.images):
             raise BadSampleError(
-                f"{len(sample.images)} images, and {token} {text.count(token)} times in the prompt"
+                f"the prompt has {token} {text.count(token)} times, and the number of images is "
+                f"{len(sample.images)}"
             )
         return text
 
     def inputs(self, sample: Sample, max_tokens: int) -> Any:
-        """The model's inputs for a sample, where an answer of `max_tokens` fits behind it.
+        """Makes the model's inputs of a sample, on the CPU.
 
-        As in vLLM, a chat begins with what the chat template writes, and a whole prompt with what the
-        tokenizer writes before it.
+        As in vLLM, the tokenizer adds special tokens such as BOS to a whole prompt, but not to the text that
+        a chat template writes.
+
+        Args:
+            sample: The sample.
+            max_tokens: The most tokens of an answer, which has to fit behind the prompt.
 
         Raises:
-            ValueError: There is no chat template.
-            BadSampleError: It has no good prompt, an unreadable picture, or is too long.
+            ValueError: The sample needs a chat template, and the checkpoint has none.
+            BadSampleError: No prompt can be made of the sample, an image cannot be read, or prompt and answer
+                are too long for the model.
         """
         text = self.text(sample)
-        pictures = sample.pictures()
+        images = sample.pictures()
         is_whole = sample.prompt is not None
         try:
             inputs = self.processor(
-                images=pictures, text=text, add_special_tokens=is_whole, return_tensors="pt"
+                images=images, text=text, add_special_tokens=is_whole, return_tensors="pt"
             )
-        except Exception as error:  # processors raise what they like
-            kind = "the model's processor refuses it"
+        except Exception as error:  # A processor may raise anything.
+            kind = "the model's processor refuses the sample"
             raise BadSampleError(f"{kind}: {error}", kind) from error
         prompt = inputs["input_ids"][0].tolist()
-        if len(prompt) + max_tokens > self.longest:
+        if len(prompt) + max_tokens > self.max_model_len:
             raise BadSampleError(
-                f"a prompt of {len(prompt)} and an answer of up to {max_tokens} tokens: over the model's "
-                f"{self.longest}",
+                f"a prompt of {len(prompt)} and an answer of up to {max_tokens} tokens are together longer "
+                f"than the model's {self.max_model_len}",
                 "too long",
             )
         self._note_first_token(prompt, is_whole)
@@ -92,22 +100,26 @@ class Prompts:
         )
         return rendered
 
-    def _goes_through_parts(self) -> bool:
-        """Whether the chat template takes lists of parts, and not strings only."""
+    def _takes_parts(self) -> bool:
+        """Whether the chat template can read a `content` that is a list of parts, and not only strings."""
         try:
             written = self._rendered([{"role": "user", "content": [{"type": "text", "text": "What?"}]}])
-        except Exception:  # a list where a string is wanted, or there is no template
+        except Exception:  # The template takes only strings, or there is none.
             return False
+        # A template that takes only strings may also write the list itself.
         return "'type'" not in written
 
     def _as_text(self, message: Message) -> Message:
-        """A message whose content is a string, as vLLM makes it for such a template: pictures first."""
+        """The message with a string as `content`, as vLLM makes it for a template that takes only strings.
+
+        All image placeholders come first.
+        """
         texts = [part["text"] for part in message["content"] if part["type"] == "text"]
-        places = [self.processor.image_token] * (len(message["content"]) - len(texts))
-        return message | {"content": "\n".join([*places, *texts])}
+        placeholders = [self.processor.image_token] * (len(message["content"]) - len(texts))
+        return message | {"content": "\n".join([*placeholders, *texts])}
 
     def _note_first_token(self, prompt: list[int], is_whole: bool) -> None:
-        """Notes where the first token is there twice or not at all, though the tokenizer writes one."""
+        """Adds a note if a prompt has no BOS token or two, though the tokenizer by itself would write one."""
         tokenizer = self.processor.tokenizer
         first, name = tokenizer.bos_token_id, tokenizer.bos_token
         if first is None or tokenizer("")["input_ids"][:1] != [first]:
@@ -116,12 +128,12 @@ class Prompts:
         if not is_whole and prompt[0] != first:
             note = (
                 f"Chats were measured without {name} before them: the chat template does not write it, "
-                "and the tokenizer, which would, is not asked to in vLLM's chat endpoint."
+                "and vLLM's chat endpoint does not let the tokenizer add it."
             )
         elif is_whole and prompt[:2] == [first, first]:
             note = (
                 f"Prompts that begin with {name} were measured with two of it: the tokenizer adds one, as in "
-                "vLLM's completions endpoint. Leave it out of the data and of requests."
+                f"vLLM's completions endpoint. Leave {name} out of the data and of requests."
             )
         if note is not None and note not in self.notes:
             self.notes.append(note)

@@ -1,4 +1,4 @@
-"""The samples that a search looks at: those of a file, or a folder of pictures."""
+"""Reads the samples of a data file or of a folder of images."""
 
 import hashlib
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".we
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a file or folder holds.
+    """The samples of a file or folder.
 
     Attributes:
-        samples: Those that can be used, as far as can be seen without their pictures.
-        bad: Those that cannot.
-        sha256: Of the file; of a folder, of the question and the pictures' names.
+        samples: The samples that can be used, as far as can be told before their images are read.
+        bad: The samples that cannot be used.
+        sha256: The SHA-256 of the file. For a folder, that of the question and the names of the images.
     """
 
     samples: list[Sample]
@@ -27,23 +27,25 @@ class Dataset:
 
 
 def read_data(path: Path, prompt: str | None) -> Dataset:
-    """Reads JSON lines, a JSON list, or a folder of pictures.
+    """Reads a file of JSON lines, a JSON list, or a folder of images.
 
     Args:
-        path: Of the file or folder.
-        prompt: The question about each picture of a folder; only there.
+        path: The file or folder.
+        prompt: The question about each image of a folder. None for a file, whose samples have their own.
 
     Raises:
         OSError: The path cannot be read.
-        ValueError: `prompt` is missing, or is there for a file that has its own; or nothing in the file can
-            be used, for one reason.
+        ValueError: `prompt` is missing for a folder or given for a file, the file has none of the formats, or
+            none of its samples can be used, all for the same reason.
     """
     if path.is_dir():
         if prompt is None:
-            raise ValueError(f"{path} is a folder of pictures: give the question about them with --prompt")
-        return _pictures_of(path, prompt)
+            raise ValueError(f"{path} is a folder of images: give the question about them with --prompt")
+        return _read_folder(path, prompt)
     if prompt is not None:
-        raise ValueError(f"--prompt is for a folder of pictures; {path} has a prompt in every line")
+        raise ValueError(
+            f"--prompt is for a folder of images: leave it out, as the samples of {path} have prompts already"
+        )
     content = path.read_bytes()
     try:
         found = read_entries(content)
@@ -63,7 +65,7 @@ def read_data(path: Path, prompt: str | None) -> Dataset:
     return Dataset(samples, bad, hashlib.sha256(content).hexdigest())
 
 
-def _pictures_of(folder: Path, prompt: str) -> Dataset:
+def _read_folder(folder: Path, prompt: str) -> Dataset:
     names = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
     whole, messages = prompt_or_chat(prompt, 1)
     samples = [Sample(f"file {name}", (name,), whole, messages, folder=folder) for name in names]

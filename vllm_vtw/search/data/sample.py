@@ -1,4 +1,4 @@
-"""A sample of a user's data, and what is said of those that cannot be used."""
+"""A sample of a user's data, and the messages about samples that cannot be used."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -11,15 +11,17 @@ from PIL import Image
 from vllm_vtw.search.data.pictures import BadPictureError, load_picture
 
 Message = dict[str, Any]
-PLACES = 3
+MAX_SHOWN_PLACES = 3
+"""A message names at most so many of the samples that it is about."""
 
 
 class BadSampleError(ValueError):
-    """A sample cannot be used; the message says why.
+    """Raised if a sample cannot be used.
 
     Args:
-        why: The message.
-        kind: What messages that differ in a name or a number have in common; the message by default.
+        why: The message, which says why.
+        kind: The reason without details such as names and numbers. `skip_messages` groups samples by it. The
+            message by default.
     """
 
     def __init__(self, why: str, kind: str | None = None) -> None:
@@ -29,15 +31,17 @@ class BadSampleError(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One request, its pictures not read yet.
+    """One request. Its images are not read yet.
 
     Attributes:
-        where: The line, the item or the file that it comes from.
-        images: Paths or data URLs, in the order of the prompt.
-        prompt: The text as the model gets it, with its image placeholders; None where there are messages.
-        messages: A chat, each content a list of parts of type "text" and "image".
-        task: What accuracy is looked at by.
-        answer: What the model should say, where that is known.
+        where: The place that the sample comes from: "line 3", "item 3" or "file a.png".
+        images: Paths or data URLs of the images, in the order of their placeholders in the prompt.
+        prompt: The text as the model gets it, with image placeholders. None if the sample has `messages`.
+        messages: The messages of a chat. Each `content` is a list of parts of type "text" and "image". Empty
+            if the sample has a `prompt`.
+        task: The name of the task that the sample belongs to. Results are reported by task.
+        answer: The expected answer. None if it is not known.
+        folder: The folder that relative paths in `images` start from.
     """
 
     where: str
@@ -49,10 +53,10 @@ class Sample:
     folder: Path = field(default=Path(), compare=False)
 
     def pictures(self) -> list[Image.Image]:
-        """The pictures in RGB.
+        """Reads the images, in RGB.
 
         Raises:
-            BadSampleError: One cannot be read.
+            BadSampleError: An image cannot be read.
         """
         try:
             return [load_picture(source, self.folder) for source in self.images]
@@ -65,8 +69,8 @@ class Skipped:
     """A sample that cannot be used.
 
     Attributes:
-        where: The line, the item or the file that it comes from.
-        error: Why.
+        where: The place that the sample comes from, as in `Sample.where`.
+        error: The reason.
     """
 
     where: str
@@ -74,18 +78,18 @@ class Skipped:
 
 
 def skip_messages(skipped: Iterable[Skipped]) -> list[str]:
-    """Why samples are skipped, in one line for each kind of reason."""
+    """Says why samples are skipped, in one line for each kind of reason."""
     by_kind: dict[str, list[Skipped]] = defaultdict(list)
     for one in skipped:
         by_kind[one.error.kind].append(one)
-    return [_line(some) for some in by_kind.values()]
+    return [_skip_message(same_kind) for same_kind in by_kind.values()]
 
 
-def _line(some: Sequence[Skipped]) -> str:
-    first, reasons = some[0], {str(one.error) for one in some}
-    if len(some) == 1:
+def _skip_message(same_kind: Sequence[Skipped]) -> str:
+    first, reasons = same_kind[0], {str(one.error) for one in same_kind}
+    if len(same_kind) == 1:
         return f"{first.where}: {first.error}"
     unit = first.where.partition(" ")[0]
-    places = ", ".join(one.where.partition(" ")[2] for one in some[:PLACES])
-    more = f" and {len(some) - PLACES} more" if len(some) > PLACES else ""
+    places = ", ".join(one.where.partition(" ")[2] for one in same_kind[:MAX_SHOWN_PLACES])
+    more = f" and {len(same_kind) - MAX_SHOWN_PLACES} more" if len(same_kind) > MAX_SHOWN_PLACES else ""
     return f"{unit}s {places}{more}: {'the first: ' if len(reasons) > 1 else ''}{first.error}"
