@@ -84,7 +84,7 @@ def test_a_prompt_without_text_behind_its_picture_is_skipped(pictures, tmp_path)
     loaded = load_llava(SmallLlava(layers=3, image_side=4).save(tmp_path / "model"))
     store = ExitStore(tmp_path / "out", {"layers": [1]}, 64, with_answers=False, resume=False)
     (bad,) = collect_exits(loaded, [sample(PROMPTS["at the end"], pictures)], 8, [1], 4, store)
-    assert "gates read the text behind the last picture" in str(bad)
+    assert "gates read the text behind the last image" in str(bad)
 
 
 def separable(samples: int) -> tuple[np.ndarray, np.ndarray]:
@@ -227,7 +227,7 @@ def test_evaluation_by_threshold(gates, data, tmp_path):
     assert 4 <= at_0["exit_layer"] <= LAYERS
     assert rows["VTW, K = 4"]["all"]["kv_share"] < rows["gates, t = 1000"]["all"]["kv_share"]
     assert re.search(r"^gates, t = 0 .* @ ", ended.out, re.M)
-    assert "The gates learned from these data: on others they may do worse." in ended.out
+    assert "The gates were trained on this data: on other data they may do worse." in ended.out
     assert (tmp_path / "report.html").read_text().count("<svg") == 3
 
 

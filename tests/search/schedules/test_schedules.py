@@ -138,8 +138,8 @@ def test_p_sigmoid_on_a_memory_budget(data, tmp_path):
 @pytest.mark.parametrize(
     ("method", "option", "said"),
     [
-        ("gsearch", "--max-answer-kl=0", "nothing can be withdrawn, so there is no policy file: allow more"),
-        ("psigmoid", "--budget=1", "pays for all visual tokens, so there is no policy file: give less"),
+        ("gsearch", "--max-answer-kl=0", "nothing can be withdrawn, so there is no policy file: raise"),
+        ("psigmoid", "--budget=1", "allows all visual tokens, so there is no policy file: lower"),
     ],
 )
 def test_where_nothing_is_withdrawn_there_is_no_policy_file(data, tmp_path, method, option, said):

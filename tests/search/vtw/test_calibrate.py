@@ -42,7 +42,7 @@ def test_the_first_token_criterion_does_not_see_that_reading_fails(done):
     assert lines["K, of 12 layers"] == ["11", "10"]
     changed = [f"{result['curves']['ocr']['token_change'][at]:.1%}" for at in (at_10 + 1, at_10)]
     assert lines["ocr: tokens changed"] == changed
-    assert "Too few tokens of answers" in ended.out
+    assert "Too few answer tokens" in ended.out
 
 
 def test_the_policy_file_is_what_the_engine_takes_and_says_how_it_was_made(done, data):
@@ -116,10 +116,13 @@ def test_without_a_k_there_is_no_policy(data, tmp_path):
     assert json.loads(ended.out)["layer"] == {"answer": None, "first-token": None}
     assert not (tmp_path / "policy.json").exists()
     page = (tmp_path / "report.html").read_text()
-    assert "No K that was looked at satisfies the answer criterion" in page
-    assert re.search(r"left at K = 6: attribute [1-9][0-9.]*% of the tokens and [0-9.]+ nats, caption", page)
+    assert "No K that was measured satisfies the answer criterion" in page
+    assert re.search(
+        r"K = 6, the largest measured: attribute: [1-9][0-9.]*% of tokens changed, mean KL [0-9.]+ nats; cap",
+        page,
+    )
     ended = calibrate(data, tmp_path, *options, "--resume", "--criterion=first-token")
-    assert re.search(r"left at K = 6: [0-9.]+ nats, where 0.003 are allowed", ended.out)
+    assert re.search(r"K = 6, the largest measured: mean KL [0-9.]+ nats .*\(--eta allows 0.003\)", ended.out)
     chosen = calibrate(data, tmp_path, *options, "--resume", "--criterion=first-token", "--eta=50")
     assert chosen.status == 0
     content = json.loads((tmp_path / "policy.json").read_text())
@@ -153,8 +156,8 @@ def test_bad_samples_are_told_and_skipped(data, tmp_path):
         ):
             assert f"skipped: {said}" in ended.err
             assert said in page
-        assert "No good sample was drawn of: <b>, all." in ended.out
-        assert "No good sample was drawn of: <b>, all." in page
+        assert "No good sample was drawn of these tasks: <b>, all." in ended.out
+        assert "No good sample was drawn of these tasks: <b>, all." in page
         assert found(tmp_path / "more")["made"]["samples"] == 8
 
 
@@ -187,7 +190,7 @@ def test_a_model_of_the_hub_tasks_of_any_name_and_a_locale_without_them(data, tm
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     for name in names:
         assert page.count(name) + page.count(escape(name)) >= 4  # in both plots and both tables
-    said = "As published, the first-token criterion looks at every K from 5 on; here it looked at 11."
+    said = "As published, the first-token criterion considers every K from 5 on; here it considered 11."
     assert said in result["notes"]
 
 

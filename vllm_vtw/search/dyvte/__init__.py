@@ -1,1 +1,1 @@
-"""DyVTE (arXiv 2411.19628): gates that decide for each request when its visual tokens leave."""
+"""DyVTE (arXiv 2411.19628): trains and evaluates gates that decide where a request's visual tokens leave."""

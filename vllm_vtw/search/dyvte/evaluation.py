@@ -1,4 +1,4 @@
-"""What gates decide about samples at a threshold, and what comes of it."""
+"""Evaluates gates: what they decide about samples at a threshold, and how that changes answers and cost."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,10 +13,12 @@ from vllm_vtw.search.price import Price
 
 
 def exit_stages(margins: npt.NDArray[np.float32], thresholds: Sequence[float]) -> list[int | None]:
-    """The first stage that runs without each sample's visual tokens. None where they stay.
+    """For each sample, the first stage that runs without its visual tokens. None if they stay.
+
+    For example, if only the second of three gates exceeds its threshold, the exit stage is 2.
 
     Args:
-        margins: By how much each gate prefers "leave", shape `(samples, gates)`.
+        margins: Each gate's logit for "leave" less its logit for "stay", shape `(samples, gates)`.
         thresholds: The threshold of each gate.
     """
     leaves = margins > np.asarray(thresholds)
@@ -24,14 +26,14 @@ def exit_stages(margins: npt.NDArray[np.float32], thresholds: Sequence[float]) -
 
 
 def kv_share(policy: Policy, price: Price, exit_stage: int | None) -> float:
-    """The KV memory of a request with an exit, as a share of stock vLLM's.
+    """The KV memory of a request under a policy with gates, as a share of stock vLLM's.
 
-    The padding of KV-cache groups is included.
+    The padding of KV-cache groups is included. Rounding up to whole blocks is not.
 
     Args:
         policy: A policy with gates.
-        price: Of the request.
-        exit_stage: As in `exit_stages`.
+        price: The `Price` for this request.
+        exit_stage: The first stage without the request's visual tokens. None if they stay.
     """
     groups = LayerGroups.of(policy, price.num_layers)
     keeps = [float(exit_stage is None or stage < exit_stage) for stage in groups.stages]
@@ -47,16 +49,20 @@ def evaluate_gates(
     num_layers: int,
     thresholds: Sequence[float],
 ) -> list[dict[str, Any]]:
-    """For the full model, each fixed layer, the policy and each threshold: accuracy, exits, prices, by task
-    and of all samples.
+    """Compares gates with the full model and with withdrawal at a fixed layer (VTW).
 
     Args:
-        seen: Samples with their answers.
-        margins: Of each and each gate, shape `(samples, gates)`.
-        policy: With gates.
-        price: Of a sample.
-        num_layers: Of the decoder.
-        thresholds: For all gates alike.
+        seen: The samples, with their answers for an exit at each of the policy's stages.
+        margins: Each gate's logit for "leave" less its logit for "stay", shape `(samples, gates)`.
+        policy: A policy with gates.
+        price: Returns the `Price` for a sample.
+        num_layers: The number of decoder layers.
+        thresholds: The thresholds to evaluate. Each of them is used for all gates.
+
+    Returns:
+        Rows for JSON: the full model, VTW at each of the policy's layers, the gates at the policy's
+        thresholds, and the gates at each of `thresholds`. A row has the means of all samples and those of
+        each task.
     """
     layers = [stage.layer for stage in policy.stages]
     ways: dict[str, list[int | None]] = {"full model": [None] * len(seen)}
@@ -72,16 +78,19 @@ def evaluate_gates(
         fixed = not way.startswith("gates")
         exit_layers = [num_layers if stage is None else layers[stage - 1] for stage in exits]
         work, memory = [], []
-        for of_one, stage, layer in zip(prices, exits, exit_layers, strict=True):
+        for sample_price, stage, layer in zip(prices, exits, exit_layers, strict=True):
             withdrawn = Policy.withdraw_at(layer, num_layers)
-            work.append(of_one.flops_share(withdrawn))
-            # VTW at one layer has two stages, whose KV-cache groups need not be those of gates at several.
-            memory.append(of_one.kv_share(withdrawn) if fixed else kv_share(policy, of_one, stage))
+            work.append(sample_price.flops_share(withdrawn))
+            # A policy with gates has the same KV-cache groups whatever they decide. VTW has only two stages,
+            # whose groups can differ from these.
+            memory.append(
+                sample_price.kv_share(withdrawn) if fixed else kv_share(policy, sample_price, stage)
+            )
         chosen = [
             one.answers[-1 if stage is None else stage - 1] for one, stage in zip(seen, exits, strict=True)
         ]
 
-        def of(samples: list[int]) -> dict[str, Any]:
+        def means(samples: list[int]) -> dict[str, Any]:
             known = [at for at in samples if seen[at].expected is not None]
             right = [chosen[at] == seen[at].expected for at in known]
             return {
@@ -93,7 +102,7 @@ def evaluate_gates(
             }
 
         everything = list(range(len(seen)))
-        by_task = {task: of([at for at in everything if seen[at].task == task]) for task in tasks}
-        return {"way": way, "all": of(everything), "tasks": by_task}
+        by_task = {task: means([at for at in everything if seen[at].task == task]) for task in tasks}
+        return {"way": way, "all": means(everything), "tasks": by_task}
 
     return [row(way, exits) for way, exits in ways.items()]

@@ -1,4 +1,4 @@
-"""What gates would read of a prompt at each layer, and what leaving there would do to its answer."""
+"""Collects what gates learn from: their features of a prompt, and whether its visual tokens may leave."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,18 +17,28 @@ from vllm_vtw.search.model import FullAnswer, HFModel
 from vllm_vtw.search.resume import Inputs, evaluate_samples
 
 AGREEMENT, MOST_LOSS = 0.99, 1.03
+"""As published: the share of answer tokens that have to stay the same, and the largest ratio of losses."""
 SLACK = 0.02
-"""Nats per token: *ours*. To the published 3% it is added, as a model is next to sure of its own answers."""
+"""Unlike the paper, this project also allows a loss that exceeds the full model's by so many nats per token.
+A model is almost certain of its own answers, so 3% of its loss on them is next to nothing."""
 
 
 @dataclass(frozen=True)
 class SampleExits:
-    """One sample, by position in the layers that were looked at.
+    """What an exit at each candidate layer does to a sample.
 
     Attributes:
-        may_leave: Whether visual tokens may leave at each layer: `may_leave`.
-        answers: What the model says without them from each layer on, and last, with them; none where only
-            gates are trained.
+        where: The line, item or file that the sample comes from.
+        task: The sample's task label.
+        inputs_sha256: The SHA-256 of the model's inputs, token ids and pixels.
+        expected: The answer that the data gives. None if it gives none.
+        visual_tokens: The number of the prompt's visual tokens.
+        text_tokens: The number of the prompt's text tokens.
+        output_tokens: The number of tokens of the full model's answer.
+        cut: Whether that answer reached the most tokens allowed without an end-of-sequence token.
+        may_leave: For each layer, whether visual tokens may leave there, as the function `may_leave` decides.
+        answers: For each layer, the model's answer if visual tokens leave there, and behind these the full
+            model's answer. Empty if the samples are for training.
     """
 
     where: str
@@ -44,14 +54,15 @@ class SampleExits:
 
 
 def may_leave(full: torch.Tensor, withdrawn: torch.Tensor, tokens: Sequence[int]) -> bool:
-    """DyVTE's label (arXiv 2411.19628): the answer stays, and is about as likely.
+    """Whether visual tokens may leave, which is the label that DyVTE's gates learn (arXiv 2411.19628).
 
-    The answer is the full model's own, *ours*: data need none.
+    They may if almost all tokens of the answer stay the same, and the answer is about as likely as before.
+    Unlike the paper, this project uses the full model's own answer, so the data needs no answers.
 
     Args:
-        full: Logits that the answer was chosen by, shape `(O, vocabulary)`.
-        withdrawn: The same without visual tokens.
-        tokens: The answer.
+        full: The logits from which the O tokens of the answer were chosen, shape `(O, vocabulary)`.
+        withdrawn: The logits for the same answer without visual tokens, shape `(O, vocabulary)`.
+        tokens: The answer's token ids.
     """
     agree = (full.argmax(-1) == withdrawn.argmax(-1)).float().mean()
     target = torch.tensor(tokens, device=full.device)
@@ -60,17 +71,23 @@ def may_leave(full: torch.Tensor, withdrawn: torch.Tensor, tokens: Sequence[int]
 
 
 class ExitStore:
-    """What was looked at so far: a journal, and beside it what gates read, a row for every line.
+    """Stores the exits of samples in a journal, and the gates' features in a binary file beside it.
+
+    The file `features.f32` has a row of features for each sample, in the order of the journal.
 
     Args:
-        folder: Made where it is missing.
-        settings: What all samples have in common, `layers` among it.
-        hidden_size: Of the model.
-        with_answers: Whether answers are kept, too.
-        resume: Go on with what is there.
+        folder: The output folder. It is created if it is missing.
+        settings: The settings that all samples have in common. `layers` lists the candidate layers.
+        hidden_size: The model's hidden size.
+        with_answers: Whether the answers for each exit are stored. They are needed for an evaluation, not for
+            training.
+        resume: Whether to continue with the samples that the folder holds.
+
+    Attributes:
+        seen: The samples so far, by `SampleExits.where`.
 
     Raises:
-        ValueError: As `Journal` does, or rows are missing.
+        ValueError: As `Journal` raises it, or the file of features is missing or too short.
     """
 
     def __init__(
@@ -85,23 +102,31 @@ class ExitStore:
         if not self.seen:
             self.rows.write_bytes(b"")
         elif not self.rows.is_file() or self.rows.stat().st_size < len(self.seen) * self._row_bytes:
-            raise ValueError(f"--resume: {self.rows} is not whole: give another --out")
+            raise ValueError(
+                f"--resume: {self.rows} is missing or too short for the {len(self.seen)} samples of "
+                f"{self.journal.file}: give another --out"
+            )
 
     @property
     def _row_bytes(self) -> int:
         return self.shape[0] * self.shape[1] * 4
 
-    def add(self, exits: SampleExits, read: torch.Tensor) -> None:
-        """Keeps a sample, and what gates read at each layer, shape `(layers, 2 * hidden_size)`."""
+    def add(self, exits: SampleExits, features: torch.Tensor) -> None:
+        """Stores a sample.
+
+        Args:
+            exits: The sample.
+            features: The features that a gate reads at each layer, shape `(layers, 2 * hidden_size)`.
+        """
         with self.rows.open("r+b") as file:
-            # Behind the last line's row there may be one that got no line.
+            # A search that was interrupted may have written a row without its line. That row is overwritten.
             file.seek(len(self.seen) * self._row_bytes)
-            file.write(read.cpu().numpy().astype(np.float32).tobytes())
+            file.write(features.cpu().numpy().astype(np.float32).tobytes())
         self.seen[exits.where] = exits
         self.journal.add(asdict(exits))
 
     def features(self, exits: Sequence[SampleExits]) -> npt.NDArray[np.float32]:
-        """What gates read of samples, shape `(samples, layers, 2 * hidden_size)`."""
+        """The features that gates read of samples, shape `(samples, layers, 2 * hidden_size)`."""
         rows = {where: row for row, where in enumerate(self.seen)}
         everything = np.memmap(self.rows, dtype=np.float32, mode="r", shape=(len(rows), *self.shape))
         return everything[[rows[one.where] for one in exits]]
@@ -115,42 +140,57 @@ def collect_exits(
     max_tokens: int,
     store: ExitStore,
 ) -> Iterator[Skipped | SampleExits]:
-    """Goes through samples in their order until `limit` are good. What `store` has is not computed again.
+    """Collects the exits of samples in their order until there are `limit`.
+
+    Args:
+        model: The model.
+        samples: The samples, in the order in which they are tried.
+        limit: The number of samples that are wanted.
+        layers: The candidate layers, ascending.
+        max_tokens: The most tokens of an answer.
+        store: Stores the samples. Those that it already has are not computed again.
 
     Yields:
-        Each sample that is good, and why others are not.
+        For each sample its exits or, if the sample cannot be used, the reason.
 
     Raises:
-        ValueError: A sample of `store` was another one then.
+        ValueError: There is no chat template, the model's logits are not finite, or a sample of `store` had
+            another image or prompt when it was stored.
     """
 
-    def see(sample: Sample, inputs: Inputs, digest: str) -> SampleExits:
+    def evaluate(sample: Sample, inputs: Inputs, digest: str) -> SampleExits:
         text_start = _text_start(model, inputs)
         answered = model.answer(inputs, max_tokens)
-        seen = _looked_at(model, sample, digest, answered, layers, max_tokens, store.with_answers)
-        store.add(seen, _read(answered, layers, text_start))
-        return seen
+        exits = _sample_exits(model, sample, digest, answered, layers, max_tokens, store.with_answers)
+        store.add(exits, _features(answered, layers, text_start))
+        return exits
 
-    yield from evaluate_samples(model, samples, limit, max_tokens, store.seen, store.journal.file, see)
+    yield from evaluate_samples(model, samples, limit, max_tokens, store.seen, store.journal.file, evaluate)
 
 
 def _text_start(model: HFModel, inputs: Inputs) -> int:
-    """Where the text behind a prompt's last picture begins."""
+    """The position at which the text behind a prompt's last image begins.
+
+    Raises:
+        BadSampleError: There are fewer than two tokens of text, which is too few for a gate.
+    """
     prompt = inputs["input_ids"][0]
     start = int((prompt == model.config.image_token_id).nonzero()[-1]) + 1
     if len(prompt) - start < 2:
-        raise BadSampleError("gates read the text behind the last picture: here are not two tokens of it")
+        raise BadSampleError(
+            "gates read the text behind the last image and need at least two tokens of it: put text there"
+        )
     return start
 
 
-def _read(answered: FullAnswer, layers: Sequence[int], text_start: int) -> torch.Tensor:
-    """What gates read at each layer, shape `(layers, 2 * hidden_size)`."""
+def _features(answered: FullAnswer, layers: Sequence[int], text_start: int) -> torch.Tensor:
+    """The features that a gate reads at each layer, shape `(layers, 2 * hidden_size)`."""
     positions = answered.positions
     text = (positions >= text_start) & (positions < answered.prompt_tokens)
     return torch.stack([gate_features(answered.states[layer][text]) for layer in layers])
 
 
-def _looked_at(
+def _sample_exits(
     model: HFModel,
     sample: Sample,
     digest: str,
@@ -159,13 +199,14 @@ def _looked_at(
     max_tokens: int,
     with_answers: bool,
 ) -> SampleExits:
-    labels, said = [], []
+    labels, answers = [], []
     for layer, logits in zip(layers, model.withdrawn_logits(answered, layers), strict=True):
         labels.append(may_leave(answered.logits, logits, answered.tokens))
         if with_answers:
             same = logits.argmax(-1).tolist() == answered.tokens
-            said.append(answered.tokens if same else model.withdrawn_answer(answered, layer, max_tokens))
-    said += [answered.tokens] * with_answers
+            answers.append(answered.tokens if same else model.withdrawn_answer(answered, layer, max_tokens))
+    if with_answers:
+        answers.append(answered.tokens)
     return SampleExits(
         where=sample.where,
         task=sample.task,
@@ -176,5 +217,5 @@ def _looked_at(
         output_tokens=len(answered.tokens),
         cut=answered.cut,
         may_leave=labels,
-        answers=[model.processor.tokenizer.decode(one, skip_special_tokens=True).strip() for one in said],
+        answers=[model.processor.tokenizer.decode(one, skip_special_tokens=True).strip() for one in answers],
     )

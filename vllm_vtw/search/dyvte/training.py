@@ -1,6 +1,6 @@
-"""Trains DyVTE's gates (arXiv 2411.19628) on what they read of samples; the model itself is not touched.
+"""Trains DyVTE's gates (arXiv 2411.19628) on features that were collected before. The model is not needed.
 
-Every layer has a gate of its own. They learn side by side, from the same samples, and share nothing.
+Every layer has a gate of its own. The gates are trained together on the same samples, but share no weights.
 """
 
 from collections.abc import Callable
@@ -18,19 +18,21 @@ from transformers import get_cosine_schedule_with_warmup
 from vllm_vtw.gates import new_gate
 
 WARM_UP = 0.03
+"""The fraction of the steps over which the learning rate warms up, as published."""
 HOLD_OUT = 5
-"""Of so many samples one is not trained on."""
+"""One of so many samples is held out of training."""
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Of a training.
+    """The hyperparameters of a training.
 
     Attributes:
-        epochs: Times that every sample is learned from.
-        learning_rate: AdamW's highest; it warms up over 3% of the steps and falls along a cosine.
-        batch_size: Samples of a step.
-        seed: Of first weights and of the samples' order.
+        epochs: The number of passes over the training samples.
+        learning_rate: AdamW's largest learning rate. It warms up over `WARM_UP` of the steps and then decays
+            along a cosine.
+        batch_size: The number of samples in a step.
+        seed: The seed of the initial weights, the held-out samples and the order of the others.
     """
 
     epochs: int
@@ -41,12 +43,12 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class Trained:
-    """Gates, and how they learned.
+    """Trained gates, and the curves of their training.
 
     Attributes:
-        gates: By position in layers.
-        curves: By epoch: "loss" of the training samples, "held_out_loss" and "held_out_accuracy" of the
-            others, each a number for every layer.
+        gates: The gate of each layer.
+        curves: For each epoch, "loss" on the training samples, and "held_out_loss" and "held_out_accuracy" on
+            the others. Each is a list with a number for every layer. Losses are in nats.
     """
 
     gates: list[nn.Sequential]
@@ -54,35 +56,44 @@ class Trained:
 
 
 def held_out(samples: int, seed: int) -> npt.NDArray[np.bool_]:
-    """Which samples are not trained on, shape `(samples,)`; drawn, as tasks come by turns."""
+    """Whether each sample is held out of training, shape `(samples,)`.
+
+    The held-out samples are drawn at random. Samples of different tasks take turns, so with five tasks every
+    fifth sample would be of the same task.
+
+    Args:
+        samples: The number of samples.
+        seed: The seed of the draw.
+    """
     return np.random.default_rng(seed).permutation(samples) < samples // HOLD_OUT
 
 
 def train(
-    read: npt.NDArray[np.float32],
+    features: npt.NDArray[np.float32],
     labels: npt.NDArray[np.int64],
     settings: TrainingSettings,
     checkpoint: Path,
-    of: dict[str, Any],
+    identity: dict[str, Any],
     device: torch.device,
     after_epoch: Callable[[int], None],
 ) -> Trained:
-    """Trains the gates of all layers, from the checkpoint on where it is of the same training.
+    """Trains the gates of all layers.
 
     Args:
-        read: What gates read, shape `(samples, layers, 2 * hidden_size)`.
-        labels: 1 where visual tokens may leave, shape `(samples, layers)`.
-        settings: Of the training.
-        checkpoint: Where every epoch's end is kept.
-        of: What else tells this training from others.
-        device: Where it runs.
-        after_epoch: Told how many epochs have ended.
+        features: The features that gates read, shape `(samples, layers, 2 * hidden_size)`.
+        labels: 1 if the visual tokens of a sample may leave at a layer, else 0, shape `(samples, layers)`.
+        settings: The hyperparameters.
+        checkpoint: The file in which the state is saved after every epoch. If it exists and has the same
+            `settings` and `identity`, the training goes on from there. If not, it is overwritten.
+        identity: What distinguishes this training from others beside `settings`, such as the samples.
+        device: The device that computes.
+        after_epoch: Called with the number of complete epochs, at the start and after every epoch.
     """
     torch.manual_seed(settings.seed)
-    gates = [new_gate(read.shape[2] // 2).to(device) for _ in range(read.shape[1])]
-    inputs, targets = torch.from_numpy(read), torch.from_numpy(labels)
-    out = torch.from_numpy(held_out(len(read), settings.seed))
-    learned, unseen = (~out).nonzero()[:, 0], out.nonzero()[:, 0]
+    gates = [new_gate(features.shape[2] // 2).to(device) for _ in range(features.shape[1])]
+    inputs, targets = torch.from_numpy(features), torch.from_numpy(labels)
+    is_held_out = torch.from_numpy(held_out(len(features), settings.seed))
+    learned, unseen = (~is_held_out).nonzero()[:, 0], is_held_out.nonzero()[:, 0]
     steps = -(-len(learned) // settings.batch_size) * settings.epochs
     optimizer = torch.optim.AdamW(
         [weight for gate in gates for weight in gate.parameters()],
@@ -92,42 +103,42 @@ def train(
     schedule = get_cosine_schedule_with_warmup(optimizer, round(WARM_UP * steps), steps)
     curves: list[dict[str, list[float]]] = []
     parts = nn.ModuleList(gates), optimizer, schedule
-    told = of | {"settings": asdict(settings)}
+    identity = identity | {"settings": asdict(settings)}
     if checkpoint.exists():
         kept = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        if kept["of"] == told:
+        if kept["of"] == identity:
             for part, state in zip(parts, kept["states"], strict=True):
                 part.load_state_dict(state)
             curves = kept["curves"]
-        del kept
+        del kept  # Frees a second copy of the gates and of the optimizer's states.
     after_epoch(len(curves))
     for epoch in range(len(curves), settings.epochs):
         order = torch.Generator().manual_seed(settings.seed + epoch)
         losses = torch.zeros(len(gates))
         for batch in learned[torch.randperm(len(learned), generator=order)].split(settings.batch_size):
-            of_layers = _losses(gates, inputs[batch].to(device), targets[batch].to(device))
+            layer_losses = _losses(gates, inputs[batch].to(device), targets[batch].to(device))
             optimizer.zero_grad()
-            of_layers.sum().backward()
+            layer_losses.sum().backward()
             optimizer.step()
             schedule.step()
-            losses += of_layers.detach().cpu() * len(batch)
+            losses += layer_losses.detach().cpu() * len(batch)
         with torch.no_grad():
-            seen, wanted = inputs[unseen].to(device), targets[unseen].to(device)
-            says = torch.stack([gate(seen[:, at]).argmax(-1) for at, gate in enumerate(gates)], 1)
+            test_inputs, test_targets = inputs[unseen].to(device), targets[unseen].to(device)
+            decisions = torch.stack([gate(test_inputs[:, at]).argmax(-1) for at, gate in enumerate(gates)], 1)
             curves.append(
                 {
                     "loss": (losses / len(learned)).tolist(),
-                    "held_out_loss": _losses(gates, seen, wanted).tolist(),
-                    "held_out_accuracy": (says == wanted).float().mean(0).tolist(),
+                    "held_out_loss": _losses(gates, test_inputs, test_targets).tolist(),
+                    "held_out_accuracy": (decisions == test_targets).float().mean(0).tolist(),
                 }
             )
         states = [part.state_dict() for part in parts]
-        torch.save({"of": told, "states": states, "curves": curves}, checkpoint.with_suffix(".part"))
+        torch.save({"of": identity, "states": states, "curves": curves}, checkpoint.with_suffix(".part"))
         checkpoint.with_suffix(".part").replace(checkpoint)
         after_epoch(epoch + 1)
     return Trained(gates, curves)
 
 
 def _losses(gates: list[nn.Sequential], inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Of each layer's gate, shape `(layers,)`."""
+    """The cross-entropy of each layer's gate, shape `(layers,)`."""
     return torch.stack([cross_entropy(gate(inputs[:, at]), targets[:, at]) for at, gate in enumerate(gates)])

@@ -1,1 +1,1 @@
-"""What the searches tell people: HTML pages, tables and notes."""
+"""Reports of the searches for people to read: HTML pages, tables for the terminal, and notes."""

@@ -1,4 +1,4 @@
-"""The report of a calibration."""
+"""The report of `vtw calibrate`."""
 
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
@@ -9,17 +9,17 @@ from vllm_vtw.search.reports.data_notes import data_notes
 from vllm_vtw.search.reports.page import MARKERS, Draw, by_layer, page
 from vllm_vtw.search.vtw.criteria import FIRST_LAYER
 
-# Values below are drawn there: a logarithmic axis has no 0.
 LEAST_KL = 1e-6
+"""Smaller values are drawn at this one, because a logarithmic axis has no 0."""
 COLOURS = {"answer": "tab:green", "first-token": "tab:red"}
 
 
 def html(result: dict[str, Any], command: str | None) -> str:
-    """The report.
+    """Renders the report of a calibration to HTML.
 
     Args:
-        result: As `result.json` has it.
-        command: How to serve the chosen K, where it can be served.
+        result: The content of `result.json`.
+        command: The command that serves a model with the chosen K. None if there is none.
     """
     return page("calibration.html", _plots(result), result=result, command=command)
 
@@ -35,6 +35,7 @@ def _plots(result: dict[str, Any]) -> dict[str, Draw]:
 
     def answer_kl(axes: Axes) -> None:
         for marker, (task, curve) in zip(MARKERS * len(curves), curves.items(), strict=False):
+            # The space is for tasks whose names begin with an underscore. matplotlib leaves such labels out.
             (line,) = axes.plot(layers, _visible(curve["mean_kl"]), f"{marker}-", label=f" {task}")
             axes.plot(layers, _visible(curve["p95_kl"]), "--", color=line.get_color(), alpha=0.4)
         axes.axhline(budget["max_answer_kl"], color="grey", linestyle=":", label="budget")
@@ -50,30 +51,30 @@ def _plots(result: dict[str, Any]) -> dict[str, Draw]:
         axes.set_ylabel("tokens changed (%)")
 
     def price(axes: Axes) -> None:
-        for name, label in (("kv_share", "KV memory"), ("prefill_flops_share", "decoder's work in prefill")):
+        for name, label in (("kv_share", "KV memory"), ("prefill_flops_share", "decoder's prefill work")):
             axes.plot(layers, [100 * share for share in result[name]], "o-", label=label)
         axes.set_ylabel("% of stock vLLM")
 
     titles = {
         "First-token criterion (published)": first_token,
         "Answer criterion: divergence": answer_kl,
-        "Answer criterion: other tokens": token_change,
-        "What is paid": price,
+        "Answer criterion: changed tokens": token_change,
+        "Cost, compared with stock vLLM": price,
     }
     return {title: _marked(draw, result) for title, draw in titles.items()}
 
 
 def _marked(draw: Draw, result: dict[str, Any]) -> Draw:
-    """Over values of K, with those that were chosen."""
+    """Adds to a plot over values of K lines at those that the criteria chose."""
 
-    def both(axes: Axes) -> None:
+    def draw_marked(axes: Axes) -> None:
         draw(axes)
         for criterion, layer in result["layer"].items():
             if layer is not None:
                 axes.axvline(layer, color=COLOURS[criterion], alpha=0.5, label=f"K, {criterion} criterion")
-        by_layer(axes, "K: visual tokens withdrawn after this many of the decoder's layers")
+        by_layer(axes, "K: the first layer without visual tokens, counted from 0")
 
-    return both
+    return draw_marked
 
 
 def _visible(values: Sequence[float]) -> list[float]:
@@ -81,42 +82,53 @@ def _visible(values: Sequence[float]) -> list[float]:
 
 
 def notes(result: dict[str, Any], criterion: str, unseen: Collection[str]) -> list[str]:
-    """What a reader has to know beside the numbers; `unseen` are tasks without a good sample."""
+    """Returns what a reader has to know in addition to the numbers.
+
+    Args:
+        result: The content of `result.json`.
+        criterion: The criterion whose K is used, "answer" or "first-token".
+        unseen: The tasks of which no good sample was drawn.
+    """
     said = []
+    raise_budget = (
+        "raise --eta" if criterion == "first-token" else "raise --max-answer-kl or --max-token-change"
+    )
     layers, layer, most = result["layers"], result["layer"][criterion], result["budget"]["max_token_change"]
     if layer is None:
         said.append(
-            f"No K that was looked at satisfies the {criterion} criterion, so there is no policy file: "
-            "look at other --layers, allow more, or serve without withdrawal."
+            f"No K that was measured satisfies the {criterion} criterion, so there is no policy file: "
+            f"measure other --layers, {raise_budget}, or serve without withdrawal."
         )
         if criterion == "first-token":
             deepest = [
-                f"{result['first_token_kl'][-1]:.2g} nats, where {result['budget']['eta']:g} are allowed"
+                f"mean KL {result['first_token_kl'][-1]:.2g} nats for the first token (--eta allows "
+                f"{result['budget']['eta']:g})"
             ]
         else:
             deepest = [
-                f"{task} {curve['token_change'][-1]:.2%} of the tokens and {curve['mean_kl'][-1]:.2g} nats"
+                f"{task}: {curve['token_change'][-1]:.2%} of tokens changed, "
+                f"mean KL {curve['mean_kl'][-1]:.2g} nats"
                 for task, curve in result["curves"].items()
             ]
-        said.append(f"What is left at K = {layers[-1]}: {', '.join(deepest)}.")
+        said.append(f"The difference at K = {layers[-1]}, the largest measured: {'; '.join(deepest)}.")
     elif result["kv_share"][layers.index(layer)] >= 1:
         said.append(
             f"At K = {layer} the padding of vLLM's KV-cache groups takes more memory than withdrawal saves: "
-            "allow more, or serve without withdrawal."
+            f"{raise_budget} to allow a smaller K, or serve without withdrawal."
         )
     said += data_notes(result, most, unseen)
     published = [layer for layer in layers if layer >= FIRST_LAYER]
     if not published or published != list(range(FIRST_LAYER, published[-1] + 1)):
-        looked_at = ", ".join(map(str, published)) or "none"
+        considered = ", ".join(map(str, published)) or "none"
         said.append(
-            f"As published, the first-token criterion looks at every K from {FIRST_LAYER} on; "
-            f"here it looked at {looked_at}."
+            f"As published, the first-token criterion considers every K from {FIRST_LAYER} on; "
+            f"here it considered {considered}."
         )
     return said
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """Both criteria side by side, in lines."""
+    """Returns the lines of a table that shows both criteria side by side."""
     layers, tokens = result["layers"], sum(count["tokens"] for count in result["tasks"].values())
 
     def row(name: str, values: Iterable[str]) -> str:
@@ -127,7 +139,7 @@ def table(result: dict[str, Any]) -> list[str]:
         return row(name, ("" if index is None else f"{values[index]:.1%}" for index in at))
 
     lines = [
-        f"{result['made']['samples']} samples, {tokens} tokens of answers",
+        f"{result['made']['samples']} samples, {tokens} answer tokens",
         "",
         row("criterion", result["layer"]),
         row(
@@ -135,7 +147,7 @@ def table(result: dict[str, Any]) -> list[str]:
             ("none" if layer is None else str(layer) for layer in result["layer"].values()),
         ),
         shares("KV memory, of stock vLLM's", result["kv_share"]),
-        shares("decoder's work in prefill", result["prefill_flops_share"]),
+        shares("prefill work, of stock vLLM's", result["prefill_flops_share"]),
     ]
     for task, curve in result["curves"].items():
         lines.append(shares(f"{task}: tokens changed", curve["token_change"]))

@@ -1,4 +1,4 @@
-"""What every report says about the data that a search looked at."""
+"""The notes that every report has about the data of a search."""
 
 from collections.abc import Collection
 from math import ceil
@@ -8,25 +8,28 @@ from vllm_vtw.config import SERVED_MODEL_TYPES
 
 
 def data_notes(result: dict[str, Any], most: float | None, unseen: Collection[str]) -> list[str]:
-    """What a search's result does not say for its data, whatever was searched.
+    """Returns notes on what the data or the model limits, whatever was searched.
 
     Args:
-        result: With `tasks`, `made` and `model`.
-        most: The share of tokens that might change, where that was a budget.
-        unseen: Tasks without a good sample.
+        result: The result of a search, with `tasks`, `made` and `model`.
+        most: The share of tokens that was allowed to change, from 0 to 1. None if there was no such budget.
+        unseen: The tasks of which no good sample was drawn.
     """
     said = []
-    # No change in n tokens leaves a share of 3/n possible, at 95%.
+    # The rule of three: if none of n tokens changed, the true share is below 3 / n with a confidence of 95%.
     few = [
         f"{task} ({n['tokens']})" for task, n in result["tasks"].items() if most and most * n["tokens"] < 3
     ]
     if most and few:
         said.append(
-            f"Too few tokens of answers to tell {100 * most:g}% changed from none, which takes "
-            f"{ceil(3 / most)}: {', '.join(few)}. A larger --limit adds samples, where the data has more."
+            f"Too few answer tokens to tell {100 * most:g}% changed tokens from none, which takes "
+            f"{ceil(3 / most)} tokens: {', '.join(few)}. A larger --limit adds samples, if the data has more."
         )
     if unseen:
-        said.append(f"No good sample was drawn of: {', '.join(sorted(unseen))}. A larger --limit draws more.")
+        said.append(
+            f"No good sample was drawn of these tasks: {', '.join(sorted(unseen))}. "
+            "A larger --limit draws more."
+        )
     cut = [f"{task} ({n['cut']} of {n['samples']})" for task, n in result["tasks"].items() if n["cut"]]
     if cut:
         said.append(f"Answers cut at --max-tokens {result['made']['max_tokens']}: {', '.join(cut)}.")

@@ -1,4 +1,4 @@
-"""What `vtw dyvte` tells of gates: how they learned, and what they do at a threshold."""
+"""The reports of `vtw dyvte train` and `vtw dyvte eval`."""
 
 from collections.abc import Collection
 from typing import Any
@@ -10,7 +10,12 @@ from vllm_vtw.search.reports.page import MARKERS, Draw, by_layer, page
 
 
 def notes(result: dict[str, Any], unseen: Collection[str]) -> list[str]:
-    """What a reader of a training has to know; `unseen` are tasks without a good sample."""
+    """Returns what a reader of a training's report has to know in addition to the numbers.
+
+    Args:
+        result: The content of `result.json`.
+        unseen: The tasks of which no good sample was drawn.
+    """
     said = []
     of_layers = zip(*result["may_leave"].values(), strict=True)
     same = {layer: {*shares} for layer, shares in zip(result["layers"], of_layers, strict=True)}
@@ -18,8 +23,8 @@ def notes(result: dict[str, Any], unseen: Collection[str]) -> list[str]:
         layers = [str(layer) for layer, shares in same.items() if shares == {share}]
         if layers:
             said.append(
-                f"At layer {', '.join(layers)} these samples' visual tokens may {what} leave: a gate there "
-                "learns only that. Other --layers may serve you better."
+                f"At layer {', '.join(layers)} the visual tokens of these samples may {what} leave, so a "
+                "gate there learns nothing else. Other --layers may be better."
             )
     right = zip(result["curves"][-1]["held_out_accuracy"], result["held_out_may_leave"], strict=True)
     useless = [
@@ -29,32 +34,39 @@ def notes(result: dict[str, Any], unseen: Collection[str]) -> list[str]:
     ]
     if useless:
         said.append(
-            f"At layer {', '.join(useless)} the gate is right about no more of {result['held_out']} held-out "
-            "samples than if it always said the same: more samples (--limit) or --epochs may help."
+            f"At layer {', '.join(useless)} the gate is right about no more of the {result['held_out']} "
+            "held-out samples than if it always decided the same. More samples (--limit) or more --epochs "
+            "may help."
         )
     return said + data_notes(result, None, unseen)
 
 
 def notes_of_evaluation(result: dict[str, Any], unseen: Collection[str], learned_from: bool) -> list[str]:
-    """What a reader of an evaluation has to know; `learned_from` where gates were trained on its data."""
+    """Returns what a reader of an evaluation's report has to know in addition to the numbers.
+
+    Args:
+        result: The content of `result.json`.
+        unseen: The tasks of which no good sample was drawn.
+        learned_from: Whether the gates were trained on the data that they are evaluated on.
+    """
     said = ["To serve another threshold, write it for every layer into 'thresholds' of the policy file."]
     if learned_from:
-        said.append("The gates learned from these data: on others they may do worse.")
+        said.append("The gates were trained on this data: on other data they may do worse.")
     return said + data_notes(result, None, unseen)
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """A training, in lines."""
+    """Returns the lines of a table that shows the result of a training."""
     last = result["curves"][-1]
     tasks = list(result["may_leave"])
     width = max(5, *map(len, tasks))
     heads = "".join(f"  {task:>{width}}" for task in tasks)
     lines = [
-        f"{result['made']['samples']} samples, of which {result['held_out']} were held out of training. In "
-        "percent: samples whose visual tokens may",
-        "leave before a layer, by task; held-out samples that the gate there is right about, and how many it "
-        "would be right",
-        "about if it always said the same.",
+        f"{result['made']['samples']} samples, of which {result['held_out']} were held out of training. All "
+        "numbers are in percent.",
+        "by task: samples whose visual tokens may leave before the layer",
+        "right: held-out samples that the layer's gate is right about",
+        "always the same: held-out samples that it would be right about if it always decided the same",
         "",
         f"{'layer':>5}{heads}    right  always the same",
     ]
@@ -68,16 +80,16 @@ def table(result: dict[str, Any]) -> list[str]:
 
 
 def html(result: dict[str, Any], command: str | None) -> str:
-    """The report of a training.
+    """Renders the report of a training to HTML.
 
     Args:
-        result: As `result.json` has it.
-        command: How to serve the gates, where they can be served.
+        result: The content of `result.json`.
+        command: The command that serves a model with the gates. None if there is none.
     """
-    return page("dyvte.html", _learning(result), result=result, command=command)
+    return page("dyvte.html", _training_plots(result), result=result, command=command)
 
 
-def _learning(result: dict[str, Any]) -> dict[str, Draw]:
+def _training_plots(result: dict[str, Any]) -> dict[str, Draw]:
     layers, curves = result["layers"], result["curves"]
     epochs = range(1, len(curves) + 1)
 
@@ -94,53 +106,59 @@ def _learning(result: dict[str, Any]) -> dict[str, Draw]:
         for marker, (task, shares) in zip(MARKERS * len(layers), result["may_leave"].items(), strict=False):
             axes.plot(layers, [100 * share for share in shares], f"{marker}-", label=task)
         axes.set_ylabel("samples (%)")
-        by_layer(axes, "layer, from 0 on")
+        by_layer(axes, "layer, counted from 0")
 
     return {
-        "Loss on what is learned from": over_epochs("loss", "cross-entropy, nats"),
+        "Loss on training samples": over_epochs("loss", "cross-entropy, nats"),
         "Loss on held-out samples": over_epochs("held_out_loss", "cross-entropy, nats"),
-        "Held-out samples that a gate is right about": over_epochs("held_out_accuracy", "share"),
-        "Visual tokens may leave": leaving,
+        "Held-out samples that a gate is right about": over_epochs("held_out_accuracy", "share of samples"),
+        "Samples whose visual tokens may leave": leaving,
     }
 
 
 def evaluation_table(result: dict[str, Any]) -> list[str]:
-    """An evaluation, in lines."""
+    """Returns the lines of a table that shows the result of an evaluation."""
     rows = result["rows"]
     tasks = list(rows[0]["tasks"])
     heads = [f"{head:>{max(18, len(head))}}" for head in (*tasks, "all")]
     width = max(len(row["way"]) for row in rows)
     lines = [
         f"{result['made']['samples']} samples, {result['model']['num_hidden_layers']} layers.",
-        "For every task, in percent: right answers, at the mean layer of exit, and the decoder's work.",
-        "Work and KV memory are of stock vLLM's.",
-        "Where data do not say what is right, ~ marks answers that are the full model's.",
+        "KV: KV memory, in percent of stock vLLM's",
+        "by task: right answers in percent @ mean exit layer, prefill work in percent of stock vLLM's",
+        "~: the data has no known answers; answers that are the same as the full model's, in percent",
         "",
         f"{'':{width}}      KV  " + "  ".join(heads),
     ]
     for row in rows:
-        told = [_in_short(of) for of in (*row["tasks"].values(), row["all"])]
-        cells = [cell.rjust(len(head)) for cell, head in zip(told, heads, strict=True)]
+        values = [_in_short(means) for means in (*row["tasks"].values(), row["all"])]
+        cells = [value.rjust(len(head)) for value, head in zip(values, heads, strict=True)]
         memory = row["all"]["kv_share"]
         lines.append(f"{row['way']:{width}}  {100 * memory:6.1f}  " + "  ".join(cells))
     return lines
 
 
-def _in_short(of: dict[str, Any]) -> str:
-    return f"{_quality(of)} @ {of['exit_layer']:.1f}, {100 * of['prefill_flops_share']:.0f}%"
+def _in_short(means: dict[str, Any]) -> str:
+    """A cell of the table, such as "95.0 @ 8.0, 72%"."""
+    return f"{_quality(means)} @ {means['exit_layer']:.1f}, {100 * means['prefill_flops_share']:.0f}%"
 
 
-def _quality(of: dict[str, Any]) -> str:
-    known = of["accuracy"] is not None
-    return f"{'' if known else '~'}{100 * of['accuracy' if known else 'same_answer']:.1f}"
+def _quality(means: dict[str, Any]) -> str:
+    """The right answers in percent. If the data has none, the answers that stay the same, marked with "~"."""
+    known = means["accuracy"] is not None
+    return f"{'' if known else '~'}{100 * means['accuracy' if known else 'same_answer']:.1f}"
 
 
 def evaluation_html(result: dict[str, Any]) -> str:
-    """The report of an evaluation."""
-    return page("dyvte_eval.html", _choices(result), result=result, quality=_quality)
+    """Renders the report of an evaluation to HTML.
+
+    Args:
+        result: The content of `result.json`.
+    """
+    return page("dyvte_eval.html", _evaluation_plots(result), result=result, quality=_quality)
 
 
-def _choices(result: dict[str, Any]) -> dict[str, Draw]:
+def _evaluation_plots(result: dict[str, Any]) -> dict[str, Draw]:
     kinds = {
         "VTW": [row for row in result["rows"] if not row["way"].startswith("gates")],
         "gates": [row for row in result["rows"] if row["way"].startswith("gates")],
@@ -152,7 +170,7 @@ def _choices(result: dict[str, Any]) -> dict[str, Draw]:
                 points = sorted((100 * row["all"][share], 100 * row["all"]["same_answer"]) for row in rows)
                 axes.plot(*zip(*points, strict=True), f"{marker}-", label=kind)
             axes.set_xlabel(label)
-            axes.set_ylabel("answers that are the full model's (%)")
+            axes.set_ylabel("answers that are the same as the full model's (%)")
 
         return draw
 
@@ -165,10 +183,10 @@ def _choices(result: dict[str, Any]) -> dict[str, Draw]:
                 label=task,
             )
         axes.set_xlabel("threshold")
-        axes.set_ylabel("mean layer of exit")
+        axes.set_ylabel("mean exit layer")
 
     return {
-        "Quality against work": against("prefill_flops_share", "decoder's work in prefill (% of stock vLLM)"),
+        "Quality against work": against("prefill_flops_share", "decoder's prefill work (% of stock vLLM)"),
         "Quality against memory": against("kv_share", "KV memory (% of stock vLLM)"),
         "When visual tokens leave": exits,
     }

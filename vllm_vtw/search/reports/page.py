@@ -1,4 +1,4 @@
-"""A report as one HTML file, with its plots inside."""
+"""Renders a report as one HTML file that contains its plots."""
 
 import io
 from collections.abc import Callable, Mapping
@@ -14,34 +14,36 @@ from matplotlib.ticker import MaxNLocator
 
 MARKERS = "osD^vP*Xdh<>"
 Draw = Callable[[Axes], None]
+"""Draws a plot."""
 
 
-def page(template: str, plots: Mapping[str, Draw], **told: Any) -> str:
-    """The page.
+def page(template: str, plots: Mapping[str, Draw], **values: Any) -> str:
+    """Renders a template to HTML.
 
     Args:
-        template: File of this package.
-        plots: What draws each, by title.
-        told: What the template shows beside `plots`.
+        template: The name of a template file in this package.
+        plots: For each plot's title, the function that draws it. The template gets the plots as `plots`.
+        values: The other values that the template shows.
     """
     environment = Environment(
         loader=FunctionLoader(lambda name: files(__package__).joinpath(name).read_text(encoding="utf-8")),
         autoescape=select_autoescape(default=True),
         trim_blocks=True,
     )
-    # Labels are users' words: a dollar begins no formula, and, behind a space, an underscore hides none.
+    # Task names come from users. Without this, matplotlib takes text between dollar signs for a formula.
     with mpl.rc_context({"svg.fonttype": "none", "text.parse_math": False}):
         drawn = [Markup(_svg(title, draw)) for title, draw in plots.items()]
-    return environment.get_template(template).render(plots=drawn, **told)
+    return environment.get_template(template).render(plots=drawn, **values)
 
 
 def by_layer(axes: Axes, label: str) -> None:
-    """Makes the x axis one of layers."""
+    """Labels the x axis, and gives it ticks at whole numbers only, for layers or epochs."""
     axes.set_xlabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _svg(title: str, draw: Draw) -> str:
+    """A plot as an SVG element."""
     figure = Figure(figsize=(6.4, 4))
     axes = figure.add_subplot()
     draw(axes)

@@ -1,4 +1,4 @@
-"""The report of a searched schedule, beside other methods that take no more."""
+"""The report of `vtw gsearch` and `vtw psigmoid`, which compares the schedule with other methods."""
 
 from collections.abc import Collection
 from typing import Any
@@ -12,17 +12,21 @@ NAMES = {"gsearch": "G-Search", "psigmoid": "P-Sigmoid"}
 
 
 def html(result: dict[str, Any], command: str | None) -> str:
-    """The report.
+    """Renders the report of a search to HTML.
 
     Args:
-        result: As `result.json` has it.
-        command: How to serve the schedule, where it can be served.
+        result: The content of `result.json`.
+        command: The command that serves a model with the schedule. None if there is none.
     """
     return page("schedules.html", _plots(result), result=result, command=command, names=NAMES, layers=stages)
 
 
 def stages(policy: dict[str, Any]) -> str:
-    """A policy's stages, in words."""
+    """The fractions of visual tokens that a policy's stages keep, in words.
+
+    Args:
+        policy: An item of `policies` in `result.json`.
+    """
     return (
         ", ".join(f"{stage['keep']:.3g} from layer {stage['layer']} on" for stage in policy["stages"])
         or "all"
@@ -30,32 +34,43 @@ def stages(policy: dict[str, Any]) -> str:
 
 
 def notes(result: dict[str, Any], unseen: Collection[str]) -> list[str]:
-    """What a reader has to know beside the numbers; `unseen` are tasks without a good sample."""
+    """Returns what a reader has to know in addition to the numbers.
+
+    Args:
+        result: The content of `result.json`.
+        unseen: The tasks of which no good sample was drawn.
+    """
     found, said = result["policies"][result["method"]], []
     if not found["stages"]:
         said.append(
-            "Within this budget nothing can be withdrawn, so there is no policy file: allow more with "
-            "--max-answer-kl or --max-token-change."
+            "Within this budget nothing can be withdrawn, so there is no policy file: "
+            "raise --max-answer-kl or --max-token-change."
             if result["method"] == "gsearch"
-            else "This budget pays for all visual tokens, so there is no policy file: give less."
+            else "This budget allows all visual tokens, so there is no policy file: "
+            "lower --budget or --kv-budget."
         )
     elif found["kv_share"] >= 1:
-        way = "allow more" if result["method"] == "gsearch" else "give less, or bound memory with --kv-budget"
-        said.append(f"The padding of vLLM's KV-cache groups takes more memory than withdrawal saves: {way}.")
+        remedy = (
+            "raise --max-answer-kl or --max-token-change"
+            if result["method"] == "gsearch"
+            else "lower --budget, or limit memory with --kv-budget"
+        )
+        padding = "The padding of vLLM's KV-cache groups takes more memory than withdrawal saves"
+        said.append(f"{padding}: {remedy}.")
     return said + data_notes(result, result["made"].get("max_token_change"), unseen)
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """The schedules side by side, in lines."""
+    """Returns the lines of a table that shows the schedules side by side."""
     tasks = list(next(iter(result["policies"].values()))["curves"])
     width = max(len(NAMES.get(name, name)) for name in result["policies"])
     heads = [f"{head:>6}" for head in ("work", "KV", *tasks, "answers", "KL")]
     lines = [
-        f"{result['made']['samples']} samples, {result['model']['num_hidden_layers']} layers. In percent: of "
-        "stock vLLM's, the decoder's work in prefill and KV memory;",
-        "of the full model's answers, by task, the tokens that would be others, and the answers with such a "
-        "token;",
-        "KL(full || schedule) of a token in nats; both of the worst task.",
+        f"{result['made']['samples']} samples, {result['model']['num_hidden_layers']} layers.",
+        "work, KV: the decoder's prefill work and the KV memory, in percent of stock vLLM's",
+        "by task: tokens of the full model's answers that change, in percent",
+        "answers: answers in which a token changes, in percent, on the worst task",
+        "KL: mean KL(full || schedule) of a token, in nats, on the worst task",
         "",
         "  ".join([" " * width, *heads]),
     ]
@@ -71,9 +86,9 @@ def table(result: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        f"{NAMES[result['method']]} was searched on these samples, the others were not: they take no more "
-        f"{result['others_take_no_more']}, but FastV as published.",
-        f"Visual tokens: {stages(chosen)}, layers counted from 0.",
+        f"{NAMES[result['method']]} was searched on these samples; the others were not. They take no more "
+        f"{result['others_take_no_more']} than it does, except FastV as published.",
+        f"Visual tokens kept: {stages(chosen)} (layers are counted from 0).",
     ]
 
 
@@ -91,7 +106,7 @@ def _plots(result: dict[str, Any]) -> dict[str, Draw]:
         for name, policy in policies.items():
             axes.step(range(num_layers), fractions(policy), where="mid", label=NAMES.get(name, name))
         axes.set_ylabel("fraction of visual tokens")
-        by_layer(axes, "layer, from 0 on")
+        by_layer(axes, "layer, counted from 0")
 
     def against(share: str, label: str) -> Draw:
         def draw(axes: Axes) -> None:
@@ -106,10 +121,11 @@ def _plots(result: dict[str, Any]) -> dict[str, Draw]:
 
     return {
         "Schedule": schedule,
-        "Quality against work": against("prefill_flops_share", "decoder's work in prefill (% of stock vLLM)"),
+        "Quality against work": against("prefill_flops_share", "decoder's prefill work (% of stock vLLM)"),
         "Quality against memory": against("kv_share", "KV memory (% of stock vLLM)"),
     }
 
 
 def _worst(curves: Collection[dict[str, float]], name: str) -> float:
+    """A value of `Curve`, on the task where it is largest."""
     return max(curve[name] for curve in curves)

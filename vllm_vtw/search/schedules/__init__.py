@@ -1,1 +1,1 @@
-"""G-Search and P-Sigmoid: a fraction of the visual tokens for each layer."""
+"""G-Search and P-Sigmoid (arXiv 2412.00556): search the fraction of visual tokens that each layer gets."""

@@ -1,36 +1,42 @@
-"""Other methods that take no more than a policy does, to be looked at beside it."""
+"""Other methods that cost no more than a policy, for comparison with it."""
 
 from collections.abc import Callable
 
 from vllm_vtw.policy import Policy, Stage
 from vllm_vtw.search.schedules.schedule import GRID
 
+# FastV as published (arXiv 2403.06764): half of the visual tokens are dropped before layer 2.
 FASTV_LAYER, FASTV_KEEP = 2, 0.5
 
 
 def baselines(policy: Policy, num_layers: int, share: Callable[[Policy], float]) -> dict[str, Policy]:
-    """By name: VTW (arXiv 2405.05803) and FastV (arXiv 2403.06764), which drops once, before layer 2.
+    """Returns VTW (arXiv 2405.05803) and FastV (arXiv 2403.06764) policies that cost no more than `policy`.
 
-    A method that cannot do with as little is left out. FastV as published drops half of the visual tokens,
-    for what that costs.
+    Of each method the policy is taken that withdraws least and still costs no more: VTW with the largest K,
+    and FastV with the largest fraction of visual tokens from layer 2 on. A method that always costs more is
+    left out. FastV as published, which drops half of the visual tokens, is always there, whatever it costs.
 
     Args:
-        policy: What they are beside.
-        num_layers: Of the decoder.
-        share: What they take no more of.
+        policy: The policy that the others are compared with.
+        num_layers: The number of decoder layers.
+        share: The cost of a policy that is compared, such as `Price.flops_share`.
+
+    Returns:
+        The policies by the names that reports show.
     """
     most = share(policy)
     vtw = [Policy.withdraw_at(layer, num_layers) for layer in range(1, num_layers)]
     fastv = [Policy((Stage(FASTV_LAYER, part / GRID),)) for part in range(1, GRID)]
-    # Padding lets memory fall where more is kept: not the dearest, but what disturbs answers least.
-    best = [one for method in (vtw, fastv) for one in [one for one in method if share(one) <= most][-1:]]
+    # The last policy that fits disturbs answers least. It need not cost most: padding of KV-cache groups can
+    # make a policy that keeps more take less memory.
+    best = [last for method in (vtw, fastv) for last in [one for one in method if share(one) <= most][-1:]]
     published = Policy((Stage(FASTV_LAYER, FASTV_KEEP),))
-    return {_named(one): one for one in best if one != published} | {
+    return {_name(one): one for one in best if one != published} | {
         f"FastV as published, {FASTV_KEEP:g}": published
     }
 
 
-def _named(policy: Policy) -> str:
+def _name(policy: Policy) -> str:
     (stage,) = policy.stages
     if stage.keep:
         return f"FastV, {stage.keep:.3g} from layer {stage.layer} on"

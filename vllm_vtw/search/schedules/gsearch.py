@@ -1,9 +1,12 @@
-"""G-Search: the fewest visual tokens that each layer needs, found from shallow to deep.
+"""G-Search (arXiv 2412.00556): the fewest visual tokens that each layer needs, from shallow to deep.
 
-Before each layer the visual tokens that its predecessor attended to least leave for good, as many as answers
-allow, with those of shallower layers gone already. *Ours*: attention is that of the prompt's last token, what
-answers allow is the answer criterion (`criteria`), and the least fraction is found by bisection on a grid,
-every deeper layer getting the same.
+Before each layer, the visual tokens that received the least attention in the layer before are withdrawn, as
+many as the answers allow. Tokens that were withdrawn before shallower layers are already gone.
+
+Three details are this project's own choice, not the paper's. Tokens are ranked by the attention that the
+prompt's last token pays to them. The answers allow what is within the budgets of the answer criterion
+(`vllm_vtw.search.vtw.criteria`). The least fraction is found by bisection on a grid, while all deeper layers
+get the same fraction as the layer in question.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -18,44 +21,51 @@ from vllm_vtw.search.schedules.samples import SampleAtLayer, divergence_by_task
 from vllm_vtw.search.schedules.schedule import GRID, at_borders, merged, of_policy
 
 Within = Callable[[Mapping[str, Curve]], bool]
+"""Whether changes of the answers, by task, are within budget."""
 
 
 def g_search(
     model: HFModel,
-    asked: Sequence[SampleAtLayer],
+    samples: Sequence[SampleAtLayer],
     within: Within,
     borders: Collection[int],
     found: Sequence[float] = (),
 ) -> Iterator[float]:
-    """The fraction that each layer gets, from the first on.
+    """Searches the least fraction of visual tokens that each layer needs, from the first layer on.
 
     Args:
         model: The model.
-        asked: Samples, before layer 0.
-        within: Whether answers may differ so much, by task.
-        borders: Layers before which tokens may leave.
-        found: Of the first layers, where a search was interrupted.
+        samples: The samples, before layer 0.
+        within: Whether the changes of the answers are within budget.
+        borders: The layers before which tokens may be withdrawn. Other layers get the fraction of the layer
+            before.
+        found: The fractions of the first layers that an interrupted search found.
 
     Yields:
-        The fractions of the layers that `found` does not have.
+        The fraction of each layer that is not in `found`.
     """
     num_layers, before = len(model.decoder.layers), 1.0
     for layer in range(num_layers):
 
-        def suffices(parts: int, layer: int = layer, asked: Sequence[SampleAtLayer] = asked) -> bool:
-            return within(divergence_by_task(model, asked, layer, [parts / GRID] * (num_layers - layer)))
+        def suffices(parts: int, layer: int = layer, samples: Sequence[SampleAtLayer] = samples) -> bool:
+            return within(divergence_by_task(model, samples, layer, [parts / GRID] * (num_layers - layer)))
 
         if layer < len(found):
             keep = found[layer]
         else:
             keep = least(round(before * GRID), suffices) / GRID if layer in borders else before
             yield keep
-        asked = [one.going_on(model, layer, [keep]) for one in asked]
+        samples = [sample.going_on(model, layer, [keep]) for sample in samples]
         before = keep
 
 
 def least(most: int, suffices: Callable[[int], bool]) -> int:
-    """The least number that suffices, where `most` is known to, and all above one that does."""
+    """Finds the least number from 0 to `most` that suffices, by bisection.
+
+    Args:
+        most: A number that is known to suffice.
+        suffices: Whether a number suffices. If one does, all larger ones have to suffice as well.
+    """
     low, high = 0, most
     while low < high:
         middle = (low + high) // 2
@@ -68,26 +78,35 @@ def least(most: int, suffices: Callable[[int], bool]) -> int:
 
 def staged(
     model: HFModel,
-    asked: Sequence[SampleAtLayer],
+    samples: Sequence[SampleAtLayer],
     within: Within,
     keeps: Sequence[float],
     max_stages: int,
     price: Price,
 ) -> Policy:
-    """The stages of a schedule, as `merged` begins them, that answers allow.
+    """Makes a schedule's fractions into a policy of few stages that is within budget.
 
-    What they keep is searched again: tokens that fewer layers chose are others, so that it may take more of
-    them, or fewer. Where the merged fractions do as well, the cheaper ones are taken.
+    `merged` decides where the stages begin. Their fractions are searched again with withdrawal at these
+    layers only: tokens are then ranked fewer times, so other tokens stay, and more or fewer of them may be
+    needed. If the fractions of `merged` are within budget too and cost less, they are used.
+
+    Args:
+        model: The model.
+        samples: The samples, before layer 0.
+        within: Whether the changes of the answers are within budget.
+        keeps: The fraction that `g_search` found for each layer.
+        max_stages: The largest number of stages, stage 0 included.
+        price: Computes the cost of policies.
     """
     first = merged(keeps, max_stages, price)
     num_layers = len(keeps)
     borders = {stage.layer for stage in first.stages}
     layers = tqdm(
-        g_search(model, asked, within, borders), total=num_layers, unit="layer", desc="searching stages"
+        g_search(model, samples, within, borders), total=num_layers, unit="layer", desc="searching stages"
     )
     again = at_borders(list(layers), range(num_layers))
     if price.cost(first) < price.cost(again) and within(
-        divergence_by_task(model, asked, 0, of_policy(first, num_layers))
+        divergence_by_task(model, samples, 0, of_policy(first, num_layers))
     ):
         return first
     return again

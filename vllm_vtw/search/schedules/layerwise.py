@@ -1,6 +1,6 @@
-"""A decoder on transformers that goes on with the visual tokens which the end of the prompt attends to most.
+"""Runs a transformers decoder layer by layer, with ranked visual tokens withdrawn between layers.
 
-Layer by layer, so that a search can try what follows without computing again what came before.
+A search can try fractions for the deeper layers without computing the shallower ones again.
 """
 
 from dataclasses import dataclass, replace
@@ -14,14 +14,17 @@ from vllm_vtw.search.model import FullAnswer, HFModel
 
 @dataclass(frozen=True)
 class LayerInput:
-    """The tokens of a prompt and its answer that a layer gets.
+    """The tokens of a prompt and its answer that a layer gets, one token a row.
 
     Attributes:
-        hidden: Shape `(rows, hidden)`.
-        positions: In prompt and answer as they came, shape `(rows,)`.
-        is_candidate: Whether a row is a visual token, but the prompt's last, shape `(rows,)`.
-        attention: That the prompt's last token paid to each row in the layer before, mean over heads, shape
-            `(rows,)`, float32. Zero before the first layer, and behind one that does not rank.
+        hidden: The tokens' hidden states, shape `(rows, hidden_size)`.
+        positions: The tokens' positions in prompt and answer, withdrawn tokens counted, shape `(rows,)`.
+        is_candidate: Whether each token may be withdrawn, shape `(rows,)`. Visual tokens may be, except the
+            prompt's last token.
+        attention: The attention that the prompt's last token paid to each token in the layer before, as a
+            mean over heads, shape `(rows,)`, float32. All 0 before the first layer, and if the layer before
+            was run without `ranks`.
+        last: The row of the prompt's last token.
     """
 
     hidden: torch.Tensor
@@ -29,11 +32,10 @@ class LayerInput:
     is_candidate: torch.Tensor
     attention: torch.Tensor
     last: int
-    """Index of the prompt's last token."""
 
     @classmethod
     def of(cls, answered: FullAnswer) -> "LayerInput":
-        """What layer 0 gets."""
+        """The tokens that layer 0 gets: the whole prompt, and all but the last token of the answer."""
         count = len(answered.embedded)
         return cls(
             answered.embedded,
@@ -45,10 +47,15 @@ class LayerInput:
 
     @property
     def candidates(self) -> int:
+        """The number of tokens that may be withdrawn."""
         return int(self.is_candidate.sum())
 
     def withdrawn(self, kept: int) -> "LayerInput":
-        """The same with the `kept` candidates that got the most attention, the first ones where it ties."""
+        """Withdraws candidates, the ones that received the least attention first.
+
+        Args:
+            kept: The number of candidates that stay. Of those with equal attention, the first ones stay.
+        """
         if kept >= self.candidates:
             return self
         score = torch.where(self.is_candidate, self.attention, torch.inf)
@@ -65,7 +72,14 @@ class LayerInput:
 
 @torch.inference_mode()
 def run_layer(model: HFModel, index: int, rows: LayerInput, ranks: bool) -> LayerInput:
-    """What comes out of layer `index`; `ranks` where the next one needs its attention."""
+    """Runs a decoder layer, and returns the tokens that leave it.
+
+    Args:
+        model: The model.
+        index: The layer's number, from 0.
+        rows: The tokens that the layer gets.
+        ranks: Whether to compute `attention`, which is needed if tokens are withdrawn behind the layer.
+    """
     layer, positions = model.decoder.layers[index], rows.positions[None]
     cos, sin = model.decoder.rotary_emb(rows.hidden[None], position_ids=positions)
     hidden = layer(
@@ -81,7 +95,17 @@ def run_layer(model: HFModel, index: int, rows: LayerInput, ranks: bool) -> Laye
 def _attention_of_last(
     layer: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
-    """What the last of some rows pays to each, shape `(rows,)`, float32."""
+    """The attention that the last of some rows pays to each of them, as a mean over heads.
+
+    Args:
+        layer: The decoder layer.
+        hidden: The hidden states that the layer gets, shape `(rows, hidden_size)`.
+        cos: The cosines of the rotary embedding at the rows' positions, shape `(1, rows, head_dim)`.
+        sin: The sines, in the same shape.
+
+    Returns:
+        Shape `(rows,)`, float32.
+    """
     states, module = layer.input_layernorm(hidden), layer.self_attn
 
     def rotated(projected: torch.Tensor) -> torch.Tensor:
@@ -98,6 +122,11 @@ def _attention_of_last(
 
 @torch.inference_mode()
 def answer_logits(model: HFModel, rows: LayerInput) -> torch.Tensor:
-    """What an answer's tokens are chosen by, of the rows behind the last layer, shape `(O, vocabulary)`."""
+    """The logits from which the O tokens of an answer are chosen, shape `(O, vocabulary)`, float32.
+
+    Args:
+        model: The model.
+        rows: The tokens that leave the last layer.
+    """
     logits: torch.Tensor = model.hf_model.lm_head(model.decoder.norm(rows.hidden[rows.last :])).float()
     return logits

@@ -1,8 +1,10 @@
-"""P-Sigmoid: the schedule that disturbs answers least, of those that a budget pays for.
+"""P-Sigmoid (arXiv 2412.00556): the schedule within a budget that changes answers least.
 
-A layer gets a fraction of the visual tokens that falls with its depth along a sigmoid. *Ours*: of layer l it
-is `r_max / (1 + exp(k (l - m)))`, and 1 at most; steepness k and middle m are searched with Optuna's TPE
-sampler, and r_max is as large as the budget allows, for the stages that the schedule is merged into.
+The fraction of visual tokens that a layer gets falls with the layer's depth along a sigmoid.
+
+The details are this project's own choice, not the paper's. Layer l gets the fraction
+`r_max / (1 + exp(k (l - m)))`, at most 1. Steepness k and middle m are searched with Optuna's TPE sampler,
+and r_max is as large as the budget allows for the stages that the schedule is merged into.
 """
 
 from collections.abc import Callable
@@ -23,19 +25,38 @@ from vllm_vtw.search.price import Price
 from vllm_vtw.search.schedules.schedule import FIRST_LAYER, GRID, at_borders, merged
 
 LEAST = 1e-4
+"""The smallest r_max. On the grid, all layers from `FIRST_LAYER` on then get nothing."""
 BISECTIONS = 24
+"""The number of bisection steps in a search for r_max."""
 STEEPNESS = (0.02, 3.0)
+"""The range in which k is searched."""
 
 
 def sigmoid(k: float, m: float, r_max: float, num_layers: int) -> list[float]:
-    """The fraction of visual tokens that each layer gets, rounded down to the grid."""
+    """The fraction of visual tokens that each layer gets, rounded down to the grid.
+
+    Args:
+        k: The steepness of the sigmoid.
+        m: The middle of the sigmoid, as a layer.
+        r_max: The fraction that the sigmoid starts from, far before layer m. If it is more than 1, more
+            layers get all visual tokens.
+        num_layers: The number of decoder layers.
+    """
     falling = [min(1.0, r_max / (1 + exp(k * (layer - m)))) for layer in range(num_layers)]
     return [1.0] * FIRST_LAYER + [floor(GRID * keep) / GRID for keep in falling[FIRST_LAYER:]]
 
 
 @dataclass(frozen=True)
 class Afforded:
-    """A sigmoid's schedule, and the stages made of it."""
+    """A sigmoid's schedule that is within a budget.
+
+    Attributes:
+        k: The steepness of the sigmoid.
+        m: The middle of the sigmoid, as a layer.
+        r_max: The fraction that the sigmoid starts from.
+        keeps: The fraction of visual tokens that the sigmoid gives to each layer.
+        policy: The stages that the schedule is merged into.
+    """
 
     k: float
     m: float
@@ -47,25 +68,26 @@ class Afforded:
 def affordable(
     k: float, m: float, max_stages: int, price: Price, share: Callable[[Policy], float], budget: float
 ) -> Afforded:
-    """The schedule of a sigmoid that spends a budget, which has to pay for `cheapest`.
+    """Returns the schedule of a sigmoid with the largest r_max that is within a budget.
 
-    As r_max grows, stages begin elsewhere and their cost jumps. So their borders are those of the largest
-    r_max that was found to pay, and r_max then grows as far as it pays with these.
+    As r_max grows, `merged` lets stages begin at other layers, and their cost jumps. Therefore r_max is
+    searched twice. The first search lets `merged` choose the layers at which stages begin. The second one
+    keeps the layers that the first one ended with, and increases r_max as far as the budget allows.
 
     Args:
-        k: Steepness.
-        m: Middle, a layer.
-        max_stages: As of `merged`.
-        price: As of `merged`.
-        share: What a policy leaves to be paid.
-        budget: The most that `share` may be.
+        k: The steepness of the sigmoid.
+        m: The middle of the sigmoid, as a layer.
+        max_stages: The largest number of stages, stage 0 included.
+        price: Computes the cost of policies.
+        share: The cost of a policy that the budget limits, such as `Price.flops_share`.
+        budget: The largest `share` that is allowed. It has to be at least that of `cheapest`.
     """
 
     def keeps(log_r_max: float) -> list[float]:
         return sigmoid(k, m, exp(log_r_max), price.num_layers)
 
     def highest(low: float, high: float, policy: Callable[[float], Policy]) -> float:
-        """The largest r_max that pays, where `low` does."""
+        """The largest logarithm of r_max from `low` to `high` that is within budget. `low` has to be."""
         if share(policy(high)) <= budget:
             return high
         for _ in range(BISECTIONS):
@@ -73,22 +95,23 @@ def affordable(
             low, high = (middle, high) if share(policy(middle)) <= budget else (low, middle)
         return low
 
-    def best(log_r_max: float) -> Policy:
+    def with_free_borders(log_r_max: float) -> Policy:
         return merged(keeps(log_r_max), max_stages, price)
 
+    # With this r_max, all layers get all visual tokens.
     everything = log(1 + exp(k * (price.num_layers - m)))
-    least = highest(log(LEAST), everything, best)
-    borders = [stage.layer for stage in best(least).stages]
+    least = highest(log(LEAST), everything, with_free_borders)
+    borders = [stage.layer for stage in with_free_borders(least).stages]
 
-    def with_these(log_r_max: float) -> Policy:
+    def with_these_borders(log_r_max: float) -> Policy:
         return at_borders(keeps(log_r_max), borders)
 
-    most = highest(least, everything, with_these)
-    return Afforded(k, m, exp(most), tuple(keeps(most)), with_these(most))
+    most = highest(least, everything, with_these_borders)
+    return Afforded(k, m, exp(most), tuple(keeps(most)), with_these_borders(most))
 
 
 def cheapest(max_stages: int, price: Price) -> Policy:
-    """What any sigmoid comes to as r_max falls."""
+    """The policy of any sigmoid with the least r_max: layers from `FIRST_LAYER` on get no visual tokens."""
     return merged([1.0] * FIRST_LAYER + [0.0] * (price.num_layers - FIRST_LAYER), max_stages, price)
 
 
@@ -101,23 +124,27 @@ def p_sigmoid(
     storage: Path,
     each: Callable[[int], Any],
 ) -> tuple[Afforded, int]:
-    """The schedule with the least mean KL on the worst task, and of how many trials.
+    """Searches the schedule whose answers have the least mean KL, on the task where it is largest.
 
     Args:
-        afford: The schedule of a steepness and a middle.
-        effect: What a policy does to answers, by task.
-        num_layers: Of the decoder.
-        trials: To have made in the end, with those of `storage`.
-        seed: Of the sampler.
-        storage: Optuna's journal, which a search that was interrupted goes on from as if it had not been.
-        each: Called with the number of trials that were made.
+        afford: Returns the schedule within budget for a steepness k and a middle m.
+        effect: Returns how a policy changes answers, by task.
+        num_layers: The number of decoder layers.
+        trials: The number of schedules to try, those in `storage` included.
+        seed: The seed of the sampler.
+        storage: The file of Optuna's journal. If it holds the trials of an interrupted search, the search
+            goes on from there, and finds what it would have found without the interruption.
+        each: Called with the number of trials that are complete, before every trial and at the end.
+
+    Returns:
+        The best schedule, and the number of trials that are complete.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     backend = JournalStorage(JournalFileBackend(str(storage)))
     study = optuna.create_study(study_name="p-sigmoid", storage=backend, load_if_exists=True)
-    known: dict[Policy, float] = {}
+    known: dict[Policy, float] = {}  # Different sigmoids can be merged into the same policy.
 
-    def worst(trial: optuna.Trial) -> float:
+    def worst_mean_kl(trial: optuna.Trial) -> float:
         k = trial.suggest_float("k", *STEEPNESS, log=True)
         m = trial.suggest_float("m", 0, num_layers)
         policy = afford(k, m).policy
@@ -127,8 +154,9 @@ def p_sigmoid(
 
     while (count := len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))) < trials:
         each(count)
-        # A sampler's stream is not stored. Of its own for each trial, it is the same after an interruption.
+        # Optuna does not store the state of the sampler's random numbers. With a sampler of its own, seeded
+        # by its number, each trial is the same after an interruption.
         study.sampler = optuna.samplers.TPESampler(seed=(seed + count) % SEEDS)
-        study.optimize(worst, n_trials=1)
+        study.optimize(worst_mean_kl, n_trials=1)
     each(count)
     return afford(study.best_params["k"], study.best_params["m"]), count

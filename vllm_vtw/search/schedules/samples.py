@@ -1,4 +1,4 @@
-"""What a schedule does to the answers of the full model."""
+"""Measures how a schedule changes the answers of the full model."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -14,14 +14,15 @@ from vllm_vtw.search.schedules.layerwise import LayerInput, answer_logits, run_l
 
 @dataclass(frozen=True)
 class SampleAtLayer:
-    """A sample, as the full model answers it, at some layer of a schedule.
+    """A sample with the full model's answer, which a schedule was applied to up to some layer.
 
     Attributes:
-        task: Its label.
-        visual_tokens: Of the prompt, without its last token.
-        logits: The full model's, of the answer, shape `(O, vocabulary)`, on the CPU. From the same pass as a
-            schedule's: those of token by token differ by rounding.
-        rows: What the layer gets.
+        task: The sample's task label.
+        visual_tokens: The number of the prompt's visual tokens, its last token excluded.
+        logits: The full model's logits for the O tokens of the answer, shape `(O, vocabulary)`, on the CPU.
+            Like those of a schedule, they come from one pass over prompt and answer. Logits from decoding
+            token by token would differ by rounding.
+        rows: The tokens that the next layer gets.
     """
 
     task: str
@@ -31,15 +32,24 @@ class SampleAtLayer:
 
     @classmethod
     def of(cls, model: HFModel, task: str, answered: FullAnswer) -> "SampleAtLayer":
-        """Before layer 0."""
-        asked = cls(task, answered.visual_tokens, answered.logits, LayerInput.of(answered))
-        full = asked.going_on(model, 0, [1.0] * len(model.decoder.layers))
-        return replace(asked, logits=answer_logits(model, full.rows).cpu())
+        """Makes the sample before layer 0 from the full model's answer."""
+        sample = cls(task, answered.visual_tokens, answered.logits, LayerInput.of(answered))
+        full = sample.going_on(model, 0, [1.0] * len(model.decoder.layers))
+        return replace(sample, logits=answer_logits(model, full.rows).cpu())
 
     def going_on(self, model: HFModel, layer: int, keeps: Sequence[float]) -> "SampleAtLayer":
-        """Through the layers from `layer` on, of which each gets the fraction of `keeps`.
+        """Applies a schedule to the next layers.
 
-        The last of them ranks for what follows; the others only where the next one gets less.
+        Attention is computed in layers before one that gets fewer visual tokens, and in the last of these
+        layers, because the one behind it may get fewer.
+
+        Args:
+            model: The model.
+            layer: The next layer.
+            keeps: The fractions of visual tokens that `layer` and the layers behind it get.
+
+        Returns:
+            The sample behind the last of these layers.
         """
         rows = self.rows
         counts = [Stage(index, keep).kept(self.visual_tokens) for index, keep in enumerate(keeps, layer)]
@@ -48,17 +58,24 @@ class SampleAtLayer:
         return replace(self, rows=rows)
 
     def difference(self, model: HFModel) -> Difference:
-        """Behind the last layer: from the full model's answer."""
+        """How the schedule changed the full model's answer, for a sample behind the last layer."""
         logits = answer_logits(model, self.rows)
         return Difference.between(self.logits.to(logits.device), logits)
 
 
 def divergence_by_task(
-    model: HFModel, asked: Iterable[SampleAtLayer], layer: int, keep: Sequence[float]
+    model: HFModel, samples: Iterable[SampleAtLayer], layer: int, keeps: Sequence[float]
 ) -> dict[str, Curve]:
-    """By task, how answers differ where the layers from `layer` on get the fractions of `keep`."""
+    """Measures by task how a schedule for the remaining layers changes the answers.
+
+    Args:
+        model: The model.
+        samples: The samples, before `layer`.
+        layer: The first of the remaining layers.
+        keeps: The fraction of visual tokens that each of the remaining layers gets.
+    """
     by_task: dict[str, list[Difference]] = {}
-    for one in asked:
-        difference = one.going_on(model, layer, keep).difference(model)
-        by_task.setdefault(one.task, []).append(difference)
+    for sample in samples:
+        difference = sample.going_on(model, layer, keeps).difference(model)
+        by_task.setdefault(sample.task, []).append(difference)
     return {task: Curve.of(differences) for task, differences in by_task.items()}

@@ -1,1 +1,1 @@
-"""VTW (arXiv 2405.05803): one withdrawal layer K, calibrated on samples."""
+"""VTW (arXiv 2405.05803): calibrates the withdrawal layer K of a model on samples."""

@@ -1,4 +1,4 @@
-"""Measures a model's answers at every K, and lets both criteria choose."""
+"""Measures how a model's answers change at each K, and lets both criteria choose K."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -24,27 +24,35 @@ def measure(
     samples: Sequence[Sample],
     limit: int,
     settings: CalibrationSettings,
-    progress: CalibrationJournal,
+    journal: CalibrationJournal,
 ) -> Iterator[Skipped | MeasuredSample]:
-    """Goes through samples in their order until `limit` are good. What `progress` has is not computed again.
+    """Measures samples in their order until `limit` of them could be measured.
+
+    Args:
+        model: The model that is calibrated.
+        samples: The samples, in the order in which they are tried.
+        limit: The number of measured samples that are wanted.
+        settings: The values of K, and how answers are generated.
+        journal: Stores the measured samples. Those that it already has are not measured again.
 
     Yields:
-        Each sample that is good, and why others are not.
+        For each sample what was measured or, if the sample cannot be used, the reason.
 
     Raises:
-        ValueError: A sample of `progress` was another one then.
+        ValueError: There is no chat template, the model's logits are not finite, or a sample of `journal` had
+            another image or prompt when it was measured.
     """
 
-    def look(sample: Sample, inputs: Inputs, digest: str) -> MeasuredSample:
-        measured = _measured(model, sample, inputs, digest, settings)
-        progress.add(measured)
+    def evaluate(sample: Sample, inputs: Inputs, digest: str) -> MeasuredSample:
+        measured = _measure_sample(model, sample, inputs, digest, settings)
+        journal.add(measured)
         return measured
 
-    known = progress.measured
-    yield from evaluate_samples(model, samples, limit, settings.max_tokens, known, progress.file, look)
+    known = journal.measured
+    yield from evaluate_samples(model, samples, limit, settings.max_tokens, known, journal.file, evaluate)
 
 
-def _measured(
+def _measure_sample(
     model: HFModel, sample: Sample, inputs: Inputs, digest: str, settings: CalibrationSettings
 ) -> MeasuredSample:
     answered = model.answer(inputs, settings.max_tokens)
@@ -67,7 +75,14 @@ def _measured(
 
 @dataclass(frozen=True)
 class Budget:
-    """What a criterion allows: see `criteria`."""
+    """The differences from the full model's answers that the criteria allow.
+
+    Attributes:
+        eta: First-token criterion: the largest mean KL(P_withdrawn || P_full) of an answer's first token, in
+            nats.
+        max_answer_kl: Answer criterion: the largest mean KL(P_full || P_withdrawn) of a token, in nats.
+        max_token_change: Answer criterion: the largest share of tokens that change, from 0 to 1.
+    """
 
     eta: float
     max_answer_kl: float
@@ -81,7 +96,18 @@ def result(
     measured: Sequence[MeasuredSample],
     budget: Budget,
 ) -> dict[str, Any]:
-    """Both criteria's choices of K with all they are made of, ready for JSON."""
+    """Returns the K that each criterion chooses, and all numbers it is based on, as `result.json` holds them.
+
+    Args:
+        shape: The shape of the model.
+        model: The model that was measured.
+        settings: The settings of the measurement.
+        measured: The measured samples. There has to be at least one.
+        budget: What the criteria allow.
+
+    Returns:
+        An object for JSON. Lists by layer are in the order of `settings.layers`.
+    """
     layers, num_layers = settings.layers, shape.num_hidden_layers
     by_task = {
         task: [sample for sample in measured if sample.task == task]
@@ -107,7 +133,7 @@ def result(
     policies = [Policy.withdraw_at(layer, num_layers) for layer in layers]
     return {
         "model": shape.as_dict(),
-        "made": _made(settings, measured),
+        "made": _provenance(settings, measured),
         "budget": asdict(budget),
         "layer": {
             "answer": answer_layer(curves, budget.max_answer_kl, budget.max_token_change),
@@ -140,7 +166,8 @@ def result(
     }
 
 
-def _made(settings: CalibrationSettings, measured: Sequence[MeasuredSample]) -> dict[str, Any]:
+def _provenance(settings: CalibrationSettings, measured: Sequence[MeasuredSample]) -> dict[str, Any]:
+    """When, from which samples and with which settings a result was made."""
     inputs = "".join(sample.inputs_sha256 for sample in measured)
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,40 +1,50 @@
-"""Two criteria for the withdrawal layer K.
+"""Two criteria that choose the withdrawal layer K.
 
-The *first-token criterion* is the published one (VTW, arXiv 2405.05803): KL(P_withdrawn || P_full) of an
-answer's first token, mean over samples, K the first layer from 5 on where it is at most eta. It does not see
-what withdrawal does to the rest of an answer.
+The *first-token criterion* is the published one (VTW, arXiv 2405.05803). It takes the mean over samples of
+KL(P_withdrawn || P_full) at the answer's first token, and chooses the first layer from 5 on where this mean
+is at most eta. It does not see what withdrawal does to the rest of an answer.
 
-The *answer criterion* looks at every token of the full model's answer, read by both: the mean of
-KL(P_full || P_withdrawn) and the share of tokens that the withdrawn model would have chosen otherwise. K is
-the first layer where both are within budget on the worst task.
+The *answer criterion* is this project's own. Both models read the full model's answer, and the criterion
+compares them at every token: by the mean of KL(P_full || P_withdrawn), and by the share of tokens in whose
+place the withdrawn model would have chosen another one. It chooses the first layer where both are within
+budget on every task.
 """
 
 from vllm_vtw.config import ModelShape
 from vllm_vtw.search.divergence import Curve
 
 FIRST_LAYER = 5
-# Of arXiv 2405.05803, by (model type, text model type, decoder layers, hidden size), all of them over Vicuna.
+"""The first K that the first-token criterion considers."""
+# The eta values of arXiv 2405.05803, by (model type, text model type, decoder layers, hidden size). All of
+# these models have Vicuna as their text model.
 PUBLISHED_ETA = {
     ("llava", "llama", 32, 4096): 0.003,
     ("llava", "llama", 40, 5120): 0.0005,
     ("llava_next", "llama", 32, 4096): 0.0001,
 }
+# The sizes of the vocabulary of a LLaVA with Vicuna. A LLaVA with Llama 3 can have the same shape otherwise,
+# but has a larger vocabulary.
 VICUNA_VOCABULARY = range(32000, 32065)
 OTHER_ETA = 0.003
 
 
 def default_eta(model: ModelShape, vocabulary: int) -> float:
-    """The published bound for a model, or that for all others."""
+    """The published eta for a model, in nats. Models without one of their own get `OTHER_ETA`.
+
+    Args:
+        model: The shape of the model.
+        vocabulary: The number of tokens in the text model's vocabulary.
+    """
     shape = (model.model_type, model.text_model_type, model.num_hidden_layers, model.hidden_size)
     return PUBLISHED_ETA.get(shape, OTHER_ETA) if vocabulary in VICUNA_VOCABULARY else OTHER_ETA
 
 
 def first_token_layer(mean_kl: dict[int, float], eta: float) -> int | None:
-    """The first K from 5 on with a mean of at most `eta`, None where there is none.
+    """The K that the first-token criterion chooses. None if no K from `FIRST_LAYER` on satisfies it.
 
     Args:
-        mean_kl: By K, ascending: `Difference.first_token_kl`, mean over all samples.
-        eta: In nats.
+        mean_kl: For each K, ascending, the mean of `Difference.first_token_kl` over all samples.
+        eta: The largest mean that is allowed, in nats.
     """
     return next((layer for layer, kl in mean_kl.items() if layer >= FIRST_LAYER and kl <= eta), None)
 
@@ -42,12 +52,13 @@ def first_token_layer(mean_kl: dict[int, float], eta: float) -> int | None:
 def answer_layer(
     curves: dict[str, dict[int, Curve]], max_answer_kl: float, max_token_change: float
 ) -> int | None:
-    """The first K where every task is within budget, None where there is none.
+    """The K that the answer criterion chooses. None if no K is within budget on every task.
 
     Args:
-        curves: By task and K, ascending.
-        max_answer_kl: Of `Curve.mean_kl`.
-        max_token_change: Of `Curve.token_change`.
+        curves: For each task and each K, ascending, how withdrawal changes the answers. All tasks have the
+            same values of K.
+        max_answer_kl: The largest `Curve.mean_kl` that is allowed, in nats.
+        max_token_change: The largest `Curve.token_change` that is allowed, from 0 to 1.
     """
     layers = next(iter(curves.values()))
     return next(

@@ -1,4 +1,4 @@
-"""What was measured so far, kept sample by sample, so that a calibration can be interrupted and resumed."""
+"""Stores what a calibration measures, sample by sample, so that it can be interrupted and resumed."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,18 +9,20 @@ from vllm_vtw.search.journal import Journal
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """What samples have to have in common to be looked at together.
+    """The settings that all measured samples of a calibration have in common.
+
+    A calibration can be resumed only with the same settings.
 
     Attributes:
-        checkpoint: The model's name or folder.
-        revision: Of the checkpoint: `checkpoint.revision`.
-        data_sha256: `data.Data.sha256`.
-        seed: Of the order that samples are drawn in.
-        layers: Values of K, ascending.
-        max_tokens: Of an answer.
-        dtype: Of the weights.
-        device: Its type.
-        versions: Of what computed.
+        checkpoint: The checkpoint's name on the Hugging Face Hub, or its folder.
+        revision: The `checkpoint.revision` of the checkpoint.
+        data_sha256: The SHA-256 of the data, in hexadecimal digits.
+        seed: The seed of the order in which samples are drawn.
+        layers: The values of K that are measured, ascending.
+        max_tokens: The most tokens of an answer.
+        dtype: The data type of the model's weights.
+        device: The type of the device, such as "cuda".
+        versions: The versions of the packages that compute, by package name.
     """
 
     checkpoint: str
@@ -36,9 +38,19 @@ class CalibrationSettings:
 
 @dataclass(frozen=True)
 class MeasuredSample:
-    """One sample's answer by the full model, and what withdrawal does to it, by position in `layers`.
+    """The full model's answer to a sample, and how withdrawal changes it at each K.
 
-    `inputs_sha256` is of what the model got: tokens and pixels.
+    Attributes:
+        where: The line, item or file that the sample comes from.
+        task: The sample's task label.
+        inputs_sha256: The SHA-256 of the model's inputs, token ids and pixels.
+        prompt: The prompt as the model gets it, with its image placeholders.
+        answer: The full model's answer.
+        expected: The answer that the data gives. None if it gives none.
+        visual_tokens: The number of the prompt's visual tokens.
+        text_tokens: The number of the prompt's text tokens.
+        cut: Whether the answer reached the most tokens allowed without an end-of-sequence token.
+        differences: For each of `CalibrationSettings.layers`, how withdrawal there changes the answer.
     """
 
     where: str
@@ -54,30 +66,34 @@ class MeasuredSample:
 
     @property
     def output_tokens(self) -> int:
+        """The number of tokens of the answer."""
         return len(self.differences[0].changed)
 
 
 class CalibrationJournal:
-    """The measured samples of a folder.
+    """The journal of a calibration, `samples.jsonl` in its output folder.
 
     Args:
-        folder: Made where it is missing.
-        settings: Those of now.
-        resume: Go on with what is there.
+        folder: The output folder. It is created if it is missing.
+        settings: The settings of this run.
+        resume: Whether to continue with the samples that the folder holds.
+
+    Attributes:
+        measured: The measured samples, by `MeasuredSample.where`.
 
     Raises:
-        ValueError: The folder's samples were measured otherwise, or `resume` was not asked for.
+        ValueError: As `Journal` raises it, for example because the samples were measured with other settings.
     """
 
     def __init__(self, folder: Path, settings: CalibrationSettings, resume: bool) -> None:
         self.file = folder / "samples.jsonl"
         self.journal = Journal(self.file, "calibration", asdict(settings), resume)
         self.measured: dict[str, MeasuredSample] = {}
-        """By `MeasuredSample.where`."""
         for line in self.journal.found:
             differences = [Difference(**difference) for difference in line["differences"]]
             self.measured[line["where"]] = MeasuredSample(**(line | {"differences": differences}))
 
     def add(self, measured: MeasuredSample) -> None:
+        """Adds a sample to `measured` and to the file."""
         self.measured[measured.where] = measured
         self.journal.add(asdict(measured))
