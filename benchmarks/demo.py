@@ -22,7 +22,7 @@ from openai import OpenAI
 from PIL import Image
 
 from benchmarks.quality.model import CHECKPOINT, LAYERS, MAX_ANSWER_TOKENS
-from benchmarks.quality.tasks import TASKS, OneStepPrefill, samples
+from benchmarks.quality.tasks import TASKS, Question, samples
 from benchmarks.server import Server, ServerError, serving
 
 KV_MIB = 8
@@ -55,7 +55,7 @@ def data_url(picture: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def ask(client: OpenAI, model: str, picture: Image.Image, question: OneStepPrefill) -> str:
+def ask(client: OpenAI, model: str, picture: Image.Image, question: Question) -> str:
     content = [
         {"type": "image_url", "image_url": {"url": data_url(picture)}},
         {"type": "text", "text": question.text},
@@ -69,7 +69,7 @@ def ask(client: OpenAI, model: str, picture: Image.Image, question: OneStepPrefi
     return (answer.choices[0].message.content or "").strip()
 
 
-def measure(name: str, asked: list[tuple[Image.Image, OneStepPrefill]], *options: str) -> Column:
+def measure(name: str, asked: list[tuple[Image.Image, Question]], *options: str) -> Column:
     """One server's column of the table."""
     print(f"\n$ {shlex.join(('vllm', 'serve', CHECKPOINT.name, *OPTIONS, *options))}", flush=True)
     started = time.monotonic()

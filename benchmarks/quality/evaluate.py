@@ -27,7 +27,7 @@ from tqdm import tqdm
 from benchmarks.machine import measured_on
 from benchmarks.quality.model import CHECKPOINT, LAYERS, MAX_ANSWER_TOKENS, PICTURE_PART, question_part
 from benchmarks.quality.plots import plot_layers
-from benchmarks.quality.tasks import TASKS, OneStepPrefill, objects_found, samples
+from benchmarks.quality.tasks import TASKS, Question, objects_found, samples
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -45,7 +45,7 @@ OPTIONS: dict[str, Any] = {
 }
 # In logits: where two tokens are closer, rounding may choose either.
 TIE = 1e-3
-Sample = tuple[Image.Image, OneStepPrefill]
+Sample = tuple[Image.Image, Question]
 
 
 @dataclass

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.quality.model import PICTURE_PART, VISUAL_TOKENS, question_part
 from benchmarks.quality.scenes import Scene
-from benchmarks.quality.tasks import AUXILIARY_TASKS, TASKS, OneStepPrefill, ask
+from benchmarks.quality.tasks import AUXILIARY_TASKS, TASKS, Question, ask
 
 ROW = 320  # tokens
 IGNORE = -100
@@ -112,7 +112,7 @@ class Packer:
         )
 
 
-def questions(scene: Scene, rng: Random) -> Iterator[OneStepPrefill]:
+def questions(scene: Scene, rng: Random) -> Iterator[Question]:
     """Every task in turn, the auxiliary ones too, in an order of chance, and no question a second time.
 
     A scene has more than fit in a row; when all were asked, this would go on looking.

@@ -12,7 +12,7 @@ CHOICES = {"left of": "A", "right of": "B", "above": "C", "below": "D"}
 
 
 @dataclass(frozen=True)
-class OneStepPrefill:
+class Question:
     """One question about a scene, and its only right answer."""
 
     task: str
@@ -92,13 +92,13 @@ TASKS: dict[str, Task] = {
 AUXILIARY_TASKS: dict[str, Task] = {function.__name__: function for function in (place, character)}
 
 
-def ask(task: str, scene: Scene, rng: Random) -> OneStepPrefill | None:
+def ask(task: str, scene: Scene, rng: Random) -> Question | None:
     """A question of `task`; None where the scene has none."""
     asked = (TASKS | AUXILIARY_TASKS)[task](scene, rng)
-    return OneStepPrefill(task, *asked) if asked else None
+    return Question(task, *asked) if asked else None
 
 
-def samples(split: str, task: str) -> Iterator[tuple[Image.Image, OneStepPrefill]]:
+def samples(split: str, task: str) -> Iterator[tuple[Image.Image, Question]]:
     """Endless pictures with one question each. The same split and task give the same again."""
     number = 0
     while True:

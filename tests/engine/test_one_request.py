@@ -25,7 +25,7 @@ from tests.engine.reference import Reference
 from tests.engine.test_gated import assert_gated, dividing
 from tests.engine.test_ranked import SCHEDULES, assert_ranked, written
 from vllm_vtw.config import EXITS
-from vllm_vtw.kv.turns import PATIENCE
+from vllm_vtw.kv.prefill_turns import PATIENCE
 
 LONG = Ask("long", "<image>\nand <image>\nWhat differs between them? ASSISTANT:", (A, B))
 LATER = Ask("as long", "<image>\nand <image>\nWhat differs between them? ASSISTANT:", (C, B))

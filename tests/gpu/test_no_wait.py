@@ -6,8 +6,8 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_vtw.retention import Retention
-from vllm_vtw.worker.buffers import SlotMapping, StepBuffer
 from vllm_vtw.worker.current_step import CurrentStep
+from vllm_vtw.worker.step_buffers import SlotMapping, StepBuffer
 from vllm_vtw.worker.step_plan import Batch, BatchRetentions
 
 ROWS, BLOCKS, BLOCK_SIZE = 256, 8, 16

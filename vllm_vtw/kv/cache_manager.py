@@ -5,7 +5,7 @@ from collections import Counter
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import Request
 
-from vllm_vtw.kv.block_manager import StageManager
+from vllm_vtw.kv.stage_block_manager import StageManager
 
 
 class StagedKVCacheManager(KVCacheManager):

@@ -14,11 +14,11 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_vtw.config import EXITS
-from vllm_vtw.kv.block_manager import StagedBlockHashes
 from vllm_vtw.kv.cache_manager import StagedKVCacheManager
+from vllm_vtw.kv.prefill_turns import Turns
+from vllm_vtw.kv.stage_block_manager import StagedBlockHashes
 from vllm_vtw.kv.startup_log import log_startup
 from vllm_vtw.kv.statistics import Statistics
-from vllm_vtw.kv.turns import Turns
 from vllm_vtw.retention import OneStepPrefill, Retention, after_exit, awaits_gates, request_retentions
 from vllm_vtw.startup import refuse_unsupported, refuse_unsupported_dynamic, vtw_config
 

@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_vtw import capacity
 from vllm_vtw.kv import groups
-from vllm_vtw.kv.block_manager import StageManager
+from vllm_vtw.kv.stage_block_manager import StageManager
 
 
 @dataclass(frozen=True, kw_only=True)

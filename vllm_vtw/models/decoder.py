@@ -10,9 +10,9 @@ from vllm.distributed import get_pp_group
 from vllm.forward_context import BatchDescriptor, get_forward_context, override_forward_context
 from vllm.sequence import IntermediateTensors
 
+from vllm_vtw.models.gather_scatter import TokenStates
 from vllm_vtw.models.graph_inputs import GraphInputs
 from vllm_vtw.models.segment import Segment, compiled_segment
-from vllm_vtw.models.token_states import TokenStates
 from vllm_vtw.policy import Policy
 from vllm_vtw.rankings import RANKINGS
 from vllm_vtw.worker.backend import StageAttention

@@ -16,8 +16,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from vllm_vtw.kv.spec import StageSpec
-from vllm_vtw.worker.buffers import SlotMapping, StepBuffer
 from vllm_vtw.worker.current_step import CurrentStep
+from vllm_vtw.worker.step_buffers import SlotMapping, StepBuffer
 
 # Backends whose kernels accept rows without a query in the middle of a batch.
 BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "CPU_ATTN")

@@ -9,9 +9,9 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_vtw.retention import OneStepPrefill
-from vllm_vtw.worker.buffers import SlotMapping
 from vllm_vtw.worker.gates import Gates
 from vllm_vtw.worker.stage_step import StageStep
+from vllm_vtw.worker.step_buffers import SlotMapping
 from vllm_vtw.worker.step_plan import Batch, BatchRetentions, plan_stage, ranked_tokens
 
 

@@ -13,7 +13,7 @@ from vllm_vtw.config import VTWConfig
 from vllm_vtw.retention import Retention, after_exit, request_retentions
 from vllm_vtw.worker.current_step import CurrentStep
 from vllm_vtw.worker.gates import blocks_after_exit
-from vllm_vtw.worker.seeded import make_rewindable
+from vllm_vtw.worker.seeded_sampling import make_rewindable
 from vllm_vtw.worker.step_plan import Batch, BatchRetentions, wants_prompt_logprobs
 
 TARGET = "_build_attention_metadata"

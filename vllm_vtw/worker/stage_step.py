@@ -7,8 +7,8 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_vtw.worker.buffers import SlotMapping, StepBuffer
 from vllm_vtw.worker.ranking import RankedPrompt, RankedPrompts
+from vllm_vtw.worker.step_buffers import SlotMapping, StepBuffer
 from vllm_vtw.worker.step_plan import Batch, StagePlan
 
 

@@ -19,9 +19,9 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 from vllm.v1.request import Request
 
 from tests.unit.strategies import Prompt
-from vllm_vtw.kv.block_manager import StagedBlockHashes, StageManager
 from vllm_vtw.kv.cache_manager import StagedKVCacheManager
 from vllm_vtw.kv.spec import StageSpec
+from vllm_vtw.kv.stage_block_manager import StagedBlockHashes, StageManager
 from vllm_vtw.retention import Retention
 
 init_none_hash(sha256)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from vllm.config import CUDAGraphMode
 
+from vllm_vtw.models.gather_scatter import TokenStates
 from vllm_vtw.models.graph_inputs import GraphInputs
-from vllm_vtw.models.token_states import TokenStates
 from vllm_vtw.worker.stage_step import StageStep
 
 
