@@ -57,7 +57,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 Samples = dict[str, list[float]]
 WHOLE = [(GPUModelRunner, "_build_attention_metadata"), (GPUModelRunner, "_get_slot_mappings")]
 PARTS = [
-    (StageStep, "place"),
+    (StageStep, "set_ranks"),
     (StageStep, "write_slots"),
     (StageStep, "metadata"),
     (CPUAttentionMetadataBuilder, "build"),

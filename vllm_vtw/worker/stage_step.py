@@ -1,6 +1,6 @@
 """One stage of the current step on the device: its tokens, their KV slots, and its attention metadata."""
 
-from typing import Any
+import copy
 
 import numpy as np
 import torch
@@ -181,26 +181,21 @@ class StageStep:
         else:
             torch.sub(batch.seq_lens[:rows], self.withdrawn, out=lengths[:rows])
             lengths[rows:] = 0
-        changed: dict[str, Any] = {}
+        # `batch.replace` runs the constructor, which takes 13 microseconds longer in every step.
+        of_stage = copy.copy(batch)
+        of_stage.seq_lens = lengths
+        # An upper bound, which is all that backends need. The exact number would cost as much as all lengths.
+        of_stage.max_seq_len = batch.max_seq_len - self._least_withdrawn
+        of_stage.seq_lens_cpu_upper_bound = None
         if self._starts_cpu is not None:
             assert batch.num_reqs == rows, "a step of a fixed shape gathers nothing"
-            changed = {
-                "query_start_loc": self._starts,
-                "query_start_loc_cpu": torch.from_numpy(self._starts_cpu),
-                "num_actual_tokens": self.num_tokens,
-                "max_query_len": longest_query(self._starts_cpu),
-            }
-        return batch.replace(
-            seq_lens=lengths,
-            # An upper bound, which is all that backends need. The exact number would cost as much as all
-            # lengths.
-            max_seq_len=batch.max_seq_len - self._least_withdrawn,
-            seq_lens_cpu_upper_bound=None,
-            slot_mapping=slots.view(changed.get("num_actual_tokens", batch.num_actual_tokens)),
-            # The rotary embedding has been applied before. Builders would take positions for those of the
-            # tokens at hand, and these are of the whole batch.
-            positions=None,
-            _num_computed_tokens_cache=None,
-            _token_to_req_indices_cache=None,
-            **changed,
-        )
+            of_stage.query_start_loc = self._starts
+            of_stage.query_start_loc_cpu = torch.from_numpy(self._starts_cpu)
+            of_stage.num_actual_tokens = self.num_tokens
+            of_stage.max_query_len = longest_query(self._starts_cpu)
+        of_stage.slot_mapping = slots.view(of_stage.num_actual_tokens)
+        # The rotary embedding has been applied before. Builders would take these positions, which are of the
+        # whole batch, for those of the stage's tokens.
+        of_stage.positions = None
+        of_stage._num_computed_tokens_cache = of_stage._token_to_req_indices_cache = None
+        return of_stage
