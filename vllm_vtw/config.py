@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_vtw.files import shorten
 from vllm_vtw.policy import Policy
+from vllm_vtw.untrusted_files import shorten
 
 logger = logging.getLogger("vllm.vtw")
 

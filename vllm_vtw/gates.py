@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from vllm_vtw.files import read_file, shorten
 from vllm_vtw.policy import Gate
+from vllm_vtw.untrusted_files import read_file, shorten
 
 GATE_WIDTH = 2048
 """The size of a gate's hidden layer."""

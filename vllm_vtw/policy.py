@@ -10,7 +10,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from vllm_vtw.files import read_file, shorten
+from vllm_vtw.untrusted_files import read_file, shorten
 
 MAX_POLICY_BYTES = 16 << 20
 """The size of the largest policy file that is read. With the curves of a calibration, a file takes less than

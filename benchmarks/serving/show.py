@@ -201,7 +201,7 @@ def write_plots(file: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("untrusted_files", nargs="+", type=Path, metavar="FILE")
     for file in parser.parse_args().files:
         try:
             print(write_tables(file), write_plots(file))

@@ -12,12 +12,12 @@ PACKAGE = Path(vllm_vtw.__file__).parent
 HEAVY = {"torch", "transformers", "vllm"}
 
 ALLOWED = {
-    "policy": {"files"},
-    "config": {"files", "policy"},
+    "policy": {"untrusted_files"},
+    "config": {"untrusted_files", "policy"},
     "retention": {"policy"},
     "capacity": {"policy"},
-    "files": set(),
-    "gates": {"files", "policy"},
+    "untrusted_files": set(),
+    "gates": {"untrusted_files", "policy"},
     "plugin": {"models"},
     "startup": {"config", "gates", "policy"},
     "metrics": {"config", "startup"},
@@ -31,7 +31,7 @@ ALLOWED = {
     "search.schedules": {"capacity", "policy", "search", "search.data"},
     "search.dyvte": {"capacity", "gates", "policy", "search", "search.data"},
     "search.reports": {"config", "search.vtw.criteria"},
-    "commands": {"capacity", "config", "files", "gates", "plugin", "policy", "search"}
+    "commands": {"capacity", "config", "untrusted_files", "gates", "plugin", "policy", "search"}
     | {"search.data", "search.vtw", "search.schedules", "search.dyvte", "search.reports"},
 }
 """For each room, a folder or a file of the package: the rooms and single files that it may import."""
@@ -39,11 +39,19 @@ ALLOWED = {
 MAY_ALSO = {
     "search.model": {"search.data.prompts", "search.data.sample"},
     "search.resume": {"search.data.sample"},
-    "commands.doctor": {"kv.groups", "worker.backend", "worker.runner_v1", "worker.runner_v2"},
+    "commands.doctor": {"kv.groups", "worker.attention_backend", "worker.runner_v1", "worker.runner_v2"},
 }
 """For single files, what else they may import: the model encodes samples, `vtw doctor` tries the hooks."""
 
-WITHOUT_HEAVY = ("policy", "config", "retention", "capacity", "files", "commands", "search.checkpoint")
+WITHOUT_HEAVY = (
+    "policy",
+    "config",
+    "retention",
+    "capacity",
+    "untrusted_files",
+    "commands",
+    "search.checkpoint",
+)
 """Rooms and files whose import needs neither vLLM nor torch. `vtw doctor` runs where they are missing."""
 
 
@@ -154,10 +162,10 @@ def test_the_search_runs_without_vllm():
 
 def test_a_forbidden_import_is_found():
     for module, target in (
-        ("search.model", "commands.setup"),
+        ("search.model", "commands.search_setup"),
         ("worker.gates", "kv.scheduler"),
         ("kv.scheduler", "worker.current_step"),
-        ("search.dyvte.exits", "search.schedules.gsearch"),
+        ("search.dyvte.exit_labels", "search.schedules.gsearch"),
         ("rankings.base", "policy"),
         ("retention", "kv.spec"),
     ):

@@ -17,7 +17,7 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 import vllm_vtw
 from vllm_vtw.kv.scheduler import VTWScheduler
 from vllm_vtw.models.admission import admission_processor
-from vllm_vtw.worker.backend import stage_backend
+from vllm_vtw.worker.attention_backend import stage_backend
 from vllm_vtw.worker.ranking import ranking_impl
 
 BACKENDS = (CPUAttentionBackend, FlashAttentionBackend, TritonAttentionBackend)

@@ -20,9 +20,9 @@ from vllm.engine.arg_utils import EngineArgs
 from benchmarks.quality.model import CHECKPOINT
 from tests.search.command import vtw
 from vllm_vtw.config import ModelShape, VTWConfig
-from vllm_vtw.files import MAX_SHOWN, shorten
 from vllm_vtw.gates import load_gates, new_gate, save_gates
 from vllm_vtw.policy import MAX_POLICY_BYTES, Gate, Policy
+from vllm_vtw.untrusted_files import MAX_SHOWN, shorten
 
 HIDDEN, LAYERS = 16, (3, 5)
 MODEL = ModelShape("llava", "llama", 8, HIDDEN)
@@ -196,7 +196,7 @@ def garbled(content: bytes) -> st.SearchStrategy[bytes]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A folder for files that each example overwrites."""
-    return tmp_path_factory.mktemp("files")
+    return tmp_path_factory.mktemp("untrusted_files")
 
 
 @given(garbled(json.dumps(GATED).encode()))

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from vllm_vtw.commands.results import save_results
-from vllm_vtw.commands.setup import (
+from vllm_vtw.commands.search_setup import (
     SearchSetup,
     add_budget,
     add_options,
@@ -68,11 +68,11 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
 
 def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `result.json` has."""
-    from vllm_vtw.search.data.draw import draw_samples
+    from vllm_vtw.search.data.random_order import draw_samples
     from vllm_vtw.search.model import MODEL_TYPES, HFModel
     from vllm_vtw.search.reports.calibration import notes
     from vllm_vtw.search.vtw import calibration
-    from vllm_vtw.search.vtw.journal import CalibrationJournal, CalibrationSettings
+    from vllm_vtw.search.vtw.calibration_journal import CalibrationJournal, CalibrationSettings
 
     setup = SearchSetup.of(arguments, MODEL_TYPES)
     shape = setup.shape

@@ -194,7 +194,7 @@ def _engine() -> Finding:
 
     from vllm_vtw.kv import groups
     from vllm_vtw.worker import runner_v1
-    from vllm_vtw.worker.backend import BACKENDS
+    from vllm_vtw.worker.attention_backend import BACKENDS
 
     # LLaVA-1.5-7B's: all that transformers has as defaults.
     content = {"architectures": [ARCHITECTURE], "model_type": "llava", "torch_dtype": "float16"}

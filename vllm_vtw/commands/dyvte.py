@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_vtw.commands.results import save_results, write_report
-from vllm_vtw.commands.setup import (
+from vllm_vtw.commands.search_setup import (
     SearchSetup,
     add_options,
     bound,
@@ -19,11 +19,11 @@ from vllm_vtw.commands.setup import (
     require_samples,
     values_of_layer,
 )
-from vllm_vtw.files import shorten
 from vllm_vtw.policy import Gate, Policy, Stage, read_json
+from vllm_vtw.untrusted_files import shorten
 
 if TYPE_CHECKING:
-    from vllm_vtw.search.dyvte.exits import ExitStore, SampleExits
+    from vllm_vtw.search.dyvte.exit_labels import ExitStore, SampleExits
     from vllm_vtw.search.model import HFModel
 
 WEIGHTS = "gates.safetensors"
@@ -102,7 +102,7 @@ def _train(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from vllm_vtw.gates import save_gates
-    from vllm_vtw.search.dyvte.exits import ExitStore
+    from vllm_vtw.search.dyvte.exit_labels import ExitStore
     from vllm_vtw.search.dyvte.training import TrainingSettings, held_out, train
     from vllm_vtw.search.model import MODEL_TYPES
     from vllm_vtw.search.reports import dyvte as dyvte_report
@@ -163,7 +163,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 
     from vllm_vtw.gates import leave_margins, load_gates
     from vllm_vtw.search.dyvte.evaluation import evaluate_gates
-    from vllm_vtw.search.dyvte.exits import ExitStore
+    from vllm_vtw.search.dyvte.exit_labels import ExitStore
     from vllm_vtw.search.model import MODEL_TYPES
     from vllm_vtw.search.price import Price, RequestTokens
     from vllm_vtw.search.reports import dyvte as dyvte_report
@@ -228,8 +228,8 @@ def _looked_at(
     arguments: argparse.Namespace, setup: SearchSetup, layers: list[int], store: "ExitStore"
 ) -> "tuple[HFModel, list[SampleExits], list[str]]":
     """The model, what was seen of samples, and the bad ones."""
-    from vllm_vtw.search.data.draw import draw_samples
-    from vllm_vtw.search.dyvte.exits import collect_exits
+    from vllm_vtw.search.data.random_order import draw_samples
+    from vllm_vtw.search.dyvte.exit_labels import collect_exits
     from vllm_vtw.search.model import HFModel
 
     model = HFModel(arguments.model, setup.config, setup.placement)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_vtw.commands.results import save_results
-from vllm_vtw.commands.setup import (
+from vllm_vtw.commands.search_setup import (
     SearchSetup,
     add_budget,
     add_options,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vllm_vtw.search.divergence import Curve
     from vllm_vtw.search.model import HFModel
     from vllm_vtw.search.price import Price, RequestTokens
-    from vllm_vtw.search.schedules.samples import SampleAtLayer
+    from vllm_vtw.search.schedules.sample_at_layer import SampleAtLayer
 
 
 @dataclass
@@ -145,7 +145,7 @@ def _searched(method: str, arguments: argparse.Namespace, prepare: Prepare) -> t
     from vllm_vtw.search.price import Price
     from vllm_vtw.search.reports.schedules import notes
     from vllm_vtw.search.schedules.baselines import baselines
-    from vllm_vtw.search.schedules.samples import divergence_by_task
+    from vllm_vtw.search.schedules.sample_at_layer import divergence_by_task
     from vllm_vtw.search.schedules.schedule import of_policy
 
     setup = SearchSetup.of(arguments, MODEL_TYPES)
@@ -191,11 +191,11 @@ def _searched(method: str, arguments: argparse.Namespace, prepare: Prepare) -> t
 
 
 def _answers(model: "HFModel", setup: SearchSetup, arguments: argparse.Namespace) -> FullAnswers:
-    from vllm_vtw.search.data.draw import draw_samples
+    from vllm_vtw.search.data.random_order import draw_samples
     from vllm_vtw.search.data.sample import BadSampleError, Skipped
     from vllm_vtw.search.price import RequestTokens
     from vllm_vtw.search.resume import inputs_digest
-    from vllm_vtw.search.schedules.samples import SampleAtLayer
+    from vllm_vtw.search.schedules.sample_at_layer import SampleAtLayer
 
     order = draw_samples(setup.data.samples, arguments.seed)
     tasks: dict[str, dict[str, int]] = {}
@@ -267,7 +267,7 @@ def _p_sigmoid(arguments: argparse.Namespace, settings: dict[str, Any]) -> Searc
 
     from vllm_vtw.search.journal import Journal
     from vllm_vtw.search.schedules.psigmoid import affordable, cheapest, p_sigmoid
-    from vllm_vtw.search.schedules.samples import divergence_by_task
+    from vllm_vtw.search.schedules.sample_at_layer import divergence_by_task
     from vllm_vtw.search.schedules.schedule import of_policy
 
     told = {name: getattr(arguments, name) for name in ("budget", "kv_budget", "max_stages")}

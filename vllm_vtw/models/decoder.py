@@ -15,7 +15,7 @@ from vllm_vtw.models.graph_inputs import GraphInputs
 from vllm_vtw.models.segment import Segment, compiled_segment
 from vllm_vtw.policy import Policy
 from vllm_vtw.rankings import RANKINGS
-from vllm_vtw.worker.backend import StageAttention
+from vllm_vtw.worker.attention_backend import StageAttention
 from vllm_vtw.worker.current_step import CurrentStep
 from vllm_vtw.worker.gates import Gates
 from vllm_vtw.worker.ranking import attach_ranking

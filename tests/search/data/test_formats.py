@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.search.command import calibrate
-from vllm_vtw.search.data.read import read_data
+from vllm_vtw.search.data.dataset import read_data
 from vllm_vtw.search.data.sample import BadSampleError, Sample, Skipped, skip_messages
 
 IMAGE = {"type": "image"}

@@ -23,7 +23,7 @@ from vllm_vtw.commands.dyvte import default_layers
 from vllm_vtw.gates import leave_margins, load_gates
 from vllm_vtw.policy import Policy
 from vllm_vtw.search.dyvte.evaluation import exit_stages
-from vllm_vtw.search.dyvte.exits import ExitStore, SampleExits, collect_exits, may_leave
+from vllm_vtw.search.dyvte.exit_labels import ExitStore, SampleExits, collect_exits, may_leave
 from vllm_vtw.search.dyvte.training import TrainingSettings, held_out, train
 from vllm_vtw.search.journal import Journal
 

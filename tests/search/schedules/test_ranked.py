@@ -24,7 +24,7 @@ from vllm_vtw.search.schedules.baselines import baselines
 from vllm_vtw.search.schedules.gsearch import least
 from vllm_vtw.search.schedules.layerwise import answer_logits
 from vllm_vtw.search.schedules.psigmoid import LEAST, affordable, cheapest, p_sigmoid, sigmoid
-from vllm_vtw.search.schedules.samples import SampleAtLayer
+from vllm_vtw.search.schedules.sample_at_layer import SampleAtLayer
 from vllm_vtw.search.schedules.schedule import GRID, at_borders, merged
 
 KEEPS: tuple[list[float], ...] = ([1, 1, 1, 1], [1, 0.5, 0.5, 0.5], [1, 0.9, 0.312, 0], [1, 1, 0.25, 0.125])

@@ -18,7 +18,7 @@ from benchmarks.quality.model import CHECKPOINT
 from benchmarks.quality.tasks import TASKS
 from benchmarks.small_llava import SmallLlava
 from tests.search.command import SAMPLES, calibrate, found
-from vllm_vtw.commands.setup import values_of_layer
+from vllm_vtw.commands.search_setup import values_of_layer
 from vllm_vtw.config import ModelShape, VTWConfig
 from vllm_vtw.policy import Policy
 

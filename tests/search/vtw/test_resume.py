@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.quality.model import CHECKPOINT
 from tests.search.command import SAMPLES, calibrate, found
-from vllm_vtw.search.vtw.journal import CalibrationJournal
+from vllm_vtw.search.vtw.calibration_journal import CalibrationJournal
 
 
 def test_ctrl_c_keeps_what_was_done_and_resume_goes_on(done, data, tmp_path):

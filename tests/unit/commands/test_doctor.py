@@ -10,7 +10,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_vtw.commands import doctor
 from vllm_vtw.commands.cli import main
-from vllm_vtw.worker import backend, runner_v1
+from vllm_vtw.worker import attention_backend, runner_v1
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="it is of a CPU that this speaks")
 
@@ -121,7 +121,7 @@ def test_a_vllm_that_was_changed(capsys, quick):
 
 
 def test_a_backend_that_is_not_supported(capsys, quick):
-    quick.setattr(backend, "BACKENDS", ("FLASH_ATTN",))
+    quick.setattr(attention_backend, "BACKENDS", ("FLASH_ATTN",))
     lines = examine(capsys, quick)
     at = lines.index("FAIL  model runner V1, attention backend CPU_ATTN")
     assert lines[at + 1] == "-> set --attention-backend to one of FLASH_ATTN"

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from vllm_vtw.capacity import LayerGroups
 from vllm_vtw.policy import Policy
-from vllm_vtw.search.dyvte.exits import SampleExits
+from vllm_vtw.search.dyvte.exit_labels import SampleExits
 from vllm_vtw.search.price import Price
 
 

@@ -17,7 +17,7 @@ from vllm_vtw.policy import Policy
 from vllm_vtw.search.divergence import Curve
 from vllm_vtw.search.model import HFModel
 from vllm_vtw.search.price import Price
-from vllm_vtw.search.schedules.samples import SampleAtLayer, divergence_by_task
+from vllm_vtw.search.schedules.sample_at_layer import SampleAtLayer, divergence_by_task
 from vllm_vtw.search.schedules.schedule import GRID, at_borders, merged, of_policy
 
 Within = Callable[[Mapping[str, Curve]], bool]

@@ -19,7 +19,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from vllm_vtw.policy import Policy
-from vllm_vtw.search.data.draw import SEEDS
+from vllm_vtw.search.data.random_order import SEEDS
 from vllm_vtw.search.divergence import Curve
 from vllm_vtw.search.price import Price
 from vllm_vtw.search.schedules.schedule import FIRST_LAYER, GRID, at_borders, merged

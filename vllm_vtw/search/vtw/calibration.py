@@ -15,8 +15,8 @@ from vllm_vtw.search.divergence import Curve, Difference
 from vllm_vtw.search.model import HFModel
 from vllm_vtw.search.price import STOCK, Price, RequestTokens
 from vllm_vtw.search.resume import Inputs, evaluate_samples
+from vllm_vtw.search.vtw.calibration_journal import CalibrationJournal, CalibrationSettings, MeasuredSample
 from vllm_vtw.search.vtw.criteria import answer_layer, first_token_layer
-from vllm_vtw.search.vtw.journal import CalibrationJournal, CalibrationSettings, MeasuredSample
 
 
 def measure(

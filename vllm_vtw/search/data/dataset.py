@@ -4,8 +4,8 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_vtw.search.data.entry import parse_sample, prompt_or_chat
 from vllm_vtw.search.data.formats import read_entries
+from vllm_vtw.search.data.json_entry import parse_sample, prompt_or_chat
 from vllm_vtw.search.data.sample import BadSampleError, Sample, Skipped, skip_messages
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")

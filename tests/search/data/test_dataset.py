@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from vllm_vtw.search.data.draw import draw_samples
-from vllm_vtw.search.data.read import Dataset, read_data
+from vllm_vtw.search.data.dataset import Dataset, read_data
+from vllm_vtw.search.data.random_order import draw_samples
 from vllm_vtw.search.data.sample import Sample
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)

@@ -18,7 +18,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from vllm_vtw.retention import OneStepPrefill, Retention
-from vllm_vtw.worker.backend import StageAttention, stage_backend
+from vllm_vtw.worker.attention_backend import StageAttention, stage_backend
 from vllm_vtw.worker.current_step import CurrentStep
 from vllm_vtw.worker.step_buffers import SlotMapping, StepBuffer
 from vllm_vtw.worker.step_plan import Batch, BatchRetentions

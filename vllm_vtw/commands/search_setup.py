@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_vtw.config import ModelShape
 from vllm_vtw.search.checkpoint import read_config, revision, supported_model
-from vllm_vtw.search.data.draw import SEEDS
+from vllm_vtw.search.data.random_order import SEEDS
 from vllm_vtw.search.vtw.criteria import FIRST_LAYER
 
 if TYPE_CHECKING:
-    from vllm_vtw.search.data.read import Dataset
+    from vllm_vtw.search.data.dataset import Dataset
     from vllm_vtw.search.data.sample import Skipped
     from vllm_vtw.search.model import Placement
 
@@ -156,7 +156,7 @@ class SearchSetup:
         Raises:
             ValueError: Of what is wrong with them, with the data or the model.
         """
-        from vllm_vtw.search.data.read import read_data
+        from vllm_vtw.search.data.dataset import read_data
         from vllm_vtw.search.model import Placement
 
         if arguments.limit < LEAST_SAMPLES:
