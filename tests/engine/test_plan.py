@@ -144,7 +144,7 @@ def test_gates_are_planned_for_every_exit(checkpoint, tmp_path):
         (["--kv-memory", "8"], "'8' is not an amount of memory"),
         (["--prompt-tokens", "0", "--images", "0", "--output-tokens", "0"], "a request of no tokens"),
         (["--images", "-1"], "'-1' is not a number"),
-        (["--block-size", "0"], "'0' is not a number of tokens from 1 on"),
+        (["--block-size", "0"], "'0' is not a number of tokens of at least 1"),
         (["--layer", "2", "--policy", "file"], "not allowed with argument"),
     ],
 )

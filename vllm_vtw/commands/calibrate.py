@@ -23,26 +23,32 @@ def add_command(commands: Any) -> None:
     """Adds `calibrate` to the `vtw` command."""
     parser = commands.add_parser(
         "calibrate",
-        help="the withdrawal layer for a model on your data",
-        description="Chooses the withdrawal layer K for a LLaVA on your data. Needs transformers, not vLLM.",
+        help="find the withdrawal layer for a model on your data",
+        description="Chooses the withdrawal layer K for a LLaVA model on your data (VTW, arXiv 2405.05803). "
+        "It needs transformers, but not vLLM.",
     )
     add = parser.add_argument
     add_options(add, out="vtw-calibration", samples=64)
-    add("--resume", action="store_true", help="go on with what --out holds; a larger --limit adds samples")
     add(
-        "--layers", help=f"values of K, as 8-20 or 8,12,16 (default: all from {FIRST_LAYER} on, as published)"
+        "--resume",
+        action="store_true",
+        help="continue the calibration in --out; a larger --limit adds samples",
+    )
+    add(
+        "--layers",
+        help=f"values of K to try, as in 8-20 or 8,12,16 (default: all from {FIRST_LAYER} on, as published)",
     )
     add(
         "--criterion",
         choices=CRITERIA,
         default="answer",
-        help="whose K the policy file has (default: answer)",
+        help="criterion that chooses the K of the policy file (default: answer)",
     )
     add_budget(add)
     add(
         "--eta",
         type=bound,
-        help="of the first-token criterion, in nats (default: as published for the model)",
+        help="bound of the first-token criterion, in nats (default: the value published for the model)",
     )
     parser.set_defaults(run=lambda arguments: _run(parser, arguments))
 
@@ -57,7 +63,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
     except (OSError, ValueError) as error:
         parser.exit(2, f"vtw calibrate: error: {error}\n")
     except KeyboardInterrupt as stop:
-        parser.exit(130, f"\nstopped. {stop}\n")
+        parser.exit(130, f"\nStopped. {stop}\n")
     criterion = arguments.criterion
     found = result["layer"][criterion] is not None
     policy = policy_file(result, criterion) if found else None
@@ -67,7 +73,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
 
 
 def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `result.json` has."""
+    """Runs the calibration. Returns the content of `result.json`."""
     from vllm_vtw.search.data.random_order import draw_samples
     from vllm_vtw.search.model import MODEL_TYPES, HFModel
     from vllm_vtw.search.reports.calibration import notes
@@ -87,7 +93,7 @@ def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
         measured = collect_samples(outcomes, min(arguments.limit, len(order)), "calibrating", skipped)
     except KeyboardInterrupt:
         kept = f"{len(progress.measured)} samples are kept in {arguments.out}"
-        raise KeyboardInterrupt(f"{kept}: the same command with --resume goes on") from None
+        raise KeyboardInterrupt(f"{kept}: run the same command with --resume to continue") from None
     require_samples(len(measured), arguments.data)
     eta = (
         default_eta(shape, setup.config.get_text_config().vocab_size)
@@ -103,7 +109,7 @@ def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def policy_file(result: dict[str, Any], criterion: str) -> dict[str, Any]:
-    """The policy file of a criterion's choice, which says how it was made."""
+    """The content of the policy file with the K that a criterion chose, and how it was calibrated."""
     model = result["model"]
     policy = Policy.withdraw_at(result["layer"][criterion], model["num_hidden_layers"])
     kept = ("made", "budget", "layer", "tasks", "layers", "first_token_kl", "curves")

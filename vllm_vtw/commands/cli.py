@@ -8,7 +8,7 @@ from vllm_vtw.plugin import SUPPORTED_VLLM
 
 
 def main() -> None:
-    """Runs one of the commands."""
+    """Runs the `vtw` command that the process's arguments name."""
     parser = argparse.ArgumentParser(prog="vtw", description="Visual-token withdrawal inside vLLM.")
     parser.add_argument("--version", action="version", version=_versions())
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

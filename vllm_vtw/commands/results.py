@@ -1,4 +1,4 @@
-"""What the commands that search leave in `--out`, and print."""
+"""Writes and prints what the commands that search have found."""
 
 import argparse
 import json
@@ -19,15 +19,17 @@ def save_results(
     table: Sequence[str],
     policy_by: str = "",
 ) -> None:
-    """Writes `result.json`, `report.html` and, where there is one, `policy.json`; exits with 1 elsewhere.
+    """Writes `result.json`, `report.html` and, if a policy was found, `policy.json`; prints the result.
+
+    The process exits with status 1 if no policy was found.
 
     Args:
-        arguments: `model`, `out` and `json` of the command.
-        result: What `--json` prints, with `model` and `notes`.
-        policy: The policy file's content; None where nothing was found.
-        html: The report of the result, with the command that serves the policy where one does.
-        table: The result in lines.
-        policy_by: What to say behind the policy file's name.
+        arguments: The command's options; `model`, `out` and `json` are used.
+        result: The result, which `--json` prints. It has the keys `model` and `notes`.
+        policy: The content of the policy file. None if no policy was found.
+        html: Makes the HTML report of the result and the command that serves the policy, if there is one.
+        table: The result as lines of text.
+        policy_by: What to print behind the name of the policy file.
     """
     file = arguments.out / "policy.json"
     command = None
@@ -49,7 +51,14 @@ def save_results(
 def write_report(
     arguments: argparse.Namespace, result: dict[str, Any], html: str, lines: Sequence[str]
 ) -> None:
-    """Writes `result.json` and `report.html`, and prints the first, or what it says in lines."""
+    """Writes `result.json` and `report.html`, and prints the result.
+
+    Args:
+        arguments: The command's options; `out` and `json` are used.
+        result: The result, which `--json` prints.
+        html: The report.
+        lines: The result as lines of text, which are printed without `--json`.
+    """
     page = arguments.out / "report.html"
     (arguments.out / "result.json").write_text(_json(result) + "\n")
     page.write_text(html, encoding="utf-8")
@@ -61,6 +70,6 @@ def _json(content: dict[str, Any]) -> str:
 
 
 def serve_command(model: str, policy: Path) -> str:
-    """Serves a checkpoint with a policy file."""
+    """The shell command that serves a checkpoint with a policy file."""
     options = json.dumps({"vtw": {"policy": str(policy)}})
     return shlex.join(["vllm", "serve", model, "--model-impl", "vtw", "--additional-config", options])

@@ -1,4 +1,4 @@
-"""`vtw gsearch` and `vtw psigmoid`: schedules of a few stages, searched on a user's own data."""
+"""`vtw gsearch` and `vtw psigmoid`: search a schedule of a few stages on a user's own data."""
 
 import argparse
 import hashlib
@@ -30,26 +30,26 @@ if TYPE_CHECKING:
 
 @dataclass
 class FullAnswers:
-    """The full model's answers.
+    """The full model's answers to all samples.
 
     Attributes:
-        asked: The samples, before layer 0.
-        request: A sample's tokens, mean over all.
-        digest: Of what the model got.
-        tasks: By task, how many samples and tokens, and how many answers were cut.
-        skipped: Bad samples, and why.
+        samples: The samples, as layer 0 gets them.
+        request: The tokens of a sample, as a mean over all samples.
+        digest: SHA-256 of everything that the model got.
+        tasks: By task, the number of samples, of answer tokens, and of answers that were cut.
+        skipped: The lines that report bad samples.
     """
 
-    asked: "list[SampleAtLayer]"
+    samples: "list[SampleAtLayer]"
     request: "RequestTokens"
     digest: str
     tasks: dict[str, dict[str, int]]
     skipped: list[str]
 
     @property
-    def samples(self) -> dict[str, Any]:
-        """What has to be the same where a search is resumed."""
-        return {"samples": len(self.asked), "samples_sha256": self.digest}
+    def identity(self) -> dict[str, Any]:
+        """What has to be the same if the search is resumed."""
+        return {"samples": len(self.samples), "samples_sha256": self.digest}
 
 
 @dataclass(frozen=True)
@@ -57,62 +57,64 @@ class SearchResult:
     """A searched schedule.
 
     Attributes:
-        keeps: The fraction of visual tokens of each layer, before they were merged into stages.
-        policy: The stages; none where nothing was found.
-        told: How it was searched, beside the settings that all searches have.
+        keeps: The fraction of visual tokens of each layer, before layers were merged into stages.
+        policy: The stages. There are none if nothing can be withdrawn.
+        settings: How it was searched, besides the settings that all searches have.
     """
 
     keeps: Sequence[float]
     policy: Policy
-    told: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 Search = Callable[["HFModel", FullAnswers, "Price"], SearchResult]
 Prepare = Callable[[argparse.Namespace, dict[str, Any]], Search]
-"""Of options and the settings that what is resumed has to have been searched with: refuses before the model
-is loaded."""
+"""Makes a search of the command's options and of the settings that a resumed search has to share. It refuses
+wrong options before the model is loaded."""
 
 
 def add_command(commands: Any) -> None:
     """Adds `gsearch` and `psigmoid` to the `vtw` command."""
     gsearch = commands.add_parser(
         "gsearch",
-        help="the fewest visual tokens that each layer needs, on your data",
-        description="G-Search: finds how few visual tokens each layer needs, from shallow to deep.",
+        help="find the fewest visual tokens that each layer needs, on your data",
+        description="G-Search: finds how few visual tokens each layer needs, from shallow to deep layers.",
     )
     _add_options(gsearch, "vtw-gsearch", _g_search)
     add_budget(gsearch.add_argument)
 
     psigmoid = commands.add_parser(
         "psigmoid",
-        help="the best schedule of visual tokens for a budget, on your data",
-        description="P-Sigmoid: spends a budget on the schedule that disturbs answers least.",
+        help="find the best schedule of visual tokens for a budget, on your data",
+        description="P-Sigmoid: finds the schedule within a budget that changes answers least.",
     )
     _add_options(psigmoid, "vtw-psigmoid", _p_sigmoid)
     budget = psigmoid.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--budget", type=share, help="fraction of the full decoder's work on a prompt")
-    budget.add_argument("--kv-budget", type=share, help="fraction of the KV memory of stock vLLM")
+    budget.add_argument(
+        "--budget", type=share, help="budget: the fraction of the full decoder's work on a prompt"
+    )
+    budget.add_argument("--kv-budget", type=share, help="budget: the fraction of stock vLLM's KV memory")
     psigmoid.add_argument(
-        "--trials", type=count, default=60, help="schedules that are tried (default: %(default)s)"
+        "--trials", type=count, default=60, help="number of schedules to try (default: %(default)s)"
     )
 
 
 def _add_options(parser: argparse.ArgumentParser, out: str, prepare: Prepare) -> None:
     add_options(parser.add_argument, out, samples=64)
-    parser.add_argument("--resume", action="store_true", help="go on with what --out holds")
+    parser.add_argument("--resume", action="store_true", help="continue the search in --out")
     parser.add_argument(
         "--max-stages",
         type=_stages,
         default=4,
-        help="runs of layers that get the same tokens, the first ones included; each is a KV-cache group or "
-        "more (default: %(default)s)",
+        help="maximum number of stages, runs of layers with the same tokens, stage 0 included; each takes "
+        "one or more KV-cache groups (default: %(default)s)",
     )
     parser.set_defaults(run=lambda arguments: _run(parser, arguments, prepare))
 
 
 def _stages(text: str) -> int:
     if count(text) < 2:
-        raise argparse.ArgumentTypeError("2 at least: the first layers get all visual tokens")
+        raise argparse.ArgumentTypeError("has to be at least 2, as the first layers get all visual tokens")
     return int(text)
 
 
@@ -129,16 +131,16 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, prepare
     except KeyboardInterrupt:
         parser.exit(
             130,
-            "\nstopped: the same command with --resume answers again, and goes on with the layers or trials "
-            f"that are in {arguments.out}\n",
+            "\nStopped: run the same command with --resume to continue with the layers or trials that are in "
+            f"{arguments.out}. The model then answers again first.\n",
         )
-    told = {key: result[key] for key in ("method", "made", "keeps")}
-    content = policy.to_file(result["model"]) | {"search": told} if policy.stages else None
+    search = {key: result[key] for key in ("method", "made", "keeps")}
+    content = policy.to_file(result["model"]) | {"search": search} if policy.stages else None
     save_results(arguments, result, content, schedule_report.html, schedule_report.table(result))
 
 
 def _searched(method: str, arguments: argparse.Namespace, prepare: Prepare) -> tuple[dict[str, Any], Policy]:
-    """What `result.json` has, and the policy."""
+    """Runs a search. Returns the content of `result.json`, and the policy."""
     from tqdm import tqdm
 
     from vllm_vtw.search.model import MODEL_TYPES, HFModel
@@ -156,8 +158,8 @@ def _searched(method: str, arguments: argparse.Namespace, prepare: Prepare) -> t
     price = Price(num_layers, model.layer_parameters, setup.shape.hidden_size, answers.request)
     found = search(model, answers, price)
 
-    def looked_at(one: Policy) -> dict[str, Any]:
-        curves = divergence_by_task(model, answers.asked, 0, of_policy(one, num_layers))
+    def measured(one: Policy) -> dict[str, Any]:
+        curves = divergence_by_task(model, answers.samples, 0, of_policy(one, num_layers))
         return {
             "stages": one.to_file({})["stages"],
             "prefill_flops_share": price.flops_share(one),
@@ -174,15 +176,15 @@ def _searched(method: str, arguments: argparse.Namespace, prepare: Prepare) -> t
         "made": {
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
             **setup.settings,
-            **answers.samples,
-            **found.told,
+            **answers.identity,
+            **found.settings,
         },
         "tasks": answers.tasks,
         "tokens_per_request": asdict(answers.request),
         "keeps": found.keeps,
         "others_take_no_more": "KV memory" if by_memory else "work",
         "policies": {
-            name: looked_at(one) for name, one in tqdm(beside.items(), unit="schedule", desc="comparing")
+            name: measured(one) for name, one in tqdm(beside.items(), unit="schedule", desc="comparing")
         },
         "skipped": answers.skipped,
     }
@@ -225,11 +227,11 @@ def _answers(model: "HFModel", setup: SearchSetup, arguments: argparse.Namespace
             yield SampleAtLayer.of(model, sample.task, answered)
 
     skipped = setup.skipped
-    asked = collect_samples(answer(), min(arguments.limit, len(order)), "answering", skipped)
-    require_samples(len(asked), arguments.data)
-    visual = sum(one.visual_tokens for one in asked)
-    request = RequestTokens(visual / len(asked), text / len(asked), output / len(asked))
-    return FullAnswers(asked, request, digest.hexdigest(), dict(sorted(tasks.items())), skipped)
+    samples = collect_samples(answer(), min(arguments.limit, len(order)), "answering", skipped)
+    require_samples(len(samples), arguments.data)
+    visual = sum(one.visual_tokens for one in samples)
+    request = RequestTokens(visual / len(samples), text / len(samples), output / len(samples))
+    return FullAnswers(samples, request, digest.hexdigest(), dict(sorted(tasks.items())), skipped)
 
 
 def _g_search(arguments: argparse.Namespace, settings: dict[str, Any]) -> Search:
@@ -240,24 +242,24 @@ def _g_search(arguments: argparse.Namespace, settings: dict[str, Any]) -> Search
     from vllm_vtw.search.schedules.schedule import FIRST_LAYER, GRID
 
     budget = {name: getattr(arguments, name) for name in ("max_answer_kl", "max_token_change")}
-    told = budget | {"grid": GRID}
-    journal = Journal(arguments.out / "gsearch.jsonl", "G-Search", settings | told, arguments.resume)
+    searched_with = budget | {"grid": GRID}
+    journal = Journal(arguments.out / "gsearch.jsonl", "G-Search", settings | searched_with, arguments.resume)
 
     def within(curves: "Mapping[str, Curve]") -> bool:
         return all(curve.within(*budget.values()) for curve in curves.values())
 
     def search(model: "HFModel", answers: FullAnswers, price: "Price") -> SearchResult:
-        journal.begin(answers.samples)
+        journal.begin(answers.identity)
         before = [line["keep"] for line in journal.found[1:]]
         keeps = list(before)
         every = range(FIRST_LAYER, price.num_layers)
         with tqdm(total=price.num_layers, initial=len(before), unit="layer", desc="searching") as bar:
-            for keep in g_search(model, answers.asked, within, every, before):
+            for keep in g_search(model, answers.samples, within, every, before):
                 journal.add({"layer": len(keeps), "keep": keep})
                 keeps.append(keep)
                 bar.update()
-        policy = staged(model, answers.asked, within, keeps, arguments.max_stages, price)
-        return SearchResult(keeps, policy, told | {"max_stages": arguments.max_stages})
+        policy = staged(model, answers.samples, within, keeps, arguments.max_stages, price)
+        return SearchResult(keeps, policy, searched_with | {"max_stages": arguments.max_stages})
 
     return search
 
@@ -270,10 +272,12 @@ def _p_sigmoid(arguments: argparse.Namespace, settings: dict[str, Any]) -> Searc
     from vllm_vtw.search.schedules.sample_at_layer import divergence_by_task
     from vllm_vtw.search.schedules.schedule import of_policy
 
-    told = {name: getattr(arguments, name) for name in ("budget", "kv_budget", "max_stages")}
+    searched_with = {name: getattr(arguments, name) for name in ("budget", "kv_budget", "max_stages")}
     by_memory, stages = arguments.kv_budget is not None, arguments.max_stages
     option, most = ("--kv-budget", arguments.kv_budget) if by_memory else ("--budget", arguments.budget)
-    journal = Journal(arguments.out / "psigmoid.jsonl", "P-Sigmoid", settings | told, arguments.resume)
+    journal = Journal(
+        arguments.out / "psigmoid.jsonl", "P-Sigmoid", settings | searched_with, arguments.resume
+    )
     storage: Path = arguments.out / "optuna.journal"
 
     def search(model: "HFModel", answers: FullAnswers, price: "Price") -> SearchResult:
@@ -284,15 +288,15 @@ def _p_sigmoid(arguments: argparse.Namespace, settings: dict[str, Any]) -> Searc
         least = share(cheapest(stages, price))
         if least > most:
             raise ValueError(
-                f"{option} {most:g}: on this data no schedule takes less than {least:.3f}: allow more"
+                f"{option} {most:g}: on this data, no schedule takes less than {least:.3f}: allow more"
             )
         if not journal.found:
             storage.unlink(missing_ok=True)
-        journal.begin(answers.samples)
+        journal.begin(answers.identity)
         with tqdm(total=arguments.trials, unit="schedule", desc="searching") as bar:
             afforded, trials = p_sigmoid(
                 lambda k, m: affordable(k, m, stages, price, share, most),
-                lambda one: divergence_by_task(model, answers.asked, 0, of_policy(one, price.num_layers)),
+                lambda one: divergence_by_task(model, answers.samples, 0, of_policy(one, price.num_layers)),
                 price.num_layers,
                 arguments.trials,
                 arguments.seed,
@@ -300,6 +304,6 @@ def _p_sigmoid(arguments: argparse.Namespace, settings: dict[str, Any]) -> Searc
                 lambda made: bar.update(made - bar.n),
             )
         sigmoid = {name: getattr(afforded, name) for name in ("k", "m", "r_max")}
-        return SearchResult(afforded.keeps, afforded.policy, told | {"trials": trials} | sigmoid)
+        return SearchResult(afforded.keeps, afforded.policy, searched_with | {"trials": trials} | sigmoid)
 
     return search

@@ -1,4 +1,4 @@
-"""What the commands that search begin with: a checkpoint, and samples of a user's data."""
+"""What the commands that search have in common: options, a checkpoint, and samples of a user's data."""
 
 import argparse
 import sys
@@ -20,88 +20,115 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LEAST_SAMPLES = 8
+"""The number of good samples below which a search refuses to start."""
 T = TypeVar("T")
 
 
 def add_options(add: Callable[..., Any], out: str, samples: int) -> None:
-    """Adds the options that say what is asked, of which model, and where results go.
+    """Adds the options for the model, the data, the folder for results, and how to compute.
 
     Args:
         add: `add_argument` of a command's parser.
-        out: Default folder for results.
-        samples: Default number of them.
+        out: The default of `--out`.
+        samples: The default of `--limit`.
     """
-    add("model", help="a checkpoint's name or folder")
-    add("--data", type=Path, required=True, help="JSON lines, a JSON list, or a folder of pictures")
-    add("--prompt", help="the question about every picture, where --data is a folder")
+    add("model", help="name or folder of a checkpoint")
+    add(
+        "--data",
+        type=Path,
+        required=True,
+        help="your samples: a file of JSON lines, a file with a JSON list, or a folder of images",
+    )
+    add("--prompt", help="the question about every image, if --data is a folder of images")
     add("--out", type=Path, default=Path(out), help="folder for results (default: %(default)s)")
     add(
         "--limit",
         type=count,
         default=samples,
-        help="samples, drawn from all tasks alike (default: %(default)s)",
+        help="number of samples to use, drawn evenly from all tasks (default: %(default)s)",
     )
-    add("--seed", type=seed, default=0, help="of the draw, and of a sampler (default: %(default)s)")
-    add("--max-tokens", type=count, default=128, help="of an answer (default: %(default)s)")
-    add("--dtype", choices=DTYPES, default="auto", help="auto: the checkpoint's on a GPU, float32 on the CPU")
-    add("--device", default="auto", help="as in torch (default: a GPU where there is one)")
+    add("--seed", type=seed, default=0, help="seed of random choices (default: %(default)s)")
+    add(
+        "--max-tokens",
+        type=count,
+        default=128,
+        help="maximum number of tokens of an answer (default: %(default)s)",
+    )
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="data type to compute in; auto is the checkpoint's type on a GPU and float32 on the CPU",
+    )
+    add(
+        "--device",
+        default="auto",
+        help="device as named in torch, such as cuda:0 (default: a GPU if there is one)",
+    )
     add("--json", action="store_true", help="print the result as JSON")
 
 
 def add_budget(add: Callable[..., Any]) -> None:
-    """Adds the options of the answer criterion."""
+    """Adds the options for the budgets of the answer criterion."""
     add(
         "--max-answer-kl",
         type=bound,
         default=0.02,
-        help="nats per token, on any task (default: %(default)s)",
+        help="budget: the largest mean KL divergence of a token that any task may have, in nats "
+        "(default: %(default)s)",
     )
     add(
         "--max-token-change",
         type=share,
         default=0.01,
-        help="share of an answer's tokens, on any task (default: %(default)s)",
+        help="budget: the largest share of answer tokens that may change on any task (default: %(default)s)",
     )
 
 
 def count(text: str) -> int:
-    """A number from 1 on, of argparse."""
+    """Parses a whole number of at least 1, as an argparse type."""
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
 def seed(text: str) -> int:
-    """A whole number from 0 on, of argparse."""
+    """Parses a seed, a whole number of at least 0, as an argparse type."""
     if not text.isdecimal() or int(text) >= SEEDS:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {SEEDS - 1}")
     return int(text)
 
 
 def bound(text: str) -> float:
-    """A number from 0 on, of argparse."""
+    """Parses a finite number of at least 0, as an argparse type."""
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
     return value
 
 
 def share(text: str) -> float:
-    """A number from 0 to 1, of argparse."""
+    """Parses a number from 0 to 1, as an argparse type."""
     value = bound(text)
     if value > 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share, from 0 to 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share, a number from 0 to 1")
     return value
 
 
 def values_of_layer(text: str | None, num_layers: int) -> list[int]:
     """The values of K that `--layers` asks for, ascending.
 
+    For example, `"8-10,12"` means 8, 9, 10 and 12.
+
+    Args:
+        text: The option's value. None means all values from 5 on, as published.
+        num_layers: The number of decoder layers.
+
     Raises:
-        ValueError: It is no list or range of them.
+        ValueError: The text is not a list of numbers and ranges of layers.
     """
     if text is None:
         text = f"{min(FIRST_LAYER, num_layers - 1)}-{num_layers - 1}"
@@ -121,14 +148,14 @@ def values_of_layer(text: str | None, num_layers: int) -> list[int]:
 
 @dataclass(frozen=True)
 class SearchSetup:
-    """What is asked, and of which model.
+    """The checkpoint and the data of a search, as the options of `add_options` give them.
 
     Attributes:
         config: The checkpoint's configuration, of transformers.
-        shape: What a policy file says of it.
-        placement: Where it computes.
-        data: The samples, good ones and bad.
-        settings: What samples of one search have to have in common.
+        shape: What a policy file says about the model.
+        placement: The device and data type to compute with.
+        data: The samples, good and bad.
+        settings: The settings that have to be the same if the search is resumed.
     """
 
     config: Any
@@ -139,28 +166,33 @@ class SearchSetup:
 
     @property
     def tasks(self) -> set[str]:
-        """Of all good samples, drawn or not."""
+        """The tasks of all good samples, whether they are used or not."""
         return {sample.task for sample in self.data.samples}
 
     @property
     def skipped(self) -> list[str]:
-        """The bad samples, and why."""
+        """For each kind of bad samples, one line that says which they are and why."""
         from vllm_vtw.search.data.sample import skip_messages
 
         return skip_messages(self.data.bad)
 
     @classmethod
     def of(cls, arguments: argparse.Namespace, model_types: Sequence[str]) -> "SearchSetup":
-        """Of the options of `add_options`.
+        """Reads the data and the model's configuration, and reports bad samples on stderr.
+
+        Args:
+            arguments: The options of `add_options`.
+            model_types: Model types that the search supports.
 
         Raises:
-            ValueError: Of what is wrong with them, with the data or the model.
+            OSError: The data cannot be read.
+            ValueError: An option is wrong, the model is not supported, or there are too few good samples.
         """
         from vllm_vtw.search.data.dataset import read_data
         from vllm_vtw.search.model import Placement
 
         if arguments.limit < LEAST_SAMPLES:
-            raise ValueError(f"--limit {arguments.limit}: fewer than {LEAST_SAMPLES} samples say nothing")
+            raise ValueError(f"--limit {arguments.limit}: has to be at least {LEAST_SAMPLES}")
         data = read_data(arguments.data, arguments.prompt)
         config = read_config(arguments.model)
         shape = supported_model(config, model_types)
@@ -180,13 +212,26 @@ class SearchSetup:
         require_samples(len(data.samples), arguments.data)
         if len(setup.tasks) > arguments.limit:
             raise ValueError(
-                f"--limit {arguments.limit}: {arguments.data} has samples of {len(setup.tasks)} tasks"
+                f"--limit {arguments.limit}: has to be at least {len(setup.tasks)}, as {arguments.data} has "
+                f"samples of {len(setup.tasks)} tasks"
             )
         return setup
 
 
 def collect_samples(outcomes: "Iterable[Skipped | T]", total: int, what: str, skipped: list[str]) -> list[T]:
-    """The good samples, behind a bar; bad ones are told, though it be interrupted, and added to `skipped`."""
+    """Goes through the outcomes of samples behind a progress bar.
+
+    Bad samples are reported on stderr at the end, even if the search is interrupted.
+
+    Args:
+        outcomes: For each sample what was found, or why it cannot be used.
+        total: The number of good samples to expect.
+        what: What the bar says is being done.
+        skipped: Receives the lines that report bad samples.
+
+    Returns:
+        What was found about the good samples.
+    """
     from tqdm import tqdm
 
     from vllm_vtw.search.data.sample import Skipped, skip_messages
@@ -214,6 +259,14 @@ def _print_skipped(lines: Iterable[str]) -> None:
 
 
 def require_samples(samples: int, data: Path) -> None:
-    """Raises a ValueError where samples are too few."""
+    """Checks that there are enough samples.
+
+    Args:
+        samples: The number of good samples.
+        data: The file or folder that they come from.
+
+    Raises:
+        ValueError: There are fewer than `LEAST_SAMPLES`.
+    """
     if samples < LEAST_SAMPLES:
-        raise ValueError(f"{data} has {samples} good samples: {LEAST_SAMPLES} are needed")
+        raise ValueError(f"{data} has {samples} good samples: at least {LEAST_SAMPLES} are needed")

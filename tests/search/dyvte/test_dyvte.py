@@ -192,7 +192,7 @@ def test_ctrl_c_keeps_what_was_seen(gates, data, tmp_path):
             ended = dyvte("train", data, tmp_path, *TRAIN)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert (ended.status, "the same command with --resume goes on" in ended.err) == (130, True)
+    assert (ended.status, "Run the same command with --resume to continue" in ended.err) == (130, True)
     again = dyvte("train", data, tmp_path, *TRAIN)
     assert (again.status, "go on with --resume, or give another --out" in again.err) == (2, True)
     with (tmp_path / "features.f32").open("ab") as file:
@@ -234,7 +234,7 @@ def test_evaluation_by_threshold(gates, data, tmp_path):
 def test_what_is_wrong_is_said(gates, data, done, tmp_path):
     for command, options, said in (
         ("train", ["--layers=12"], "12 is not a range within 1-11"),
-        ("train", ["--limit=7"], "fewer than 8 samples say nothing"),
+        ("train", ["--limit=7"], "--limit 7: has to be at least 8"),
         ("eval", [], "the following arguments are required: --policy"),
         ("eval", [f"--policy={done[0] / 'policy.json'}"], "has no gates: `vtw dyvte train` makes them"),
         ("eval", [f"--policy={data}"], "--policy"),

@@ -91,7 +91,7 @@ def test_ctrl_c_keeps_the_layers_that_were_found(gsearched, data, tmp_path):
     finally:
         signal.signal(signal.SIGINT, before)
     assert ended.status == 130
-    assert "--resume answers again, and goes on with the layers or trials" in ended.err
+    assert "--resume to continue with the layers or trials" in ended.err
     again = searched("gsearch", data, tmp_path, *options)
     assert (again.status, "go on with --resume, or give another --out" in again.err) == (2, True)
     other = searched("gsearch", data, tmp_path, "--max-token-change=0.06", "--resume")
@@ -154,13 +154,13 @@ def test_where_nothing_is_withdrawn_there_is_no_policy_file(data, tmp_path, meth
 @pytest.mark.parametrize(
     ("method", "options", "said"),
     [
-        ("psigmoid", ["--budget=0.01"], "--budget 0.01: on this data no schedule takes less than 0.3"),
+        ("psigmoid", ["--budget=0.01"], "--budget 0.01: on this data, no schedule takes less than 0.3"),
         ("psigmoid", [], "one of the arguments --budget --kv-budget is required"),
         ("psigmoid", ["--budget=0.5", "--kv-budget=0.5"], "not allowed with argument"),
-        ("psigmoid", ["--budget=1.5"], "'1.5' is not a share, from 0 to 1"),
-        ("gsearch", ["--max-stages=1"], "2 at least: the first layers get all visual tokens"),
+        ("psigmoid", ["--budget=1.5"], "'1.5' is not a share, a number from 0 to 1"),
+        ("gsearch", ["--max-stages=1"], "has to be at least 2, as the first layers get all visual tokens"),
         ("gsearch", ["--seed=-1"], "'-1' is not a whole number from 0 to 4294967295"),
-        ("gsearch", ["--limit=7"], "fewer than 8 samples say nothing"),
+        ("gsearch", ["--limit=7"], "--limit 7: has to be at least 8"),
     ],
 )
 def test_what_cannot_be_searched_is_said(data, tmp_path, method, options, said):

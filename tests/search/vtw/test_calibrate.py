@@ -142,7 +142,7 @@ def test_bad_samples_are_told_and_skipped(data, tmp_path):
     file.write_text("\n".join(lines))
     ended = calibrate(file, tmp_path / "out")
     assert ended.status == 2
-    assert "data.jsonl has 6 good samples: 8 are needed" in ended.err
+    assert "data.jsonl has 6 good samples: at least 8 are needed" in ended.err
     file.write_text("\n".join([*lines, lines[0], lines[0]]))
     for options in ((), ("--resume", "--max-token-change=0.5")):
         ended = calibrate(file, tmp_path / "more", *options)
@@ -217,11 +217,11 @@ def test_logits_that_are_not_finite_are_told(data, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--limit=7"], "fewer than 8 samples say nothing"),
-        (["--limit=0"], "'0' is not a number from 1 on"),
-        (["--eta=-1"], "'-1' is not a number from 0 on"),
-        (["--max-token-change=nan"], "'nan' is not a number from 0 on"),
-        (["--max-token-change=5"], "'5' is not a share, from 0 to 1"),
+        (["--limit=7"], "--limit 7: has to be at least 8"),
+        (["--limit=0"], "'0' is not a whole number of at least 1"),
+        (["--eta=-1"], "'-1' is not a number of at least 0"),
+        (["--max-token-change=nan"], "'nan' is not a number of at least 0"),
+        (["--max-token-change=5"], "'5' is not a share, a number from 0 to 1"),
         (["--layers=1-12"], "1-12 is not a range within 1-11, as the model has 12 layers"),
         (["--layers=9,7-5"], "7-5 is not a range within 1-11"),
         (["--layers=a"], "has to be like 8-20 or 8,12,16"),
@@ -241,7 +241,8 @@ def test_what_cannot_be_calibrated_is_told(data, tmp_path):
     assert "No such file" in calibrate(tmp_path / "nowhere", tmp_path).err
     assert "no such file or folder" in calibrate(data, tmp_path, model=tmp_path / "nowhere").err
     (tmp_path / "few").mkdir()
-    assert "has 0 good samples: 8 are needed" in calibrate(tmp_path / "few", tmp_path, "--prompt=a").err
+    few = calibrate(tmp_path / "few", tmp_path, "--prompt=a")
+    assert "has 0 good samples: at least 8 are needed" in few.err
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
