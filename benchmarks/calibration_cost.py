@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """What the search for K costs: every K from scratch, as published, against one prefill and the text's tails.
 
     python -m benchmarks.calibration_cost [--out FILE.json]
@@ -22,7 +24,7 @@ from benchmarks.small_llava import SmallLlava
 from tests.search.plain import dropping
 from vllm_vtw.search.checkpoint import read_config
 from vllm_vtw.search.data.sample import Sample
-from vllm_vtw.search.divergence import Difference
+from vllm_vtw.search.divergence import AnswerDivergence
 from vllm_vtw.search.model import HFModel, Placement
 
 MODEL = SmallLlava(layers=32, hidden=512, heads=8, kv_heads=8, image_side=24, vocab=512)
@@ -49,14 +51,14 @@ def plain(llava: HFModel, inputs: Any) -> list[float]:
     full, found = last(), []
     for layer in LAYERS:
         with dropping(llava.decoder.layers, layer, kept):
-            found.append(Difference.between(full, last()).first_token_kl)
+            found.append(AnswerDivergence.between(full, last()).first_token_kl)
     return found
 
 
 def ours(llava: HFModel, inputs: Any, answer_tokens: int) -> list[float]:
     answered = llava.answer(inputs, answer_tokens)
     rows = llava.withdrawn_logits(answered, LAYERS)
-    return [Difference.between(answered.logits, row).first_token_kl for row in rows]
+    return [AnswerDivergence.between(answered.logits, row).first_token_kl for row in rows]
 
 
 def seconds(run: Callable[[], list[float]]) -> tuple[float, list[float]]:

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Stock vLLM and `--model-impl vtw` at two K, on the small trained LLaVA of `benchmarks/quality`.
 
 All servers get the same KV memory and the same questions about drawn pictures, through the OpenAI client.

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Reads from the plugin's debug logs at which layer the visual tokens of requests left."""
 
 import logging

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """KV-cache groups, padding and capacity at every withdrawal layer, as a Markdown table a depth of decoder."""
 
 import argparse

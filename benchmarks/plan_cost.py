@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """What withdrawal costs the host in a decode step: the attention metadata, beside stock vLLM's.
 
 A second KV-cache group costs something in any model. What it costs is measured beside, in stock vLLM with a

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Starts `vllm serve`, waits until it answers, and leaves no process behind."""
 
 import contextlib

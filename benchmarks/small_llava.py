@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Makes small LLaVA checkpoints with random weights, in the layout that vLLM and transformers load.
 
 Their answers mean nothing, but depend on every token of the prompt, so that two engines that agree on them

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Settings that have to stand before vLLM is imported, and Hypothesis without a time limit for an example."""
 
 import os

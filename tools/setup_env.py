@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Creates or refreshes `.venv` for the CPU backend from `requirements-cpu.lock`.
 
     python3 tools/setup_env.py

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Lets a CUDA build of torchvision import next to a CPU build of torch.
 
 PyPI has torchvision for CUDA only. Its compiled operators cannot load without CUDA, and importing the

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """How much KV cache requests take: how layers are split into groups, and how many tokens each stage holds."""
 
 from collections.abc import Sequence

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Reads and checks the `"vtw"` object of `--additional-config`."""
 
 import logging
@@ -121,7 +123,7 @@ class VTWConfig:
 
         They contain the policy itself in place of the path of its file.
         """
-        return {"policy": self.policy.to_file(model.as_dict()), "align": self.align}
+        return {"policy": self.policy.to_json(model.as_dict()), "align": self.align}
 
 
 def _error(key: str, value: Any, allowed: str) -> ValueError:
@@ -159,7 +161,7 @@ def _policy(options: dict[str, Any], model: ModelShape) -> Policy:
 def _read_policy(source: Any, model: ModelShape) -> Policy:
     try:
         if isinstance(source, dict):
-            return Policy.from_file(source, model.as_dict())  # written by `VTWConfig.resolved`
+            return Policy.from_json(source, model.as_dict())  # written by `VTWConfig.resolved`
         if isinstance(source, str):
             return Policy.read(Path(source), model.as_dict())
     except ValueError as error:

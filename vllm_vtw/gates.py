@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """DyVTE's gates (arXiv 2411.19628), and the file that holds them.
 
 The gate before layer K reads the output of layer K - 1 for a prompt's text behind the last image: the mean

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The plugin's Prometheus metrics, which vLLM shows on `/metrics`.
 
 vLLM imports this module in a server of any model, so it must not import anything that changes vLLM.

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The plugin's entry point.
 
 vLLM loads it in each of its processes, and may load it more than once in the same process.

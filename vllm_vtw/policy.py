@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """What is withdrawn and from which layer on, as pure data, and the policy file that stores it."""
 
 import json
@@ -94,9 +96,9 @@ class Policy:
             model: The `model` object that the policy file has to have: `MODEL_KEYS` of the served model.
 
         Raises:
-            ValueError: The file cannot be read, or `from_file` refuses it. The message is one short line.
+            ValueError: The file cannot be read, or `from_json` refuses it. The message is one short line.
         """
-        policy = cls.from_file(read_json(file), model)
+        policy = cls.from_json(read_json(file), model)
         if policy.gate is None:
             return policy
         weights = policy.gate.weights
@@ -108,7 +110,7 @@ class Policy:
         return replace(policy, gate=replace(policy.gate, weights=str(file.absolute().parent / weights)))
 
     @classmethod
-    def from_file(cls, content: Any, model: dict[str, Any]) -> "Policy":
+    def from_json(cls, content: Any, model: dict[str, Any]) -> "Policy":
         """Checks the JSON value of a policy file and makes the policy of it.
 
         Args:
@@ -192,7 +194,7 @@ class Policy:
             )
         return Gate(gate["weights"], gate["sha256"], tuple(map(float, thresholds)))
 
-    def to_file(self, model: dict[str, Any]) -> dict[str, Any]:
+    def to_json(self, model: dict[str, Any]) -> dict[str, Any]:
         """The policy as the JSON object of a policy file.
 
         Args:

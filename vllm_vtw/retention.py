@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Which tokens of a request a stage retains.
 
 No other code answers that question. The scheduler process allocates KV blocks by it, and the worker builds

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Reads files that users got from elsewhere, and shows values in messages, whatever they contain."""
 
 import os

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """What `vtw calibrate` chooses for the trained model, and what those K cost on questions it has not seen.
 
     python -m benchmarks.quality.calibration [--samples 64] [--out FILE.json]

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """What gates that decide per request cost in answers, beside VTW at one layer for all.
 
     python -m benchmarks.quality.dyvte [--trained 600] [--samples 500] [--check 25] [--out FILE.json]
@@ -212,7 +214,7 @@ def main() -> None:
         for borders, threshold in product(BORDERS, THRESHOLDS):
             weights = Gate(str(out / gate["weights"]), gate["sha256"], (threshold,) * len(borders))
             policy = Policy(tuple(Stage(layer, 0.0) for layer in borders), weights)
-            answered = engines.submit(served, policy.to_file(model.as_dict()), asked).result()
+            answered = engines.submit(served, policy.to_json(model.as_dict()), asked).result()
             request_prices = prices(answered[0], config.image_token_id, parameters, model.hidden_size)
             rows = rows or vtw_rows(request_prices)
             rows.append(gated_row(policy, asked, answered, request_prices, options.check))

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """What withdrawal costs in answers: accuracy by task, stock and withdrawn after layer K.
 
     python -m benchmarks.quality.evaluate [--checkpoint FOLDER] [--layers 12,9,6,3] [--samples 200]

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The model's shape, tokenizer and processor, and the folder that vLLM and transformers load."""
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The Muon optimiser, for the matrices of hidden layers."""
 
 from collections import defaultdict

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Training rows: one picture and as many questions about it as fit, each blind to the others.
 
 A question sees the picture and itself, at the positions that it has when it is asked alone. So a row's

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Plots: how the training went, and what each K costs each task."""
 
 from collections.abc import Callable, Mapping, Sequence

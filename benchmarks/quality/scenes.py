@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Drawn scenes: coloured shapes on a grid, and one row with a rendered string."""
 
 from dataclasses import dataclass

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """What searched schedules cost in answers beside VTW and FastV, at no more of the decoder's work.
 
     python -m benchmarks.quality.schedules [--searched 128] [--samples 200] [--check 50] [--out FILE.json]
@@ -141,7 +143,7 @@ def measured(
     stages = tuple(Stage(**stage) for stage in policy["stages"])
     with TemporaryDirectory() as folder:
         file = Path(folder) / "policy.json"
-        file.write_text(json.dumps(Policy(stages).to_file(model)))
+        file.write_text(json.dumps(Policy(stages).to_json(model)))
         given = engine_answers(CHECKPOINT, {"policy": str(file), "align": False}, asked)
     found: dict[str, Any] = {"engine": asdict(score(asked, given))}
     if check:

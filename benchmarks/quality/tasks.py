@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Questions about a scene, with answers that can be checked exactly."""
 
 from collections.abc import Callable, Iterator

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Trains the small LLaVA from scratch, on the CPU or on a GPU.
 
     python -m benchmarks.quality.train --out FOLDER

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The vision tower's own training, in CLIP's stead: what each patch of a picture shows."""
 
 from random import Random

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Stock vLLM against `--model-impl vtw` at equal KV memory, through vLLM's own `vllm bench serve`."""
 
 import os

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Measures stock vLLM against the plugin at equal KV memory.
 
     python -m benchmarks.serving [small | schedule | cards | full] [--only TEXT] [--output FILE [--resume]]

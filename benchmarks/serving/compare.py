@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Stock vLLM and the plugin with one policy, side by side, from a result's runs."""
 
 import json

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """LLaVA models to measure: configuration, tokenizer and processor, with weights that vLLM makes up.
 
 Speed and memory depend on a model's shape alone, so `--load-format dummy` measures what real weights would.

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Says where an engine's time goes, part by part, in stock vLLM and with the plugin.
 
     python -m benchmarks.serving.profile [small | cards | full] [--only TEXT...] [--output FILE]

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Runs stock vLLM and the plugin over the points of a setup, in ABBA order."""
 
 import json

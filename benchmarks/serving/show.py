@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Makes the tables and the plot of results anew: FILE.md and FILE.png beside each FILE.json.
 
 python -m benchmarks.serving.show FILE...

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """An engine's steps, as `--enable-logging-iteration-details` logs them."""
 
 import json

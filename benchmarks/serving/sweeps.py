@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """What is measured: models, engines, and one thing varied at a time."""
 
 import json
@@ -12,7 +14,7 @@ from benchmarks.serving.models import LLAVA_7B, QUARTER, Llava
 from benchmarks.serving.workload import Workload
 from vllm_vtw.policy import Policy
 from vllm_vtw.search.price import RequestTokens
-from vllm_vtw.search.schedules.schedule import FIRST_LAYER, merged
+from vllm_vtw.search.schedules.schedule import FIRST_LAYER, merge_stages
 
 GIB = 1 << 10
 
@@ -109,7 +111,7 @@ class Setup:
         vtw: dict[str, Any] = {"layer": policy.stages[0].layer}
         if policy.ranking is not None:
             file = folder / f"{named(policy).replace(' ', '-')}.json"
-            file.write_text(json.dumps(policy.to_file(self.model.served_as)))
+            file.write_text(json.dumps(policy.to_json(self.model.served_as)))
             vtw = {"policy": str(file)}
         return [*options, "--model-impl=vtw", f"--additional-config={json.dumps({'vtw': vtw})}"]
 
@@ -146,7 +148,7 @@ def published_beside_vtw(model: Llava, workload: Workload) -> tuple[Policy, ...]
     request = RequestTokens(model.visual_tokens, workload.text, workload.output)
     price = model.price(request)
     keeps = PUBLISHED[:: len(PUBLISHED) // model.layers]
-    policy = merged([*PUBLISHED[:FIRST_LAYER], *keeps[FIRST_LAYER:]], 4, price)
+    policy = merge_stages([*PUBLISHED[:FIRST_LAYER], *keeps[FIRST_LAYER:]], 4, price)
     most = price.flops_share(policy)
     vtw = [Policy.withdraw_at(layer, model.layers) for layer in range(1, model.layers)]
     return policy, max((one for one in vtw if price.flops_share(one) <= most), key=price.flops_share)

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """What is asked of a server: requests of one kind, and vLLM's client that sends them."""
 
 import argparse

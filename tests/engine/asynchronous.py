@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Model runner V2 on a CPU, with the asynchronous scheduling that vLLM switches off there."""
 
 from typing import Any

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The way of a CUDA machine, on the stand-ins of `static_graphs`: run by `test_runner_v2.py`."""
 
 import pytest

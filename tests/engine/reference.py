@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The oracle: a plain transformers forward that drops visual tokens at a layer.
 
 It shares no code with the package. What is visual it sees from the token ids, and which blocks `align`

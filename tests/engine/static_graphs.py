@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Stands in for CUDA graphs on a CPU, under model runner V2 and vLLM's own compiler.
 
 As a pytest plugin it lets an engine take the way of a CUDA machine: `VLLM_COMPILE`, piecewise graphs in mixed

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """KV blocks through the engine: what requests hold, get back and share; who is let in."""
 
 import functools

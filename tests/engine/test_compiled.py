@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Engines at vLLM's default optimization level: every segment is compiled, once."""
 
 import copy

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """A process killed in the middle of requests: the server ends as stock vLLM's does."""
 
 import json

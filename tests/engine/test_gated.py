@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Gates that decide when a request's visual tokens leave, against the reference that has the same gates."""
 
 import json

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """What is long, or goes wrong, with one request is no other's trouble where gates decide or tokens rank."""
 
 import copy

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Greedy answers in float32 equal the reference's, token for token, over models, layers and requests."""
 
 import itertools

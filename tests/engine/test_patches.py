@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Each diff applies to the installed vLLM and makes the plugin's hook unnecessary."""
 
 import importlib.util

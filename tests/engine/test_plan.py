@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """`vtw plan` beside what an engine really holds, at twice its capacity."""
 
 import io
@@ -108,7 +110,7 @@ def test_a_ranked_policy_is_planned(checkpoint, tmp_path):
     folder, file = checkpoint(MODEL), tmp_path / "policy.json"
     policy = Policy((Stage(1, 0.5), Stage(3, 0.001), Stage(4, 0.0)))
     shape = {"model_type": "llava", "num_hidden_layers": MODEL.layers, "hidden_size": MODEL.hidden}
-    file.write_text(json.dumps(policy.to_file(shape)))
+    file.write_text(json.dumps(policy.to_json(shape)))
     plan = planned(folder, "--policy", str(file), "--images", "3", "--prompt-tokens", "60")
     assert [stage["tokens_held"] for stage in plan["stages"]] == [188 + held for held in (300, 150, 1, 0)]
     assert "what the prompt's end attends to least" in vtw_plan(str(folder), "--policy", str(file))[1]
@@ -118,7 +120,7 @@ def test_gates_are_planned_for_every_exit(checkpoint, tmp_path):
     folder, file = checkpoint(MODEL), tmp_path / "policy.json"
     policy = Policy((Stage(2, 0.0), Stage(4, 0.0)), Gate("gates.safetensors", "", (0.0, 0.0)))
     shape = {"model_type": "llava", "num_hidden_layers": MODEL.layers, "hidden_size": MODEL.hidden}
-    file.write_text(json.dumps(policy.to_file(shape)))
+    file.write_text(json.dumps(policy.to_json(shape)))
     options = ("--images", "2", "--prompt-tokens", "60")
     plan = planned(folder, "--policy", str(file), *options)
     assert [stage["tokens_held"] for stage in plan["stages"]] == [388, 188, 188]

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Prefix caching: what is served from the cache, beside stock vLLM, and that answers stay what they were."""
 
 from collections.abc import Callable, Sequence

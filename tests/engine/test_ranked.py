@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Schedules that rank visual tokens, against the reference that ranks by attention written out."""
 
 import json
@@ -44,7 +46,7 @@ def policy(schedule: Schedule, model: SmallLlava = MODEL) -> dict[str, Any]:
     """Options of an engine under a schedule."""
     shape = {"model_type": "llava", "num_hidden_layers": model.layers, "hidden_size": model.hidden}
     stages = tuple(Stage(layer, keep) for layer, keep in schedule.items())
-    return Policy(stages).to_file(shape)
+    return Policy(stages).to_json(shape)
 
 
 def written(folder: Path, schedule: Schedule, model: SmallLlava = MODEL) -> dict[str, Any]:

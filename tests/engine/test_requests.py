@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """What a request may ask for beside its answer, on one engine with a chunk border inside every picture."""
 
 import math

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Model runner V2, in processes where its Triton kernels can run without a GPU."""
 
 import os

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """What an engine keeps while it sleeps. The CPU backend cannot: the test drops what vLLM drops on CUDA."""
 
 from collections.abc import Iterator

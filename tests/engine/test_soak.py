@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Many requests of random shapes, with aborts, preemptions and cache hits, on one engine."""
 
 import random

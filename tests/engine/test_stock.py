@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Where nothing is withdrawn, the engine is stock vLLM: in tokens and in KV blocks."""
 
 import os

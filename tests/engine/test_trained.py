@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Answers that mean something: the shipped model's in full, withdrawn at half of its layers, and ranked."""
 
 import json

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Several workers, in vLLM's own executor: tensor and pipeline parallelism on the CPU."""
 
 import math

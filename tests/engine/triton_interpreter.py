@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Lets model runner V2 run on a CPU: its Triton kernels go through Triton's interpreter.
 
 Import it before vLLM. vLLM's CPU build asks for a Triton backend named "cpu" whose driver is active; PyPI's

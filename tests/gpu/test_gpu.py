@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The corners of the CPU tests on a GPU: CUDA graphs, both attention backends, both model runners.
 
 In float32 answers equal the transformers reference. In bfloat16 they equal those of the same engine run

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """A decode step's plan and metadata never make the host wait for the device."""
 
 import numpy as np

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The published search, plainly: for every K the whole model runs anew, and its layer K drops rows.
 
 It sees what is visual from the token ids, and shares no code with the package.

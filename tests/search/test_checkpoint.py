@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Names of models that are not there: one line, which says what was looked for and what to do."""
 
 from unittest.mock import patch

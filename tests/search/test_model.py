@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The short tails against running the whole model anew for every K, and what they cost."""
 
 import json
@@ -13,7 +15,7 @@ from benchmarks.small_llava import SmallLlava
 from tests.search.conftest import load_llava
 from tests.search.plain import plain_logits
 from vllm_vtw.search.data.sample import Sample
-from vllm_vtw.search.divergence import Difference
+from vllm_vtw.search.divergence import AnswerDivergence
 from vllm_vtw.search.vtw.criteria import first_token_layer
 
 ANSWER = 10
@@ -63,7 +65,7 @@ def test_every_k_is_what_the_whole_model_gives(llava, pictures, model_type, back
     for layer, logits in zip(layers, loaded.withdrawn_logits(answered, layers), strict=True):
         wanted = plain_logits(plain, inputs, answered.tokens, layer)
         torch.testing.assert_close(logits, wanted, atol=2e-4, rtol=2e-4)
-        found = Difference.between(answered.logits, logits)
+        found = AnswerDivergence.between(answered.logits, logits)
         first_kl[layer], wanted_kl[layer] = found.first_token_kl, published_kl(full, wanted)
         assert first_kl[layer] == pytest.approx(wanted_kl[layer], abs=1e-5, rel=0)
     assert max(first_kl.values()) > 1e-3  # there is something to agree on

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """A fixture that records what the plugin logs, also after an engine has configured vLLM's logging."""
 
 import logging

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Hypothesis strategies for prompts, and a slow, simple computation of what a stage holds of them."""
 
 from dataclasses import dataclass

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Tests of the `"vtw"` options: what they resolve to, and how wrong ones are refused."""
 
 import json

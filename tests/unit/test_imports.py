@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Tests of which rooms (folders and top-level files) of the package import which, read from the sources."""
 
 import ast

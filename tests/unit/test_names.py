@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Tests that a subclass of a vLLM class reuses a name of its base only if it means to override it."""
 
 import ast

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Tests of the entry point: loaded twice, switched off, and with a vLLM that is untested or changed."""
 
 import os

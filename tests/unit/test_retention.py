@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Tests of `Retention` against a slow, simple computation, and of the retentions of vLLM's requests."""
 
 from types import SimpleNamespace

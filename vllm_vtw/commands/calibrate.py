@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """`vtw calibrate`: the withdrawal layer K for a model on a user's own data."""
 
 import argparse
@@ -114,4 +116,4 @@ def policy_file(result: dict[str, Any], criterion: str) -> dict[str, Any]:
     policy = Policy.withdraw_at(result["layer"][criterion], model["num_hidden_layers"])
     kept = ("made", "budget", "layer", "tasks", "layers", "first_token_kl", "curves")
     calibration = {"criterion": criterion} | {key: result[key] for key in kept}
-    return policy.to_file(model) | {"calibration": calibration}
+    return policy.to_json(model) | {"calibration": calibration}

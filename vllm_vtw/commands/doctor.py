@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """`vtw doctor`: whether this environment can serve with `--model-impl vtw`, and what to do if not."""
 
 import argparse

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """`vtw dyvte train` and `vtw dyvte eval`: gates that decide per request where its visual tokens leave."""
 
 import argparse
@@ -172,7 +174,7 @@ def _train(arguments: argparse.Namespace) -> None:
     result["notes"] = dyvte_report.notes(result, setup.tasks - tasks.keys()) + of_prompts
     sha256 = save_gates(dict(zip(layers, trained.gates, strict=True)), arguments.out / WEIGHTS)
     policy = Policy(tuple(Stage(layer, 0.0) for layer in layers), Gate(WEIGHTS, sha256, (0.0,) * len(layers)))
-    content = policy.to_file(result["model"]) | {"training": result["made"]}
+    content = policy.to_json(result["model"]) | {"training": result["made"]}
     checkpoint.unlink()
     save_results(arguments, result, content, dyvte_report.html, dyvte_report.table(result))
 

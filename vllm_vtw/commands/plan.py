@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """`vtw plan`: how much KV memory requests take under a withdrawal layer or policy, without an engine."""
 
 import argparse

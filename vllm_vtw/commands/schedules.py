@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """`vtw gsearch` and `vtw psigmoid`: search a schedule of a few stages on a user's own data."""
 
 import argparse
@@ -22,7 +24,7 @@ from vllm_vtw.policy import Policy
 
 if TYPE_CHECKING:
     from vllm_vtw.search.data.sample import Skipped
-    from vllm_vtw.search.divergence import Curve
+    from vllm_vtw.search.divergence import TaskDivergence
     from vllm_vtw.search.model import HFModel
     from vllm_vtw.search.price import Price, RequestTokens
     from vllm_vtw.search.schedules.sample_at_layer import SampleAtLayer
@@ -135,7 +137,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, prepare
             f"{arguments.out}. The model then answers again first.\n",
         )
     search = {key: result[key] for key in ("method", "made", "keeps")}
-    content = policy.to_file(result["model"]) | {"search": search} if policy.stages else None
+    content = policy.to_json(result["model"]) | {"search": search} if policy.stages else None
     save_results(arguments, result, content, schedule_report.html, schedule_report.table(result))
 
 
@@ -148,7 +150,7 @@ def _searched(method: str, arguments: argparse.Namespace, prepare: Prepare) -> t
     from vllm_vtw.search.reports.schedules import notes
     from vllm_vtw.search.schedules.baselines import baselines
     from vllm_vtw.search.schedules.sample_at_layer import divergence_by_task
-    from vllm_vtw.search.schedules.schedule import of_policy
+    from vllm_vtw.search.schedules.schedule import keeps_by_layer
 
     setup = SearchSetup.of(arguments, MODEL_TYPES)
     num_layers = setup.shape.num_hidden_layers
@@ -159,9 +161,9 @@ def _searched(method: str, arguments: argparse.Namespace, prepare: Prepare) -> t
     found = search(model, answers, price)
 
     def measured(one: Policy) -> dict[str, Any]:
-        curves = divergence_by_task(model, answers.samples, 0, of_policy(one, num_layers))
+        curves = divergence_by_task(model, answers.samples, 0, keeps_by_layer(one, num_layers))
         return {
-            "stages": one.to_file({})["stages"],
+            "stages": one.to_json({})["stages"],
             "prefill_flops_share": price.flops_share(one),
             "kv_share": price.kv_share(one),
             "curves": {task: asdict(curve) for task, curve in curves.items()},
@@ -238,14 +240,14 @@ def _g_search(arguments: argparse.Namespace, settings: dict[str, Any]) -> Search
     from tqdm import tqdm
 
     from vllm_vtw.search.journal import Journal
-    from vllm_vtw.search.schedules.gsearch import g_search, staged
+    from vllm_vtw.search.schedules.gsearch import g_search, search_stages
     from vllm_vtw.search.schedules.schedule import FIRST_LAYER, GRID
 
     budget = {name: getattr(arguments, name) for name in ("max_answer_kl", "max_token_change")}
     searched_with = budget | {"grid": GRID}
     journal = Journal(arguments.out / "gsearch.jsonl", "G-Search", settings | searched_with, arguments.resume)
 
-    def within(curves: "Mapping[str, Curve]") -> bool:
+    def within(curves: "Mapping[str, TaskDivergence]") -> bool:
         return all(curve.within(*budget.values()) for curve in curves.values())
 
     def search(model: "HFModel", answers: FullAnswers, price: "Price") -> SearchResult:
@@ -258,7 +260,7 @@ def _g_search(arguments: argparse.Namespace, settings: dict[str, Any]) -> Search
                 journal.add({"layer": len(keeps), "keep": keep})
                 keeps.append(keep)
                 bar.update()
-        policy = staged(model, answers.samples, within, keeps, arguments.max_stages, price)
+        policy = search_stages(model, answers.samples, within, keeps, arguments.max_stages, price)
         return SearchResult(keeps, policy, searched_with | {"max_stages": arguments.max_stages})
 
     return search
@@ -270,7 +272,7 @@ def _p_sigmoid(arguments: argparse.Namespace, settings: dict[str, Any]) -> Searc
     from vllm_vtw.search.journal import Journal
     from vllm_vtw.search.schedules.psigmoid import affordable, cheapest, p_sigmoid
     from vllm_vtw.search.schedules.sample_at_layer import divergence_by_task
-    from vllm_vtw.search.schedules.schedule import of_policy
+    from vllm_vtw.search.schedules.schedule import keeps_by_layer
 
     searched_with = {name: getattr(arguments, name) for name in ("budget", "kv_budget", "max_stages")}
     by_memory, stages = arguments.kv_budget is not None, arguments.max_stages
@@ -296,7 +298,9 @@ def _p_sigmoid(arguments: argparse.Namespace, settings: dict[str, Any]) -> Searc
         with tqdm(total=arguments.trials, unit="schedule", desc="searching") as bar:
             afforded, trials = p_sigmoid(
                 lambda k, m: affordable(k, m, stages, price, share, most),
-                lambda one: divergence_by_task(model, answers.samples, 0, of_policy(one, price.num_layers)),
+                lambda one: divergence_by_task(
+                    model, answers.samples, 0, keeps_by_layer(one, price.num_layers)
+                ),
                 price.num_layers,
                 arguments.trials,
                 arguments.seed,

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """What the commands that search have in common: options, a checkpoint, and samples of a user's data."""
 
 import argparse

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """vLLM's manager of all KV-cache groups, with counts that are right where stages hold fewer tokens."""
 
 from collections import Counter

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The seam into vLLM's split of layers into KV-cache groups, by which a spec can choose their size."""
 
 import functools

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Which prompt gets a step of its own, under policies that compute a prompt in one step."""
 
 PATIENCE = 8

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """vLLM's scheduler, which also tells the managers of the stages what each request retains."""
 
 import logging

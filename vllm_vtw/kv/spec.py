@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The KV-cache spec of a stage past the first.
 
 Importing this module registers the spec and its manager with vLLM. A process imports it at the latest when it

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Allocates and shares the KV blocks of a stage past the first, one for `block_size` retained tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence

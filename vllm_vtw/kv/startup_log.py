@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """What an engine logs at start-up about the withdrawal of visual tokens and the KV memory of an image."""
 
 import logging

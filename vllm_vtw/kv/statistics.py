@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """What the scheduler counts for `/metrics`; `vllm_vtw.metrics` shows it."""
 
 from collections import Counter

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Refuses requests that a policy cannot serve correctly, before they are queued.
 
 vLLM passes each prompt to the model's multimodal processor before it queues the request. An exception of the

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The seam into vLLM's beam search, which is refused for some prompts.
 
 For every token, vLLM's beam search sends the prompt and the tokens generated so far to the engine as a new

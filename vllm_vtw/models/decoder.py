@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """A decoder cut into one segment for each stage. Each segment computes the tokens that its stage retains."""
 
 from bisect import bisect_right

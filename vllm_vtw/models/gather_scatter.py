@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The hidden states of a step's tokens, gathered before each stage and scattered back at the end."""
 
 from dataclasses import dataclass

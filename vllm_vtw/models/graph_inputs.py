@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The buffers from which piecewise CUDA graphs read the inputs of a segment."""
 
 from bisect import bisect_left

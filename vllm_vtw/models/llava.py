@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """LLaVA with withdrawal of visual tokens: the model class that `--model-impl vtw` selects."""
 
 from typing import Any

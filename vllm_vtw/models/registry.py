@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The seam into vLLM's model registry, by which `--model-impl vtw` selects the plugin's model classes."""
 
 import functools

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """FastV's ranking of visual tokens, by the attention of the prompt's last token."""
 
 import torch

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Reads and checks a checkpoint's configuration with transformers, before a command does anything else."""
 
 import hashlib

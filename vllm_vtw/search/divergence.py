@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """How much answers under withdrawal differ from the full model's."""
 
 from collections.abc import Sequence
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Difference:
+class AnswerDivergence:
     """How withdrawal at one K changes one answer of the full model.
 
     Both models read the same tokens, the answer of the full model, so they can be compared token by token.
@@ -29,7 +31,7 @@ class Difference:
     changed: list[bool]
 
     @classmethod
-    def between(cls, full: "torch.Tensor", withdrawn: "torch.Tensor") -> "Difference":
+    def between(cls, full: "torch.Tensor", withdrawn: "torch.Tensor") -> "AnswerDivergence":
         """Computes the difference from the logits of an answer of O tokens.
 
         Args:
@@ -46,7 +48,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Curve:
+class TaskDivergence:
     """How withdrawal changes the answers of one task, at one K: one point of the task's curve over K.
 
     Means and percentiles are over the tokens of all answers together, so long answers count for more.
@@ -66,7 +68,7 @@ class Curve:
     answer_change: float
 
     @classmethod
-    def of(cls, answers: Sequence[Difference]) -> "Curve":
+    def of(cls, answers: Sequence[AnswerDivergence]) -> "TaskDivergence":
         """Summarizes the differences of a task's answers, of which there has to be at least one."""
         kls = np.concatenate([answer.answer_kl for answer in answers])
         changed = np.concatenate([answer.changed for answer in answers])

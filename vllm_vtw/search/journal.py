@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """A file of JSON lines to which a search adds its results, so that it can be interrupted and resumed."""
 
 import json

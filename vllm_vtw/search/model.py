@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Runs a LLaVA model on transformers, with visual tokens in all layers or withdrawn from layer K on."""
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -128,7 +130,7 @@ class HFModel:
         self.hf_model.generation_config = GenerationConfig(
             eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id, bos_token_id=own.bos_token_id
         )
-        self.ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+        self.eos_token_ids = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
 
     @property
     def layer_parameters(self) -> int:
@@ -192,7 +194,7 @@ class HFModel:
             positions=positions[in_states],
             embedded=torch.cat([prompt_states[0][0], *(step[0][0] for step in answer_states)]),
             is_visual=~in_states,
-            cut=int(answer[-1]) not in self.ends,
+            cut=int(answer[-1]) not in self.eos_token_ids,
         )
 
     @torch.inference_mode()
@@ -256,7 +258,7 @@ class HFModel:
                     past_key_values=cache,
                 )
             tokens.append(int(self.hf_model.lm_head(self.decoder.norm(hidden[0, -1])).argmax()))
-            if tokens[-1] in self.ends or len(tokens) == max_tokens:
+            if tokens[-1] in self.eos_token_ids or len(tokens) == max_tokens:
                 return tokens
             hidden = self.decoder.embed_tokens(torch.tensor([tokens[-1:]], device=hidden.device))
             positions = torch.tensor([[prompt + len(tokens) - 1]], device=hidden.device)

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """What a policy costs: the decoder's work and the KV memory that it takes, compared with stock vLLM."""
 
 from dataclasses import dataclass

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Evaluates samples in order. The results of an earlier run are used again if the samples are the same."""
 
 import hashlib

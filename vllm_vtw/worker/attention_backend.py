@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The attention backend of a stage past the first: the model's own backend, given the stage's metadata."""
 
 import functools

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The step that is being prepared or run, as a worker's runner, attention builders and model share it."""
 
 from collections.abc import Callable, Sequence

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The worker class for policies with gates. It carries decisions from the model to the scheduler and back."""
 
 from typing import Any

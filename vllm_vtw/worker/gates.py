@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Dynamic exits (DyVTE, arXiv 2411.19628) in the worker: the gates on the device.
 
 At the border of every stage, gates decide which prompts lose their visual tokens. A step is planned as if no

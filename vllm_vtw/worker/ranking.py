@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Ranked stages: a ranking chooses which visual tokens go on into a stage.
 
 The attention of the layer before the stage ranks them. It overwrites the indices of `StageStep.kept` and

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The seam into model runner V1: it tells the current step which requests the batch holds."""
 
 import functools

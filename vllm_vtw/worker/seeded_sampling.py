@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Generators for seeded requests on the CPU, which model runner V1 can wind back."""
 
 from typing import Any

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """One stage of the current step on the device: its tokens, their KV slots, and its attention metadata."""
 
 import copy

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Tensors of one KV-cache group that every step writes anew, at addresses that CUDA graphs remember."""
 
 import torch

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The step plan: which tokens of a batch each stage computes, and how far each moves up in its row."""
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Scores, the reference's own answers, and what the pages say of the shipped model."""
 
 import hashlib

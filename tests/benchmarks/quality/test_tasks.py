@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The trained model's tasks: right answers, splits that stay apart, rows equal to single requests."""
 
 import re

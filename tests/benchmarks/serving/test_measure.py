@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """A whole measurement, small: servers, vLLM's client, result, tables and plot."""
 
 import json

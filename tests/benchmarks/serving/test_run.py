@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The order of runs, and what servers and clients are told."""
 
 import argparse
@@ -68,7 +70,7 @@ def test_points_can_be_served(name):
         assert workload.images <= images
         model = setup.model.served_as
         for policy in point.policies:
-            assert Policy.from_file(policy.to_file(model), model) == policy
+            assert Policy.from_json(policy.to_json(model), model) == policy
         assert workload.requests % workload.questions == 0
         labels.add((point.sweep, point.value))
     assert len(labels) == len(setup.points)
@@ -102,7 +104,7 @@ def test_a_ranked_policy_is_served_from_its_file(tmp_path):
     ranked, vtw = setup.points[0].policies
     option = setup.server_options(setup.points[0].engine, ranked, tmp_path)[-1]
     file = json.loads(option.partition("=")[2])["vtw"]["policy"]
-    assert Policy.from_file(json.loads(Path(file).read_text()), setup.model.served_as) == ranked
+    assert Policy.from_json(json.loads(Path(file).read_text()), setup.model.served_as) == ranked
     assert '{"layer": ' in setup.server_options(setup.points[0].engine, vtw, tmp_path)[-1]
 
 

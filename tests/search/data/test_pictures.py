@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Pictures against vLLM's own loader, in every mode and format that Pillow writes."""
 
 import base64

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Token ids and pixels against those of vLLM's renderer, which is what its endpoints make of a request."""
 
 import base64

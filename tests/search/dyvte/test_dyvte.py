@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """DyVTE's gates: what they learn from, how they learn, and the commands, on the trained model."""
 
 import json
@@ -73,7 +75,7 @@ def test_what_gates_read_and_what_leaving_does(pictures, tmp_path, prompt):
     answers = []
     for layer in (*layers, 6):
         said: list[int] = []
-        while len(said) < tokens and (not said or said[-1] not in loaded.ends):
+        while len(said) < tokens and (not said or said[-1] not in loaded.eos_token_ids):
             said.append(int(plain_logits(plain, inputs, [*said, 0], layer)[-1].argmax()))
         answers.append(loaded.processor.tokenizer.decode(said, skip_special_tokens=True).strip())
     assert seen.answers == answers
@@ -158,7 +160,7 @@ def test_training_leaves_gates_that_the_policy_file_names(gates):
     out, ended = gates
     assert ended.status == 0, ended.err
     content = json.loads((out / "policy.json").read_text())
-    policy = Policy.from_file(content, content["model"])
+    policy = Policy.from_json(content, content["model"])
     assert [stage.layer for stage in policy.stages] == [4, 9]
     assert policy.gate is not None
     assert policy.gate.thresholds == (0, 0)

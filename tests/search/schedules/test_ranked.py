@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Ranked layers against the whole model run plainly, and what the searches make of them."""
 
 from dataclasses import replace
@@ -17,15 +19,15 @@ from tests.search.plain import plain_ranked_logits
 from tests.search.test_model import ANSWER, PROMPTS, pictures, sample  # noqa: F401
 from vllm_vtw.policy import Policy, Stage
 from vllm_vtw.search.checkpoint import read_config
-from vllm_vtw.search.divergence import Curve, Difference
+from vllm_vtw.search.divergence import AnswerDivergence, TaskDivergence
 from vllm_vtw.search.model import HFModel, Placement
 from vllm_vtw.search.price import Price, RequestTokens
 from vllm_vtw.search.schedules.baselines import baselines
-from vllm_vtw.search.schedules.gsearch import least
+from vllm_vtw.search.schedules.gsearch import least_sufficient
 from vllm_vtw.search.schedules.layerwise import answer_logits
-from vllm_vtw.search.schedules.psigmoid import LEAST, affordable, cheapest, p_sigmoid, sigmoid
+from vllm_vtw.search.schedules.psigmoid import MIN_R_MAX, affordable, cheapest, p_sigmoid, sigmoid
 from vllm_vtw.search.schedules.sample_at_layer import SampleAtLayer
-from vllm_vtw.search.schedules.schedule import GRID, at_borders, merged
+from vllm_vtw.search.schedules.schedule import GRID, merge_stages, policy_at_borders
 
 KEEPS: tuple[list[float], ...] = ([1, 1, 1, 1], [1, 0.5, 0.5, 0.5], [1, 0.9, 0.312, 0], [1, 1, 0.25, 0.125])
 
@@ -41,13 +43,13 @@ def test_ranked_layers_are_what_the_plain_model_gives(llava, pictures, backbone,
     answered = loaded.answer(inputs, ANSWER)
     asked = SampleAtLayer.of(loaded, "all", answered)
     for keeps in KEEPS:
-        ours = answer_logits(loaded, asked.going_on(loaded, 0, keeps).rows)
+        ours = answer_logits(loaded, asked.run_layers(loaded, 0, keeps).rows)
         wanted = plain_ranked_logits(plain, inputs, answered.tokens, keeps)
         torch.testing.assert_close(ours, wanted, atol=2e-4, rtol=2e-4)
         # Some of the way first, the rest later: the same.
-        halfway = asked.going_on(loaded, 0, keeps[:2]).going_on(loaded, 2, keeps[2:])
-        assert halfway.difference(loaded) == Difference.between(asked.logits, ours)
-    assert Difference.between(asked.logits, ours).answer_kl[0] > 1e-6
+        halfway = asked.run_layers(loaded, 0, keeps[:2]).run_layers(loaded, 2, keeps[2:])
+        assert halfway.difference(loaded) == AnswerDivergence.between(asked.logits, ours)
+    assert AnswerDivergence.between(asked.logits, ours).answer_kl[0] > 1e-6
     torch.testing.assert_close(asked.logits, answered.logits, atol=2e-4, rtol=2e-4)
 
 
@@ -59,7 +61,7 @@ def test_where_nothing_leaves_nothing_differs_in_bfloat16(pictures, tmp_path):  
     answered = loaded.answer(loaded.encode(sample(PROMPTS["two"], pictures), ANSWER), ANSWER)
     token_by_token = answered.logits + 0.01 * torch.randn(answered.logits.shape)
     asked = SampleAtLayer.of(loaded, "all", replace(answered, logits=token_by_token))
-    found = asked.going_on(loaded, 0, [1] * 4).difference(loaded)
+    found = asked.run_layers(loaded, 0, [1] * 4).difference(loaded)
     assert (set(found.answer_kl), set(found.changed)) == ({0.0}, {False})
 
 
@@ -71,7 +73,7 @@ def test_the_least_number_that_is_within():
             asked.append(number)
             return number >= border
 
-        assert least(7, within) == border
+        assert least_sufficient(7, within) == border
         assert len(asked) <= 3
 
 
@@ -108,7 +110,7 @@ def test_a_budget_is_held_and_spent(k, m, max_stages, spent, more):
     # More is left only where the least more would cost too much: another width of KV-cache groups.
     more_tokens = sigmoid(k, m, afforded.r_max * 1.0001, 32)
     borders = [stage.layer for stage in afforded.policy.stages]
-    with_more = [at_borders(more_tokens, [*borders, border]) for border in range(2, 32)]
+    with_more = [policy_at_borders(more_tokens, [*borders, border]) for border in range(2, 32)]
     assert unspent < 0.03 or any(
         share(policy) > budget for policy in with_more if len(policy.stages) < max_stages
     )
@@ -122,7 +124,11 @@ def test_a_whole_budget_pays_for_everything():
 
 @given(st.floats(0.02, 3), st.floats(0, 32))
 def test_every_sigmoid_comes_to_the_cheapest(k, m):
-    assert merged(sigmoid(k, m, LEAST, 32), 4, PRICE) == cheapest(4, PRICE) == Policy.withdraw_at(2, 32)
+    assert (
+        merge_stages(sigmoid(k, m, MIN_R_MAX, 32), 4, PRICE)
+        == cheapest(4, PRICE)
+        == Policy.withdraw_at(2, 32)
+    )
 
 
 def test_an_interrupted_search_goes_on_as_if_it_had_not_been(tmp_path):
@@ -131,11 +137,11 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(tmp_path):
     def searched(storage: Path, trials: int, stop_at: int | None = None):
         seen: list[Policy] = []
 
-        def effect(policy: Policy) -> dict[str, Curve]:
+        def effect(policy: Policy) -> dict[str, TaskDivergence]:
             if len(seen) == stop_at:
                 raise KeyboardInterrupt
             seen.append(policy)
-            return {"any": Curve(abs(PRICE.kv_share(policy) - 0.3), 0, 0, 0)}
+            return {"any": TaskDivergence(abs(PRICE.kv_share(policy) - 0.3), 0, 0, 0)}
 
         def afford(k: float, m: float):
             return affordable(k, m, 4, PRICE, PRICE.flops_share, 0.3)

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Stages merged from a schedule, against trying all there are."""
 
 from itertools import combinations
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from vllm_vtw.policy import Policy, Stage
 from vllm_vtw.search.price import Price, RequestTokens
-from vllm_vtw.search.schedules.schedule import at_borders, merged, of_policy
+from vllm_vtw.search.schedules.schedule import keeps_by_layer, merge_stages, policy_at_borders
 
 
 @st.composite
@@ -28,12 +30,12 @@ def price(num_layers: int) -> Price:
 @given(schedules(), st.integers(1, 5))
 @example(keeps=[1.0, *[0.3] * 7, 0.1], max_stages=3)  # The best of width 1 need too many groups.
 def test_no_other_stages_cost_less(keeps: list[float], max_stages: int):
-    policy = merged(keeps, max_stages, price(len(keeps)))
+    policy = merge_stages(keeps, max_stages, price(len(keeps)))
     assert len(policy.stages) < max_stages
-    given_by_layer = of_policy(policy, len(keeps))
+    given_by_layer = keeps_by_layer(policy, len(keeps))
     assert all(given >= needed for given, needed in zip(given_by_layer, keeps, strict=True))
     others = [
-        at_borders(keeps, borders)
+        policy_at_borders(keeps, borders)
         for count in range(max_stages)
         for borders in combinations(range(1, len(keeps)), count)
     ]
@@ -43,14 +45,14 @@ def test_no_other_stages_cost_less(keeps: list[float], max_stages: int):
 
 def test_stages_of_their_own_for_a_layer_or_two_are_not_worth_their_padding():
     keeps = [1.0] * 5 + [0.95] * 5 + [0.6, 0.0]
-    policy = merged(keeps, 4, price(12))
+    policy = merge_stages(keeps, 4, price(12))
     assert len(policy.stages) < 3
-    assert price(12).kv_share(policy) < 1 < price(12).kv_share(at_borders(keeps, range(12)))
+    assert price(12).kv_share(policy) < 1 < price(12).kv_share(policy_at_borders(keeps, range(12)))
 
 
 def test_a_schedule_of_few_steps_stays_as_it_is():
     keeps = [1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.1, 0.1, 0.1]
-    policy = merged(keeps, 4, price(9))
+    policy = merge_stages(keeps, 4, price(9))
     assert policy == Policy((Stage(3, 0.5), Stage(6, 0.1)))
-    assert of_policy(policy, 9) == keeps
-    assert merged(keeps, 1, price(9)) == Policy(())
+    assert keeps_by_layer(policy, 9) == keeps
+    assert merge_stages(keeps, 1, price(9)) == Policy(())

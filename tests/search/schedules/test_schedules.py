@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """`vtw gsearch` and `vtw psigmoid` on the trained model."""
 
 import json
@@ -32,7 +34,7 @@ def result_of(out: Path) -> dict[str, Any]:
 
 def policy_of(out: Path) -> Policy:
     content = json.loads((out / "policy.json").read_text())
-    return Policy.from_file(content, content["model"])
+    return Policy.from_json(content, content["model"])
 
 
 @pytest.fixture(scope="module")

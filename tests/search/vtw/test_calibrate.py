@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """`vtw calibrate` on the trained model: what it chooses, writes and refuses."""
 
 import hashlib

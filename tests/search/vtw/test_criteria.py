@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The criteria's arithmetic against its definitions, and what a K costs."""
 
 import math
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from vllm_vtw.config import ModelShape
 from vllm_vtw.policy import Policy
-from vllm_vtw.search.divergence import Curve, Difference
+from vllm_vtw.search.divergence import AnswerDivergence, TaskDivergence
 from vllm_vtw.search.price import Price, RequestTokens
 from vllm_vtw.search.vtw.criteria import answer_layer, default_eta, first_token_layer
 
@@ -38,7 +40,7 @@ def kl(p: list[float], q: list[float]) -> float:
 @given(two_logits())
 def test_differences_are_those_of_the_definitions(logits):
     full, withdrawn = logits
-    found = Difference.between(full, withdrawn)
+    found = AnswerDivergence.between(full, withdrawn)
     assert found.first_token_kl == pytest.approx(kl(softmax(withdrawn[0]), softmax(full[0])), abs=1e-5)
     wanted = [kl(softmax(p), softmax(q)) for p, q in zip(full, withdrawn, strict=True)]
     assert found.answer_kl == pytest.approx(wanted, abs=1e-5)
@@ -48,7 +50,7 @@ def test_differences_are_those_of_the_definitions(logits):
 
 @given(st.lists(st.lists(st.tuples(KLS, st.booleans()), min_size=1, max_size=5), min_size=1, max_size=5))
 def test_a_curve_pools_tokens(answers):
-    curve = Curve.of([Difference(0.0, [k for k, _ in a], [c for _, c in a]) for a in answers])
+    curve = TaskDivergence.of([AnswerDivergence(0.0, [k for k, _ in a], [c for _, c in a]) for a in answers])
     tokens = [token for answer in answers for token in answer]
     assert curve.mean_kl == pytest.approx(sum(k for k, _ in tokens) / len(tokens))
     assert curve.token_change == pytest.approx(sum(c for _, c in tokens) / len(tokens))
@@ -66,7 +68,7 @@ def test_the_published_choice_is_the_first_from_five_on():
 
 def test_the_worst_task_decides():
     def curves(*points):
-        return {layer: Curve(k, k, change, change) for layer, k, change in points}
+        return {layer: TaskDivergence(k, k, change, change) for layer, k, change in points}
 
     good = curves((1, 0.5, 0.0), (2, 0.01, 0.0), (3, 0.0, 0.0), (4, 0.0, 0.0))
     more_tokens = curves((1, 0.0, 0.0), (2, 0.0, 0.3), (3, 0.0, 0.0), (4, 0.0, 0.0))

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """vLLM's KV cache manager over stages, against the obvious model, through any course of requests."""
 
 from collections import Counter

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """What the scheduler counts, with made-up numbers of blocks that are held."""
 
 from collections import Counter

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """What a refused prompt leaves in the processor's cache, which the engine is taken to have as well."""
 
 from types import SimpleNamespace

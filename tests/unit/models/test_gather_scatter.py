@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """What lies between a decoder's segments, and between pipeline ranks."""
 
 from types import SimpleNamespace

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """What a stage's metadata builder hands to the builder of the model's own backend."""
 
 from types import SimpleNamespace

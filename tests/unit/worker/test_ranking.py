@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Which tokens stay, against sorting; and keys out of caches of any order."""
 
 from dataclasses import replace

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Turns OpenAI's messages and LLaVA's conversations into chats of one form."""
 
 from collections.abc import Iterator

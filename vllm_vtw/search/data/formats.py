@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Reads the JSON values of a data file: JSON lines, or one JSON list."""
 
 import io

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Loads images in the way in which `vllm serve` does before it gives them to a model."""
 
 import base64

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Makes a model's inputs of samples, with the same token ids as in vLLM."""
 
 from collections.abc import Sequence

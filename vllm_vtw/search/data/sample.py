@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """A sample of a user's data, and the messages about samples that cannot be used."""
 
 from collections import defaultdict

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Evaluates gates: what they decide about samples at a threshold, and how that changes answers and cost."""
 
 from collections.abc import Callable, Sequence

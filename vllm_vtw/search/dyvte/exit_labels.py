@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Collects what gates learn from: their features of a prompt, and whether its visual tokens may leave."""
 
 from collections.abc import Iterator, Sequence

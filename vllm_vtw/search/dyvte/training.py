@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Trains DyVTE's gates (arXiv 2411.19628) on features that were collected before. The model is not needed.
 
 Every layer has a gate of its own. The gates are trained together on the same samples, but share no weights.

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The report of `vtw calibrate`."""
 
 from collections.abc import Collection, Iterable, Sequence
@@ -6,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from vllm_vtw.search.reports.data_notes import data_notes
-from vllm_vtw.search.reports.page import MARKERS, Draw, by_layer, page
+from vllm_vtw.search.reports.page import MARKERS, Draw, label_layers, page
 from vllm_vtw.search.vtw.criteria import FIRST_LAYER
 
 LEAST_KL = 1e-6
@@ -72,7 +74,7 @@ def _marked(draw: Draw, result: dict[str, Any]) -> Draw:
         for criterion, layer in result["layer"].items():
             if layer is not None:
                 axes.axvline(layer, color=COLOURS[criterion], alpha=0.5, label=f"K, {criterion} criterion")
-        by_layer(axes, "K: the first layer without visual tokens, counted from 0")
+        label_layers(axes, "K: the first layer without visual tokens, counted from 0")
 
     return draw_marked
 

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The reports of `vtw dyvte train` and `vtw dyvte eval`."""
 
 from collections.abc import Collection
@@ -6,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from vllm_vtw.search.reports.data_notes import data_notes
-from vllm_vtw.search.reports.page import MARKERS, Draw, by_layer, page
+from vllm_vtw.search.reports.page import MARKERS, Draw, label_layers, page
 
 
 def notes(result: dict[str, Any], unseen: Collection[str]) -> list[str]:
@@ -98,7 +100,7 @@ def _training_plots(result: dict[str, Any]) -> dict[str, Draw]:
             for at, layer in enumerate(layers):
                 axes.plot(epochs, [curve[name][at] for curve in curves], label=f"layer {layer}")
             axes.set_ylabel(label)
-            by_layer(axes, "epoch")
+            label_layers(axes, "epoch")
 
         return draw
 
@@ -106,7 +108,7 @@ def _training_plots(result: dict[str, Any]) -> dict[str, Draw]:
         for marker, (task, shares) in zip(MARKERS * len(layers), result["may_leave"].items(), strict=False):
             axes.plot(layers, [100 * share for share in shares], f"{marker}-", label=task)
         axes.set_ylabel("samples (%)")
-        by_layer(axes, "layer, counted from 0")
+        label_layers(axes, "layer, counted from 0")
 
     return {
         "Loss on training samples": over_epochs("loss", "cross-entropy, nats"),

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Renders a report as one HTML file that contains its plots."""
 
 import io
@@ -36,7 +38,7 @@ def page(template: str, plots: Mapping[str, Draw], **values: Any) -> str:
     return environment.get_template(template).render(plots=drawn, **values)
 
 
-def by_layer(axes: Axes, label: str) -> None:
+def label_layers(axes: Axes, label: str) -> None:
     """Labels the x axis, and gives it ticks at whole numbers only, for layers or epochs."""
     axes.set_xlabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

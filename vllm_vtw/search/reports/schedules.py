@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The report of `vtw gsearch` and `vtw psigmoid`, which compares the schedule with other methods."""
 
 from collections.abc import Collection
@@ -6,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from vllm_vtw.search.reports.data_notes import data_notes
-from vllm_vtw.search.reports.page import MARKERS, Draw, by_layer, page
+from vllm_vtw.search.reports.page import MARKERS, Draw, label_layers, page
 
 NAMES = {"gsearch": "G-Search", "psigmoid": "P-Sigmoid"}
 
@@ -106,7 +108,7 @@ def _plots(result: dict[str, Any]) -> dict[str, Draw]:
         for name, policy in policies.items():
             axes.step(range(num_layers), fractions(policy), where="mid", label=NAMES.get(name, name))
         axes.set_ylabel("fraction of visual tokens")
-        by_layer(axes, "layer, counted from 0")
+        label_layers(axes, "layer, counted from 0")
 
     def against(share: str, label: str) -> Draw:
         def draw(axes: Axes) -> None:
@@ -127,5 +129,5 @@ def _plots(result: dict[str, Any]) -> dict[str, Draw]:
 
 
 def _worst(curves: Collection[dict[str, float]], name: str) -> float:
-    """A value of `Curve`, on the task where it is largest."""
+    """A value of `TaskDivergence`, on the task where it is largest."""
     return max(curve[name] for curve in curves)

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Other methods that cost no more than a policy, for comparison with it."""
 
 from collections.abc import Callable

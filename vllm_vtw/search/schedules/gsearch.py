@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """G-Search (arXiv 2412.00556): the fewest visual tokens that each layer needs, from shallow to deep.
 
 Before each layer, the visual tokens that received the least attention in the layer before are withdrawn, as
@@ -14,13 +16,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from tqdm import tqdm
 
 from vllm_vtw.policy import Policy
-from vllm_vtw.search.divergence import Curve
+from vllm_vtw.search.divergence import TaskDivergence
 from vllm_vtw.search.model import HFModel
 from vllm_vtw.search.price import Price
 from vllm_vtw.search.schedules.sample_at_layer import SampleAtLayer, divergence_by_task
-from vllm_vtw.search.schedules.schedule import GRID, at_borders, merged, of_policy
+from vllm_vtw.search.schedules.schedule import GRID, keeps_by_layer, merge_stages, policy_at_borders
 
-Within = Callable[[Mapping[str, Curve]], bool]
+Within = Callable[[Mapping[str, TaskDivergence]], bool]
 """Whether changes of the answers, by task, are within budget."""
 
 
@@ -53,13 +55,13 @@ def g_search(
         if layer < len(found):
             keep = found[layer]
         else:
-            keep = least(round(before * GRID), suffices) / GRID if layer in borders else before
+            keep = least_sufficient(round(before * GRID), suffices) / GRID if layer in borders else before
             yield keep
-        samples = [sample.going_on(model, layer, [keep]) for sample in samples]
+        samples = [sample.run_layers(model, layer, [keep]) for sample in samples]
         before = keep
 
 
-def least(most: int, suffices: Callable[[int], bool]) -> int:
+def least_sufficient(most: int, suffices: Callable[[int], bool]) -> int:
     """Finds the least number from 0 to `most` that suffices, by bisection.
 
     Args:
@@ -76,7 +78,7 @@ def least(most: int, suffices: Callable[[int], bool]) -> int:
     return high
 
 
-def staged(
+def search_stages(
     model: HFModel,
     samples: Sequence[SampleAtLayer],
     within: Within,
@@ -86,9 +88,9 @@ def staged(
 ) -> Policy:
     """Makes a schedule's fractions into a policy of few stages that is within budget.
 
-    `merged` decides where the stages begin. Their fractions are searched again with withdrawal at these
+    `merge_stages` decides where the stages begin. Their fractions are searched again with withdrawal at these
     layers only: tokens are then ranked fewer times, so other tokens stay, and more or fewer of them may be
-    needed. If the fractions of `merged` are within budget too and cost less, they are used.
+    needed. If the fractions of `merge_stages` are within budget too and cost less, they are used.
 
     Args:
         model: The model.
@@ -98,15 +100,15 @@ def staged(
         max_stages: The largest number of stages, stage 0 included.
         price: Computes the cost of policies.
     """
-    first = merged(keeps, max_stages, price)
+    first = merge_stages(keeps, max_stages, price)
     num_layers = len(keeps)
     borders = {stage.layer for stage in first.stages}
     layers = tqdm(
         g_search(model, samples, within, borders), total=num_layers, unit="layer", desc="searching stages"
     )
-    again = at_borders(list(layers), range(num_layers))
+    again = policy_at_borders(list(layers), range(num_layers))
     if price.cost(first) < price.cost(again) and within(
-        divergence_by_task(model, samples, 0, of_policy(first, num_layers))
+        divergence_by_task(model, samples, 0, keeps_by_layer(first, num_layers))
     ):
         return first
     return again

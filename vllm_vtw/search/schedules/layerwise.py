@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Runs a transformers decoder layer by layer, with ranked visual tokens withdrawn between layers.
 
 A search can try fractions for the deeper layers without computing the shallower ones again.
@@ -50,7 +52,7 @@ class LayerInput:
         """The number of tokens that may be withdrawn."""
         return int(self.is_candidate.sum())
 
-    def withdrawn(self, kept: int) -> "LayerInput":
+    def withdraw(self, kept: int) -> "LayerInput":
         """Withdraws candidates, the ones that received the least attention first.
 
         Args:

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """P-Sigmoid (arXiv 2412.00556): the schedule within a budget that changes answers least.
 
 The fraction of visual tokens that a layer gets falls with the layer's depth along a sigmoid.
@@ -20,11 +22,11 @@ from optuna.trial import TrialState
 
 from vllm_vtw.policy import Policy
 from vllm_vtw.search.data.random_order import SEEDS
-from vllm_vtw.search.divergence import Curve
+from vllm_vtw.search.divergence import TaskDivergence
 from vllm_vtw.search.price import Price
-from vllm_vtw.search.schedules.schedule import FIRST_LAYER, GRID, at_borders, merged
+from vllm_vtw.search.schedules.schedule import FIRST_LAYER, GRID, merge_stages, policy_at_borders
 
-LEAST = 1e-4
+MIN_R_MAX = 1e-4
 """The smallest r_max. On the grid, all layers from `FIRST_LAYER` on then get nothing."""
 BISECTIONS = 24
 """The number of bisection steps in a search for r_max."""
@@ -47,7 +49,7 @@ def sigmoid(k: float, m: float, r_max: float, num_layers: int) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Afforded:
+class BudgetedSchedule:
     """A sigmoid's schedule that is within a budget.
 
     Attributes:
@@ -67,12 +69,12 @@ class Afforded:
 
 def affordable(
     k: float, m: float, max_stages: int, price: Price, share: Callable[[Policy], float], budget: float
-) -> Afforded:
+) -> BudgetedSchedule:
     """Returns the schedule of a sigmoid with the largest r_max that is within a budget.
 
-    As r_max grows, `merged` lets stages begin at other layers, and their cost jumps. Therefore r_max is
-    searched twice. The first search lets `merged` choose the layers at which stages begin. The second one
-    keeps the layers that the first one ended with, and increases r_max as far as the budget allows.
+    As r_max grows, `merge_stages` lets stages begin at other layers, and their cost jumps. Therefore r_max is
+    searched twice. The first search lets `merge_stages` choose the layers at which stages begin. The second
+    one keeps the layers that the first one ended with, and increases r_max as far as the budget allows.
 
     Args:
         k: The steepness of the sigmoid.
@@ -96,34 +98,34 @@ def affordable(
         return low
 
     def with_free_borders(log_r_max: float) -> Policy:
-        return merged(keeps(log_r_max), max_stages, price)
+        return merge_stages(keeps(log_r_max), max_stages, price)
 
     # With this r_max, all layers get all visual tokens.
     everything = log(1 + exp(k * (price.num_layers - m)))
-    least = highest(log(LEAST), everything, with_free_borders)
+    least = highest(log(MIN_R_MAX), everything, with_free_borders)
     borders = [stage.layer for stage in with_free_borders(least).stages]
 
     def with_these_borders(log_r_max: float) -> Policy:
-        return at_borders(keeps(log_r_max), borders)
+        return policy_at_borders(keeps(log_r_max), borders)
 
     most = highest(least, everything, with_these_borders)
-    return Afforded(k, m, exp(most), tuple(keeps(most)), with_these_borders(most))
+    return BudgetedSchedule(k, m, exp(most), tuple(keeps(most)), with_these_borders(most))
 
 
 def cheapest(max_stages: int, price: Price) -> Policy:
     """The policy of any sigmoid with the least r_max: layers from `FIRST_LAYER` on get no visual tokens."""
-    return merged([1.0] * FIRST_LAYER + [0.0] * (price.num_layers - FIRST_LAYER), max_stages, price)
+    return merge_stages([1.0] * FIRST_LAYER + [0.0] * (price.num_layers - FIRST_LAYER), max_stages, price)
 
 
 def p_sigmoid(
-    afford: Callable[[float, float], Afforded],
-    effect: Callable[[Policy], dict[str, Curve]],
+    afford: Callable[[float, float], BudgetedSchedule],
+    effect: Callable[[Policy], dict[str, TaskDivergence]],
     num_layers: int,
     trials: int,
     seed: int,
     storage: Path,
     each: Callable[[int], Any],
-) -> tuple[Afforded, int]:
+) -> tuple[BudgetedSchedule, int]:
     """Searches the schedule whose answers have the least mean KL, on the task where it is largest.
 
     Args:

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Measures how a schedule changes the answers of the full model."""
 
 from collections.abc import Iterable, Sequence
@@ -7,7 +9,7 @@ from itertools import pairwise
 import torch
 
 from vllm_vtw.policy import Stage
-from vllm_vtw.search.divergence import Curve, Difference
+from vllm_vtw.search.divergence import AnswerDivergence, TaskDivergence
 from vllm_vtw.search.model import FullAnswer, HFModel
 from vllm_vtw.search.schedules.layerwise import LayerInput, answer_logits, run_layer
 
@@ -34,10 +36,10 @@ class SampleAtLayer:
     def of(cls, model: HFModel, task: str, answered: FullAnswer) -> "SampleAtLayer":
         """Makes the sample before layer 0 from the full model's answer."""
         sample = cls(task, answered.visual_tokens, answered.logits, LayerInput.of(answered))
-        full = sample.going_on(model, 0, [1.0] * len(model.decoder.layers))
+        full = sample.run_layers(model, 0, [1.0] * len(model.decoder.layers))
         return replace(sample, logits=answer_logits(model, full.rows).cpu())
 
-    def going_on(self, model: HFModel, layer: int, keeps: Sequence[float]) -> "SampleAtLayer":
+    def run_layers(self, model: HFModel, layer: int, keeps: Sequence[float]) -> "SampleAtLayer":
         """Applies a schedule to the next layers.
 
         Attention is computed in layers before one that gets fewer visual tokens, and in the last of these
@@ -54,18 +56,18 @@ class SampleAtLayer:
         rows = self.rows
         counts = [Stage(index, keep).kept(self.visual_tokens) for index, keep in enumerate(keeps, layer)]
         for index, (count, following) in enumerate(pairwise([*counts, -1]), layer):
-            rows = run_layer(model, index, rows.withdrawn(count), ranks=following < count)
+            rows = run_layer(model, index, rows.withdraw(count), ranks=following < count)
         return replace(self, rows=rows)
 
-    def difference(self, model: HFModel) -> Difference:
+    def difference(self, model: HFModel) -> AnswerDivergence:
         """How the schedule changed the full model's answer, for a sample behind the last layer."""
         logits = answer_logits(model, self.rows)
-        return Difference.between(self.logits.to(logits.device), logits)
+        return AnswerDivergence.between(self.logits.to(logits.device), logits)
 
 
 def divergence_by_task(
     model: HFModel, samples: Iterable[SampleAtLayer], layer: int, keeps: Sequence[float]
-) -> dict[str, Curve]:
+) -> dict[str, TaskDivergence]:
     """Measures by task how a schedule for the remaining layers changes the answers.
 
     Args:
@@ -74,8 +76,8 @@ def divergence_by_task(
         layer: The first of the remaining layers.
         keeps: The fraction of visual tokens that each of the remaining layers gets.
     """
-    by_task: dict[str, list[Difference]] = {}
+    by_task: dict[str, list[AnswerDivergence]] = {}
     for sample in samples:
-        difference = sample.going_on(model, layer, keeps).difference(model)
+        difference = sample.run_layers(model, layer, keeps).difference(model)
         by_task.setdefault(sample.task, []).append(difference)
-    return {task: Curve.of(differences) for task, differences in by_task.items()}
+    return {task: TaskDivergence.of(differences) for task, differences in by_task.items()}

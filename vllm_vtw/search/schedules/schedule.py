@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Merges a schedule, the fraction of visual tokens that each layer gets, into a policy of few stages.
 
 Layers are counted from 0, as everywhere in the plugin. The paper (arXiv 2412.00556) counts them from 1.
@@ -19,7 +21,7 @@ GRID = 64
 """The fractions that are searched are multiples of 1 / `GRID`."""
 
 
-def merged(keeps: Sequence[float], max_stages: int, price: Price) -> Policy:
+def merge_stages(keeps: Sequence[float], max_stages: int, price: Price) -> Policy:
     """Returns the cheapest policy of few stages that gives each layer at least the fraction that it needs.
 
     A stage keeps the fraction that its first layer needs. The cost of a policy includes the padding of
@@ -38,14 +40,14 @@ def merged(keeps: Sequence[float], max_stages: int, price: Price) -> Policy:
     assert keeps[0] == 1
     assert all(later <= earlier for earlier, later in pairwise(keeps))
     found = {
-        at_borders(keeps, borders)
+        policy_at_borders(keeps, borders)
         for width in range(1, len(keeps) + 1)
         for borders in _borders(keeps, max_stages, price, width)
     }
     return min(found, key=price.cost)
 
 
-def at_borders(keeps: Sequence[float], borders: Collection[int]) -> Policy:
+def policy_at_borders(keeps: Sequence[float], borders: Collection[int]) -> Policy:
     """Returns the policy of a schedule whose stages begin at given layers.
 
     For example, the fractions 1, 0.9, 0.5, 0.3, 0.2 and the borders 2 and 4 make the stages 0.5 from layer 2
@@ -65,7 +67,7 @@ def at_borders(keeps: Sequence[float], borders: Collection[int]) -> Policy:
     return Policy(tuple(stages))
 
 
-def of_policy(policy: Policy, num_layers: int) -> list[float]:
+def keeps_by_layer(policy: Policy, num_layers: int) -> list[float]:
     """The fraction of visual tokens that each layer gets under a policy."""
     return [
         keep for keep, layers in zip(policy.keeps, policy.segments(num_layers), strict=True) for _ in layers

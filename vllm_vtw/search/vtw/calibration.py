@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Measures how a model's answers change at each K, and lets both criteria choose K."""
 
 import hashlib
@@ -11,7 +13,7 @@ import numpy as np
 from vllm_vtw.config import ModelShape
 from vllm_vtw.policy import Policy
 from vllm_vtw.search.data.sample import Sample, Skipped
-from vllm_vtw.search.divergence import Curve, Difference
+from vllm_vtw.search.divergence import AnswerDivergence, TaskDivergence
 from vllm_vtw.search.model import HFModel
 from vllm_vtw.search.price import STOCK, Price, RequestTokens
 from vllm_vtw.search.resume import Inputs, evaluate_samples
@@ -67,7 +69,7 @@ def _measure_sample(
         text_tokens=answered.text_tokens,
         cut=answered.cut,
         differences=[
-            Difference.between(answered.logits, withdrawn)
+            AnswerDivergence.between(answered.logits, withdrawn)
             for withdrawn in model.withdrawn_logits(answered, settings.layers)
         ],
     )
@@ -115,7 +117,8 @@ def result(
     }
     curves = {
         task: {
-            layer: Curve.of([sample.differences[at] for sample in of_task]) for at, layer in enumerate(layers)
+            layer: TaskDivergence.of([sample.differences[at] for sample in of_task])
+            for at, layer in enumerate(layers)
         }
         for task, of_task in by_task.items()
     }
@@ -156,7 +159,7 @@ def result(
         "curves": {
             task: {
                 name: [getattr(curve, name) for curve in by_layer.values()]
-                for name in Curve.__dataclass_fields__
+                for name in TaskDivergence.__dataclass_fields__
             }
             for task, by_layer in curves.items()
         },

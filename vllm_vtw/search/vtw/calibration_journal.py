@@ -1,9 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Stores what a calibration measures, sample by sample, so that it can be interrupted and resumed."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vllm_vtw.search.divergence import Difference
+from vllm_vtw.search.divergence import AnswerDivergence
 from vllm_vtw.search.journal import Journal
 
 
@@ -62,7 +64,7 @@ class MeasuredSample:
     visual_tokens: int
     text_tokens: int
     cut: bool
-    differences: list[Difference]
+    differences: list[AnswerDivergence]
 
     @property
     def output_tokens(self) -> int:
@@ -90,7 +92,7 @@ class CalibrationJournal:
         self.journal = Journal(self.file, "calibration", asdict(settings), resume)
         self.measured: dict[str, MeasuredSample] = {}
         for line in self.journal.found:
-            differences = [Difference(**difference) for difference in line["differences"]]
+            differences = [AnswerDivergence(**difference) for difference in line["differences"]]
             self.measured[line["where"]] = MeasuredSample(**(line | {"differences": differences}))
 
     def add(self, measured: MeasuredSample) -> None:

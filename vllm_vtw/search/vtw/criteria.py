@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Two criteria that choose the withdrawal layer K.
 
 The *first-token criterion* is the published one (VTW, arXiv 2405.05803). It takes the mean over samples of
@@ -11,7 +13,7 @@ budget on every task.
 """
 
 from vllm_vtw.config import ModelShape
-from vllm_vtw.search.divergence import Curve
+from vllm_vtw.search.divergence import TaskDivergence
 
 FIRST_LAYER = 5
 """The first K that the first-token criterion considers."""
@@ -43,22 +45,22 @@ def first_token_layer(mean_kl: dict[int, float], eta: float) -> int | None:
     """The K that the first-token criterion chooses. None if no K from `FIRST_LAYER` on satisfies it.
 
     Args:
-        mean_kl: For each K, ascending, the mean of `Difference.first_token_kl` over all samples.
+        mean_kl: For each K, ascending, the mean of `AnswerDivergence.first_token_kl` over all samples.
         eta: The largest mean that is allowed, in nats.
     """
     return next((layer for layer, kl in mean_kl.items() if layer >= FIRST_LAYER and kl <= eta), None)
 
 
 def answer_layer(
-    curves: dict[str, dict[int, Curve]], max_answer_kl: float, max_token_change: float
+    curves: dict[str, dict[int, TaskDivergence]], max_answer_kl: float, max_token_change: float
 ) -> int | None:
     """The K that the answer criterion chooses. None if no K is within budget on every task.
 
     Args:
         curves: For each task and each K, ascending, how withdrawal changes the answers. All tasks have the
             same values of K.
-        max_answer_kl: The largest `Curve.mean_kl` that is allowed, in nats.
-        max_token_change: The largest `Curve.token_change` that is allowed, from 0 to 1.
+        max_answer_kl: The largest `TaskDivergence.mean_kl` that is allowed, in nats.
+        max_token_change: The largest `TaskDivergence.token_change` that is allowed, from 0 to 1.
     """
     layers = next(iter(curves.values()))
     return next(
