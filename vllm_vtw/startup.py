@@ -125,8 +125,8 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
         yield "compilation mode 1 compiles the whole model at once: remove -cc.mode=1, vLLM's default is 3"
     mode = vllm_config.compilation_config.cudagraph_mode
     if parallel.pipeline_parallel_size > 1 and mode is not None and mode.mixed_mode() == CUDAGraphMode.FULL:
-        # A rank that holds only layers of stage 0 would run in this mode, and send the next rank a number of
-        # rows that it does not expect.
+        # A rank that holds only layers of stage 0 would run prefills in this mode, in steps of a fixed shape,
+        # from which no stage can withdraw tokens.
         yield f"CUDA graph mode {mode.name} with pipeline parallelism: use FULL_AND_PIECEWISE"
     if is_breakable_cudagraph_enabled():
         yield "breakable CUDA graphs fix each stage's number of tokens: set VLLM_USE_BREAKABLE_CUDAGRAPH=0"

@@ -11,6 +11,7 @@ from benchmarks.small_llava import SmallLlava
 from tests.engine.engines import SHAPES, assert_follows, logprobs_of, running
 from tests.engine.test_gated import assert_gated, dividing
 from tests.engine.test_ranked import assert_ranked, written
+from vllm_vtw.models.decoder import StagedDecoder
 
 LAYERS = 4
 MODEL = SmallLlava(layers=LAYERS)
@@ -29,6 +30,39 @@ def two_cores(monkeypatch):
     """Workers share what cores there are; an engine of several steps in a process of its own."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+
+
+def record_rows(worker) -> None:
+    """In a worker: records how many tokens each of its segments computes."""
+    worker.rows_computed = []
+    original = StagedDecoder._run
+
+    def run(self, stage, step, positions, hidden, residual):
+        worker.rows_computed.append(len(hidden))
+        return original(self, stage, step, positions, hidden, residual)
+
+    StagedDecoder._run = run  # type: ignore[method-assign]
+
+
+def rows_computed(worker) -> list[int]:
+    return worker.rows_computed
+
+
+@pytest.mark.slow
+def test_the_second_rank_computes_retained_tokens_only(checkpoint, reference, monkeypatch):
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    ask = next(ask for ask in ASKS if ask.name == "several apart")
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    with running(folder, {"layer": 2, "align": False}, **PIPELINE) as llm:
+        llm.collective_rpc(record_rows)
+        prompt = llm.generate(ask.to_vllm(oracle), params, use_tqdm=False)[0].prompt_token_ids
+        first, second = llm.collective_rpc(rows_computed)
+    decodes = [1] * (params.max_tokens - 1)
+    visual = sum(oracle.dropped(prompt, len(prompt), 1))
+    assert first == [len(prompt), *decodes]
+    assert second == [len(prompt) - visual, *decodes]
 
 
 @pytest.mark.parametrize(

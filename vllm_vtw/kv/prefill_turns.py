@@ -16,8 +16,8 @@ class Turns:
       it are admitted.
     - After `PATIENCE` steps, the running requests sit out one step for it. This happens at most once in
       `PATIENCE` steps.
-    - If the prompt lacks a seat or KV blocks even then, it is first in line: no other request is admitted
-      before it. vLLM treats a request that lacks blocks in the same way.
+    - If even then `--max-num-seqs` requests are running, or KV blocks are missing, it is first in line: no
+      other request is admitted before it. vLLM treats a request that lacks blocks in the same way.
 
     For example, of three such prompts in the queue, the last one is computed after about `3 * PATIENCE`
     steps, and the running requests sit out three of them.

@@ -71,7 +71,7 @@ class VTWScheduler(Scheduler):
         log_startup(vllm_config, kv_cache_config, config)
 
     def add_request(self, request: Request) -> None:
-        # A session with streaming input adds its id again for every piece of the prompt.
+        # A session with streaming input adds its id again forevery piece of the prompt.
         if request.request_id not in self.requests:
             retentions = request_retentions(
                 self.withdrawal_policy, request.mm_features, request.num_prompt_tokens, self.align_to
@@ -194,7 +194,7 @@ class VTWScheduler(Scheduler):
         if one_step is None or not one_step.start < num_computed_tokens + chosen[1] < one_step.stop:
             return chosen
         # There is no room for all of the images. If the request held on to those that are in the encoder
-        # cache, two such requests could wait for each other for ever.
+        # cache, two such requests could wait for each other forever.
         self.encoder_cache_manager.free(request)
         self.turns.passed_over(request.request_id, self.current_step)
         return [], before, encoder_compute_budget, [], []
@@ -218,7 +218,7 @@ class VTWScheduler(Scheduler):
             in_flight = request.num_in_flight_tokens - scheduled[request_id]
             one_step = self._one_step(request)
             if one_step is not None and request.num_computed_tokens - in_flight >= one_step.stop:
-                # Without a decision the request would wait for ever.
+                # Without a decision the request would wait forever.
                 self._end_with_error(request, "has no decision of its gates: its worker sent none")
         outputs: dict[int, EngineCoreOutputs]
         outputs = super().update_from_output(scheduler_output, model_runner_output)
@@ -249,8 +249,8 @@ class VTWScheduler(Scheduler):
 
         vLLM sends the fields of `SchedulerStats` to the front end and nothing else, so they need a field that
         has the type `dict[str, int]`. `waiting_lora_adapters` is read only where LoRA is enabled, which is
-        refused at start-up. The only other such field, `num_kv_fetch_reqs_by_stage`, is logged whenever one
-        of its values is not 0.
+        refused at start-up. `running_lora_adapters` would do as well, and `num_kv_fetch_reqs_by_stage` is
+        logged whenever one of its values is not 0.
         """
         stats: SchedulerStats | None = super().make_stats(*args, **options)
         if stats is not None:

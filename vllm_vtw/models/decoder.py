@@ -131,8 +131,8 @@ class StagedDecoder:
         """Runs one segment.
 
         A segment past the first may compute fewer tokens than the batch has. If the step uses piecewise CUDA
-        graphs, or does not only because the batch is too large for them, the segment runs the smallest graph
-        that is large enough for its tokens.
+        graphs, or would use them if the batch were not too large, the segment runs the smallest graph that is
+        large enough for its own tokens.
 
         Args:
             stage: The segment's stage.

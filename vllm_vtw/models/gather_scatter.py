@@ -22,7 +22,7 @@ class TokenStates:
         residual: The residual stream, same shape. None before layer 0 and after the final norm.
         kept: Indices of these tokens in the batch, shape `(kept,)`. None if they are all tokens of the
             batch.
-        exit_states: For each token of the batch, the sum of its hidden state and residual when it was
+        withdrawn_states: For each token of the batch, the sum of its hidden state and residual when it was
             withdrawn, shape `(tokens, hidden_size)`. Only the rows of withdrawn tokens are used. None if no
             token has been withdrawn, or if nothing reads these states.
     """
@@ -30,14 +30,14 @@ class TokenStates:
     hidden: torch.Tensor
     residual: torch.Tensor | None
     kept: torch.Tensor | None = None
-    exit_states: torch.Tensor | None = None
+    withdrawn_states: torch.Tensor | None = None
 
-    def gather(self, step: StageStep | None, keep_exit_states: bool) -> None:
+    def gather(self, step: StageStep | None, keep_withdrawn_states: bool) -> None:
         """Keeps the tokens that a stage computes.
 
         Args:
             step: What the step computes in the stage. None if it computes all tokens.
-            keep_exit_states: Whether to keep the states of withdrawn tokens in `exit_states`.
+            keep_withdrawn_states: Whether to keep the states of withdrawn tokens in `withdrawn_states`.
         """
         if step is None or step.kept is None:
             return
@@ -45,19 +45,19 @@ class TokenStates:
         if index is None:
             return
         assert self.residual is not None, "stage 0 computes every token"
-        if keep_exit_states:
+        if keep_withdrawn_states:
             states = self.hidden + self.residual
-            if self.kept is not None and self.exit_states is not None:
-                states = self.exit_states.index_copy_(0, self.kept, states)
-            self.exit_states = states
+            if self.kept is not None and self.withdrawn_states is not None:
+                states = self.withdrawn_states.index_copy_(0, self.kept, states)
+            self.withdrawn_states = states
         self.hidden, self.residual = self.hidden[index], self.residual[index]
         self.kept = step.kept
 
     def scatter(self, num_tokens: int, norm: nn.Module | None) -> None:
         """Puts the tokens back into the rows of the batch.
 
-        If exit states were kept, the row of a withdrawn token gets its exit state, after `norm`. Otherwise it
-        gets zeros. Nothing is sampled from these rows.
+        If `withdrawn_states` were kept, the row of a withdrawn token gets its state, after `norm`. Otherwise
+        it gets zeros. Nothing is sampled from these rows.
 
         Args:
             num_tokens: The number of tokens of the batch.
@@ -68,7 +68,7 @@ class TokenStates:
         zeros = self.hidden.new_zeros(num_tokens, self.hidden.shape[1])
         if self.residual is not None:
             self.residual = zeros.index_copy(0, self.kept, self.residual)
-        if self.exit_states is not None:
-            zeros = self.exit_states if norm is None else norm(self.exit_states)
+        if self.withdrawn_states is not None:
+            zeros = self.withdrawn_states if norm is None else norm(self.withdrawn_states)
         self.hidden = zeros.index_copy_(0, self.kept, self.hidden)
         self.kept = None

@@ -9,7 +9,7 @@ from typing import Any
 JOURNAL_FILES = ("samples.jsonl", "gsearch.jsonl", "psigmoid.jsonl", "exits.jsonl", "exits-answers.jsonl")
 """The journals of all searches. A folder with one of them holds the results of a search."""
 HEAD_BYTES = 60
-"""The `format` of a journal is within so many bytes from the file's start."""
+"""The `format` of a journal is within this number of bytes from the file's start."""
 MAX_VALUE_CHARS = 60
 """Messages do not show the values of settings that are longer than this."""
 

@@ -105,7 +105,7 @@ class HFModel:
         prompts: Makes the model's inputs of samples.
         hf_model: The transformers model.
         decoder: The text model within `hf_model`.
-        ends: Ids of the tokens that end an answer.
+        eos_token_ids: Ids of the tokens that end an answer.
 
     Raises:
         ValueError: transformers cannot load the checkpoint.

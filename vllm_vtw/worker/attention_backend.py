@@ -79,12 +79,12 @@ def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
                 self.given = (common_prefix_len, common_attn_metadata, fast_build)
             stage = self.step.stages[self.stage - 1]
             if stage is None:
-                seen = self._dummy(common_attn_metadata)
+                stage_metadata = self._dummy(common_attn_metadata)
             else:
                 stage.set_ranks(common_attn_metadata.positions)
                 stage.write_slots(self.slots, common_attn_metadata, self.kv_cache_spec.block_size)
-                seen = stage.metadata(common_attn_metadata, self.seq_lens, self.slots)
-            return super().build(common_prefix_len, seen, fast_build)
+                stage_metadata = stage.metadata(common_attn_metadata, self.seq_lens, self.slots)
+            return super().build(common_prefix_len, stage_metadata, fast_build)
 
         def build_again(self) -> dict[str, Any]:
             """Builds the step's metadata again, by layer name, after the plan of the stage has changed."""

@@ -97,11 +97,13 @@ class CurrentStep:
             self._num_withdrawn = async_tensor_h2d(batch.retentions.num_withdrawn, self.device)
         for index in range(len(stages), self.num_stages):
             plan = plan_stage(batch, index + 1)
-            withdrawn = (
-                self._num_withdrawn[index] if plan.is_final else async_tensor_h2d(plan.withdrawn, self.device)
+            num_withdrawn = (
+                self._num_withdrawn[index]
+                if plan.is_final
+                else async_tensor_h2d(plan.num_withdrawn, self.device)
             )
             before = stages[-1] if stages else None
-            stages.append(StageStep(plan, before, withdrawn, batch, fixed_shape))
+            stages.append(StageStep(plan, before, num_withdrawn, batch, fixed_shape))
         return stages
 
     def ask_gates(self, stage: int, hidden: torch.Tensor, residual: torch.Tensor) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class StageStep:
     Args:
         plan: The stage's plan.
         before: The stage before, if it is not stage 0.
-        withdrawn: `plan.withdrawn` on the device.
+        num_withdrawn: `plan.num_withdrawn` on the device.
         batch: The step.
         fixed_shape: Whether a CUDA graph replays the step. Withdrawn tokens are then computed with the
             others, but not stored.
@@ -52,13 +52,13 @@ class StageStep:
         self,
         plan: StagePlan,
         before: "StageStep | None",
-        withdrawn: torch.Tensor,
+        num_withdrawn: torch.Tensor,
         batch: Batch,
         fixed_shape: bool,
     ) -> None:
         self.plan = plan
-        self.withdrawn = withdrawn
-        self._least_withdrawn = int(plan.withdrawn.min())
+        self.num_withdrawn = num_withdrawn
+        self._least_withdrawn = int(plan.num_withdrawn.min())
         self.kept: torch.Tensor | None = None
         self.gather: torch.Tensor | None = None
         self.ranked: RankedPrompts | None = None
@@ -67,18 +67,18 @@ class StageStep:
         self._starts_cpu: np.ndarray | None = None
         self._not_stored: torch.Tensor | None = None
         self._ranks: torch.Tensor | None = None
-        device = withdrawn.device
+        device = num_withdrawn.device
         if plan.split is None:
             # Positions are int64. Subtracting an int32 tensor from them takes twice as long.
-            self._shifts = withdrawn.long()
+            self._shifts = num_withdrawn.long()
             if not batch.is_one_token_each:
-                self._shifts = async_tensor_h2d(batch.repeat(plan.withdrawn), device)
+                self._shifts = async_tensor_h2d(batch.repeat(plan.num_withdrawn), device)
             return
         self._shifts = async_tensor_h2d(plan.split.shifts, device)
         if fixed_shape:
             assert batch.is_one_token_each, "a chunk of several tokens cannot be cut in a graph"
             assert not plan.split.ranked
-            self._not_stored = async_tensor_h2d(plan.split.withdrawn, device)
+            self._not_stored = async_tensor_h2d(plan.split.left_out, device)
             return
         self.kept = async_tensor_h2d(plan.split.kept, device)
         self._shifts = self._shifts[self.kept]
@@ -124,10 +124,12 @@ class StageStep:
             )
             for row in self.plan.split.ranked
         ]
-        self.ranked = RankedPrompts(prompts, self.withdrawn.device)
+        self.ranked = RankedPrompts(prompts, self.num_withdrawn.device)
 
     def apply_ranking(self, scores: torch.Tensor | None) -> None:
-        """Replaces the indices of `kept` and `gather` by those of the visual tokens that rank highest.
+        """Replaces the indices of `kept` and `gather` by those of the tokens that stay.
+
+        All text of the ranked prompts stays, and the visual tokens with the highest scores do.
 
         Args:
             scores: As `RankedPrompts.select` takes them.
@@ -176,12 +178,12 @@ class StageStep:
             seq_lens: Receives the lengths of the rows, int32.
             slots: As `write_slots` left them.
         """
-        rows = len(self.plan.withdrawn)
+        rows = len(self.plan.num_withdrawn)
         lengths = seq_lens.view(batch.num_reqs)
         if rows == batch.num_reqs:
-            torch.sub(batch.seq_lens, self.withdrawn, out=lengths)
+            torch.sub(batch.seq_lens, self.num_withdrawn, out=lengths)
         else:
-            torch.sub(batch.seq_lens[:rows], self.withdrawn, out=lengths[:rows])
+            torch.sub(batch.seq_lens[:rows], self.num_withdrawn, out=lengths[:rows])
             lengths[rows:] = 0
         # `batch.replace` runs the constructor, which takes 13 microseconds longer in every step.
         of_stage = copy.copy(batch)

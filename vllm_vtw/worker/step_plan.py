@@ -124,17 +124,17 @@ class TokenSplit:
 
     Attributes:
         kept: Indices in the batch of the tokens that the stage computes, ascending, shape `(kept,)`.
-        withdrawn: Indices of the other tokens, shape `(withdrawn,)`.
+        left_out: Indices of the other tokens, shape `(left_out,)`.
         shifts: For each token of the batch, how many tokens of its request are withdrawn before it, shape
             `(tokens,)`.
         query_start_loc: Where each row's tokens start among the kept ones, followed by their number, shape
             `(rows + 1,)`.
-        ranked: Rows whose visual tokens are ranked in this step. For these rows `kept` and `withdrawn` have
+        ranked: Rows whose visual tokens are ranked in this step. For these rows `kept` and `left_out` have
             the right number of visual tokens, but which ones they are is known only after ranking.
     """
 
     kept: IntArray
-    withdrawn: IntArray
+    left_out: IntArray
     shifts: Int32Array
     query_start_loc: IntArray
     ranked: tuple[int, ...]
@@ -149,13 +149,13 @@ class StagePlan:
     worker's device knows positions for certain, so the plan holds the numbers to subtract.
 
     Attributes:
-        withdrawn: Tokens of each row that the stage does not hold after the step, shape `(rows,)`.
-        is_final: Whether `withdrawn` is all that the rows will ever withdraw.
+        num_withdrawn: Tokens of each row that the stage does not hold after the step, shape `(rows,)`.
+        is_final: Whether `num_withdrawn` is all that the rows will ever withdraw.
         split: The step's tokens, split. None where the stage computes all of them; each token of a row then
-            moves up by the row's `withdrawn`.
+            moves up by the row's `num_withdrawn`.
     """
 
-    withdrawn: Int32Array
+    num_withdrawn: Int32Array
     is_final: bool
     split: TokenSplit | None = None
 
@@ -167,13 +167,13 @@ def plan_stage(batch: Batch, stage: int) -> StagePlan:
         batch: The step.
         stage: 1 or deeper. Stage 0 computes every token and needs no plan.
     """
-    withdrawn = batch.retentions.num_withdrawn[stage - 1]
+    num_withdrawn = batch.retentions.num_withdrawn[stage - 1]
     # A row that has its last withdrawn token behind it needs no further look. In decode, that is every row.
     prefilling = np.flatnonzero(batch.num_computed < batch.retentions.all_kept_from[stage - 1])
     if len(prefilling) == 0:
-        return StagePlan(withdrawn, is_final=True)
+        return StagePlan(num_withdrawn, is_final=True)
 
-    withdrawn = withdrawn.copy()
+    num_withdrawn = num_withdrawn.copy()
     starts = batch.query_start_loc
     keep = np.ones(starts[-1], dtype=bool)
     chunks, ranked = [], []
@@ -185,12 +185,12 @@ def plan_stage(batch: Batch, stage: int) -> StagePlan:
         if retention.one_step is not None and retention.one_step.is_whole_in(start, stop):
             ranked.append(int(row))
         keep[tokens] = retention.keep_mask(start, stop)
-        withdrawn[row] = stop - retention.count(stop)
+        num_withdrawn[row] = stop - retention.count(stop)
         chunks.append((tokens, start - retention.count(start)))
     if keep.all():
-        return StagePlan(withdrawn, is_final=False)
+        return StagePlan(num_withdrawn, is_final=False)
 
-    shifts = batch.repeat(withdrawn)
+    shifts = batch.repeat(num_withdrawn)
     for tokens, before in chunks:
         leaving = ~keep[tokens]
         shifts[tokens] = before + np.cumsum(leaving) - leaving
@@ -198,7 +198,7 @@ def plan_stage(batch: Batch, stage: int) -> StagePlan:
     split = TokenSplit(
         np.flatnonzero(keep), np.flatnonzero(~keep), shifts, kept_before[starts], tuple(ranked)
     )
-    return StagePlan(withdrawn, is_final=False, split=split)
+    return StagePlan(num_withdrawn, is_final=False, split=split)
 
 
 def ranked_tokens(batch: Batch, rows: Iterable[int]) -> npt.NDArray[np.bool_]:

@@ -50,7 +50,7 @@ def one(folder: Path, line: Any) -> Sample:
 
 
 def colours(sample: Sample) -> list[tuple[int, int, int]]:
-    return [picture.getpixel((0, 0)) for picture in sample.pictures()]  # type: ignore[misc]
+    return [picture.getpixel((0, 0)) for picture in sample.load_images()]  # type: ignore[misc]
 
 
 def user(*parts: Any) -> dict[str, Any]:

@@ -58,18 +58,18 @@ def stage(kept: list[int] | None, gather: list[int] | None) -> StageStep:
     return cast(StageStep, SimpleNamespace(kept=of_batch, gather=of_stage_before))
 
 
-@pytest.mark.parametrize("keep_exit_states", [False, True])
-def test_tokens_are_gathered_at_borders_and_scattered_back(keep_exit_states):
+@pytest.mark.parametrize("keep_withdrawn_states", [False, True])
+def test_tokens_are_gathered_at_borders_and_scattered_back(keep_withdrawn_states):
     """Two borders: of five tokens 0, 3 and 4 stay, and then 0 and 4; a third stage computes the same."""
     hidden, residual = torch.rand(5, 4), torch.rand(5, 4)
     states = TokenStates(hidden.clone(), residual.clone())
-    states.gather(None, keep_exit_states)
+    states.gather(None, keep_withdrawn_states)
     assert states.kept is None
-    states.gather(stage([0, 3, 4], [0, 3, 4]), keep_exit_states)
+    states.gather(stage([0, 3, 4], [0, 3, 4]), keep_withdrawn_states)
     assert states.residual is not None
     states.hidden, states.residual = states.hidden + 1, states.residual + 1
-    states.gather(stage([0, 4], [0, 2]), keep_exit_states)
-    states.gather(stage([0, 4], None), keep_exit_states)
+    states.gather(stage([0, 4], [0, 2]), keep_withdrawn_states)
+    states.gather(stage([0, 4], None), keep_withdrawn_states)
     assert states.hidden.equal(hidden[[0, 4]] + 1)
     assert states.residual.equal(residual[[0, 4]] + 1)
 
@@ -78,7 +78,7 @@ def test_tokens_are_gathered_at_borders_and_scattered_back(keep_exit_states):
     assert states.hidden[[0, 4]].equal(hidden[[0, 4]] + 1)
     assert states.residual[[0, 4]].equal(residual[[0, 4]] + 1)
     left = states.hidden + states.residual
-    if keep_exit_states:
+    if keep_withdrawn_states:
         assert left[[1, 2]].equal((hidden + residual)[[1, 2]])
         assert left[3].allclose((hidden + residual)[3] + 2)
     else:
@@ -86,24 +86,35 @@ def test_tokens_are_gathered_at_borders_and_scattered_back(keep_exit_states):
 
 
 def test_the_next_rank_goes_on_with_what_the_rank_before_scattered():
-    """It knows nothing of the stages before its own, so it gathers by the indices in the batch."""
-    hidden, residual = torch.rand(5, 4), torch.rand(5, 4)
+    """It knows nothing of the stages before its own, so it gathers by the indices in the batch.
+
+    Both model runners copy what they receive into the first rows of buffers, one for each of the batch's
+    tokens, which may be padded: here 5 tokens in 6 rows.
+    """
+    hidden, residual = torch.rand(6, 4), torch.rand(6, 4)
     first = TokenStates(hidden.clone(), residual.clone())
-    first.gather(stage([0, 3, 4], [0, 3, 4]), keep_exit_states=True)
-    first.scatter(5, norm=None)
-    second = TokenStates(first.hidden, first.residual)
-    second.gather(stage([0, 4], [0, 2]), keep_exit_states=True)
+    first.gather(stage([0, 3, 4], [0, 3, 4]), keep_withdrawn_states=True)
+    first.scatter(6, norm=None)
+    assert first.residual is not None
+    buffers = torch.rand(2, 8, 4)
+    received = [
+        buffer[:6].copy_(sent[:6])
+        for buffer, sent in zip(buffers, (first.hidden, first.residual), strict=True)
+    ]
+    second = TokenStates(*received)
+    second.gather(stage([0, 4], [0, 2]), keep_withdrawn_states=True)
     assert second.hidden.equal(hidden[[0, 4]])
     assert second.residual is not None
+    assert second.residual.equal(residual[[0, 4]])
     second.hidden, second.residual = second.hidden + second.residual, None
-    second.scatter(5, norm=nn.Identity())
-    assert second.hidden.allclose(hidden + residual)
+    second.scatter(6, norm=nn.Identity())
+    assert second.hidden[:5].allclose((hidden + residual)[:5])
 
 
 def test_a_batch_without_withdrawn_tokens_is_left_alone():
     hidden, residual = torch.rand(5, 4), torch.rand(5, 4)
     states = TokenStates(hidden, residual)
-    states.gather(stage(None, None), keep_exit_states=True)
+    states.gather(stage(None, None), keep_withdrawn_states=True)
     states.scatter(5, norm=nn.Identity())
     assert states.hidden is hidden
     assert states.residual is residual

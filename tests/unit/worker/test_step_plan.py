@@ -43,20 +43,20 @@ def test_a_plan_is_what_going_through_the_tokens_gives(step, align_to):
         starts.append(len(kept))
         held_after.append(len(held))
 
-    assert (computed + scheduled - plan.withdrawn).tolist() == held_after
+    assert (computed + scheduled - plan.num_withdrawn).tolist() == held_after
     token_rows = np.repeat(np.arange(len(step)), scheduled)
     if len(kept) == index:
         assert plan.split is None
-        assert (np.array(positions) - plan.withdrawn[token_rows]).tolist() == ranks
+        assert (np.array(positions) - plan.num_withdrawn[token_rows]).tolist() == ranks
     else:
         assert plan.split is not None
         assert plan.split.kept.tolist() == kept
-        assert sorted([*kept, *plan.split.withdrawn]) == list(range(index))
+        assert sorted([*kept, *plan.split.left_out]) == list(range(index))
         assert token_rows[plan.split.kept].tolist() == rows
         assert (np.array(positions) - plan.split.shifts[plan.split.kept]).tolist() == ranks
         assert plan.split.query_start_loc.tolist() == starts
     if plan.is_final:
-        assert plan.withdrawn.tolist() == [retention.num_withdrawn for (retention,) in retentions]
+        assert plan.num_withdrawn.tolist() == [retention.num_withdrawn for (retention,) in retentions]
 
 
 def test_the_plan_of_texts_is_final_from_the_start():
@@ -64,7 +64,7 @@ def test_the_plan_of_texts_is_final_from_the_start():
     plan = plan_stage(Batch(BatchRetentions.of(texts), np.array([0, 5, 9]), np.array([0, 4, 5, 6])), 1)
     assert plan.is_final
     assert plan.split is None
-    assert plan.withdrawn.tolist() == [0, 0, 0]
+    assert plan.num_withdrawn.tolist() == [0, 0, 0]
 
 
 def test_decoding_withdraws_nothing_more():
@@ -72,7 +72,7 @@ def test_decoding_withdraws_nothing_more():
     plan = plan_stage(Batch(rows, np.array([60, 7]), np.array([0, 1, 2])), 1)
     assert plan.is_final
     assert plan.split is None
-    assert plan.withdrawn.tolist() == [48, 0]
+    assert plan.num_withdrawn.tolist() == [48, 0]
 
 
 def ranked(leaving: int) -> Retention:
@@ -101,7 +101,7 @@ def test_a_ranked_prompt_that_is_cut_ranks_nothing(computed, scheduled):
     assert plan.split is not None
     assert plan.split.ranked == ()
     assert plan.split.query_start_loc[-1] - plan.split.query_start_loc[1] == 4
-    assert plan.withdrawn[0] == computed + scheduled - ranked(4).count(computed + scheduled)
+    assert plan.num_withdrawn[0] == computed + scheduled - ranked(4).count(computed + scheduled)
 
 
 @pytest.mark.parametrize(("computed", "scheduled"), [(0, 19), (6, 14), (0, 21)])

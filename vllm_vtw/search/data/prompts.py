@@ -77,7 +77,7 @@ class Prompts:
                 are too long for the model.
         """
         text = self.text(sample)
-        images = sample.pictures()
+        images = sample.load_images()
         is_whole = sample.prompt is not None
         try:
             inputs = self.processor(

@@ -10,11 +10,11 @@ from typing import Any
 
 from PIL import Image
 
-from vllm_vtw.search.data.pictures import BadPictureError, load_picture
+from vllm_vtw.search.data.images import BadImageError, load_image
 
 Message = dict[str, Any]
 MAX_SHOWN_PLACES = 3
-"""A message names at most so many of the samples that it is about."""
+"""The number of samples that a message names at most."""
 
 
 class BadSampleError(ValueError):
@@ -54,15 +54,15 @@ class Sample:
     answer: str | None = None
     folder: Path = field(default=Path(), compare=False)
 
-    def pictures(self) -> list[Image.Image]:
+    def load_images(self) -> list[Image.Image]:
         """Reads the images, in RGB.
 
         Raises:
             BadSampleError: An image cannot be read.
         """
         try:
-            return [load_picture(source, self.folder) for source in self.images]
-        except BadPictureError as error:
+            return [load_image(source, self.folder) for source in self.images]
+        except BadImageError as error:
             raise BadSampleError(str(error), error.kind) from error
 
 

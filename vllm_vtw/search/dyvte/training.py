@@ -22,7 +22,7 @@ from vllm_vtw.gates import new_gate
 WARM_UP = 0.03
 """The fraction of the steps over which the learning rate warms up, as published."""
 HOLD_OUT = 5
-"""One of so many samples is held out of training."""
+"""One in `HOLD_OUT` samples is held out of training."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def train(
     gates = [new_gate(features.shape[2] // 2).to(device) for _ in range(features.shape[1])]
     inputs, targets = torch.from_numpy(features), torch.from_numpy(labels)
     is_held_out = torch.from_numpy(held_out(len(features), settings.seed))
-    learned, unseen = (~is_held_out).nonzero()[:, 0], is_held_out.nonzero()[:, 0]
+    learned, held_out_samples = (~is_held_out).nonzero()[:, 0], is_held_out.nonzero()[:, 0]
     steps = -(-len(learned) // settings.batch_size) * settings.epochs
     optimizer = torch.optim.AdamW(
         [weight for gate in gates for weight in gate.parameters()],
@@ -125,7 +125,10 @@ def train(
             schedule.step()
             losses += layer_losses.detach().cpu() * len(batch)
         with torch.no_grad():
-            test_inputs, test_targets = inputs[unseen].to(device), targets[unseen].to(device)
+            test_inputs, test_targets = (
+                inputs[held_out_samples].to(device),
+                targets[held_out_samples].to(device),
+            )
             decisions = torch.stack([gate(test_inputs[:, at]).argmax(-1) for at, gate in enumerate(gates)], 1)
             curves.append(
                 {

@@ -13,7 +13,7 @@ from vllm_vtw.search.vtw.criteria import FIRST_LAYER
 
 LEAST_KL = 1e-6
 """Smaller values are drawn at this one, because a logarithmic axis has no 0."""
-COLOURS = {"answer": "tab:green", "first-token": "tab:red"}
+COLORS = {"answer": "tab:green", "first-token": "tab:red"}
 
 
 def html(result: dict[str, Any], command: str | None) -> str:
@@ -73,7 +73,7 @@ def _marked(draw: Draw, result: dict[str, Any]) -> Draw:
         draw(axes)
         for criterion, layer in result["layer"].items():
             if layer is not None:
-                axes.axvline(layer, color=COLOURS[criterion], alpha=0.5, label=f"K, {criterion} criterion")
+                axes.axvline(layer, color=COLORS[criterion], alpha=0.5, label=f"K, {criterion} criterion")
         label_layers(axes, "K: the first layer without visual tokens, counted from 0")
 
     return draw_marked
@@ -83,13 +83,13 @@ def _visible(values: Sequence[float]) -> list[float]:
     return [max(value, LEAST_KL) for value in values]
 
 
-def notes(result: dict[str, Any], criterion: str, unseen: Collection[str]) -> list[str]:
+def notes(result: dict[str, Any], criterion: str, tasks_without_sample: Collection[str]) -> list[str]:
     """Returns what a reader has to know in addition to the numbers.
 
     Args:
         result: The content of `result.json`.
         criterion: The criterion whose K is used, "answer" or "first-token".
-        unseen: The tasks of which no good sample was drawn.
+        tasks_without_sample: The tasks of which no good sample was drawn.
     """
     said = []
     raise_budget = (
@@ -118,7 +118,7 @@ def notes(result: dict[str, Any], criterion: str, unseen: Collection[str]) -> li
             f"At K = {layer} the padding of vLLM's KV-cache groups takes more memory than withdrawal saves: "
             f"{raise_budget} to allow a smaller K, or serve without withdrawal."
         )
-    said += data_notes(result, most, unseen)
+    said += data_notes(result, most, tasks_without_sample)
     published = [layer for layer in layers if layer >= FIRST_LAYER]
     if not published or published != list(range(FIRST_LAYER, published[-1] + 1)):
         considered = ", ".join(map(str, published)) or "none"

@@ -9,13 +9,15 @@ from typing import Any
 from vllm_vtw.config import SERVED_MODEL_TYPES
 
 
-def data_notes(result: dict[str, Any], most: float | None, unseen: Collection[str]) -> list[str]:
+def data_notes(
+    result: dict[str, Any], most: float | None, tasks_without_sample: Collection[str]
+) -> list[str]:
     """Returns notes on what the data or the model limits, whatever was searched.
 
     Args:
         result: The result of a search, with `tasks`, `made` and `model`.
         most: The share of tokens that was allowed to change, from 0 to 1. None if there was no such budget.
-        unseen: The tasks of which no good sample was drawn.
+        tasks_without_sample: The tasks of which no good sample was drawn.
     """
     said = []
     # The rule of three: if none of n tokens changed, the true share is below 3 / n with a confidence of 95%.
@@ -27,9 +29,9 @@ def data_notes(result: dict[str, Any], most: float | None, unseen: Collection[st
             f"Too few answer tokens to tell {100 * most:g}% changed tokens from none, which takes "
             f"{ceil(3 / most)} tokens: {', '.join(few)}. A larger --limit adds samples, if the data has more."
         )
-    if unseen:
+    if tasks_without_sample:
         said.append(
-            f"No good sample was drawn of these tasks: {', '.join(sorted(unseen))}. "
+            f"No good sample was drawn of these tasks: {', '.join(sorted(tasks_without_sample))}. "
             "A larger --limit draws more."
         )
     cut = [f"{task} ({n['cut']} of {n['samples']})" for task, n in result["tasks"].items() if n["cut"]]

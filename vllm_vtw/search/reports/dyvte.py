@@ -11,12 +11,12 @@ from vllm_vtw.search.reports.data_notes import data_notes
 from vllm_vtw.search.reports.page import MARKERS, Draw, label_layers, page
 
 
-def notes(result: dict[str, Any], unseen: Collection[str]) -> list[str]:
+def notes(result: dict[str, Any], tasks_without_sample: Collection[str]) -> list[str]:
     """Returns what a reader of a training's report has to know in addition to the numbers.
 
     Args:
         result: The content of `result.json`.
-        unseen: The tasks of which no good sample was drawn.
+        tasks_without_sample: The tasks of which no good sample was drawn.
     """
     said = []
     of_layers = zip(*result["may_leave"].values(), strict=True)
@@ -40,21 +40,23 @@ def notes(result: dict[str, Any], unseen: Collection[str]) -> list[str]:
             "held-out samples than if it always decided the same. More samples (--limit) or more --epochs "
             "may help."
         )
-    return said + data_notes(result, None, unseen)
+    return said + data_notes(result, None, tasks_without_sample)
 
 
-def notes_of_evaluation(result: dict[str, Any], unseen: Collection[str], learned_from: bool) -> list[str]:
+def notes_of_evaluation(
+    result: dict[str, Any], tasks_without_sample: Collection[str], trained_on_this_data: bool
+) -> list[str]:
     """Returns what a reader of an evaluation's report has to know in addition to the numbers.
 
     Args:
         result: The content of `result.json`.
-        unseen: The tasks of which no good sample was drawn.
-        learned_from: Whether the gates were trained on the data that they are evaluated on.
+        tasks_without_sample: The tasks of which no good sample was drawn.
+        trained_on_this_data: Whether the gates were trained on the data that they are evaluated on.
     """
     said = ["To serve another threshold, write it for every layer into 'thresholds' of the policy file."]
-    if learned_from:
+    if trained_on_this_data:
         said.append("The gates were trained on this data: on other data they may do worse.")
-    return said + data_notes(result, None, unseen)
+    return said + data_notes(result, None, tasks_without_sample)
 
 
 def table(result: dict[str, Any]) -> list[str]:

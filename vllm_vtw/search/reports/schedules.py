@@ -35,12 +35,12 @@ def stages(policy: dict[str, Any]) -> str:
     )
 
 
-def notes(result: dict[str, Any], unseen: Collection[str]) -> list[str]:
+def notes(result: dict[str, Any], tasks_without_sample: Collection[str]) -> list[str]:
     """Returns what a reader has to know in addition to the numbers.
 
     Args:
         result: The content of `result.json`.
-        unseen: The tasks of which no good sample was drawn.
+        tasks_without_sample: The tasks of which no good sample was drawn.
     """
     found, said = result["policies"][result["method"]], []
     if not found["stages"]:
@@ -59,7 +59,7 @@ def notes(result: dict[str, Any], unseen: Collection[str]) -> list[str]:
         )
         padding = "The padding of vLLM's KV-cache groups takes more memory than withdrawal saves"
         said.append(f"{padding}: {remedy}.")
-    return said + data_notes(result, result["made"].get("max_token_change"), unseen)
+    return said + data_notes(result, result["made"].get("max_token_change"), tasks_without_sample)
 
 
 def table(result: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ REFUSED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 """Formats that Pillow opens but vLLM refuses."""
 
 
-class BadPictureError(ValueError):
+class BadImageError(ValueError):
     """Raised if an image cannot be loaded, because vLLM would refuse it or because it is not on this machine.
 
     Args:
@@ -27,7 +27,7 @@ class BadPictureError(ValueError):
         self.kind = kind
 
 
-def load_picture(source: str, folder: Path) -> Image.Image:
+def load_image(source: str, folder: Path) -> Image.Image:
     """Loads the image of a path or data URL, in RGB.
 
     Args:
@@ -35,23 +35,23 @@ def load_picture(source: str, folder: Path) -> Image.Image:
         folder: The folder that a relative path starts from.
 
     Raises:
-        BadPictureError: The image cannot be read, or `source` is a URL to download from.
+        BadImageError: The image cannot be read, or `source` is a URL to download from.
     """
     is_url = source.startswith("data:")
     if "://" in source and not is_url:
-        raise BadPictureError(repr(source), "images are not downloaded; give a path or a data URL")
+        raise BadImageError(repr(source), "images are not downloaded; give a path or a data URL")
     name = "a data URL" if is_url else repr(source)
     try:
-        return decode_picture(_decode_data_url(source) if is_url else (folder / source).read_bytes())
+        return decode_image(_decode_data_url(source) if is_url else (folder / source).read_bytes())
     except FileNotFoundError as error:
-        raise BadPictureError(name, "there is no such file", str(folder / source)) from error
+        raise BadImageError(name, "there is no such file", str(folder / source)) from error
     except UnidentifiedImageError as error:
-        raise BadPictureError(name, "is not an image in a format that vLLM reads") from error
+        raise BadImageError(name, "is not an image in a format that vLLM reads") from error
     except Exception as error:  # Pillow lets through errors of many types, such as zlib.error
-        raise BadPictureError(name, "cannot be read", str(error)) from error
+        raise BadImageError(name, "cannot be read", str(error)) from error
 
 
-def decode_picture(content: bytes) -> Image.Image:
+def decode_image(content: bytes) -> Image.Image:
     """Decodes an image file: upright by its EXIF orientation, in RGB, and on white if it is transparent.
 
     Args:

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from vllm.multimodal.image import ALLOWED_IMAGE_FORMATS
 from vllm.multimodal.media import ImageMediaIO
 
-from vllm_vtw.search.data.pictures import REFUSED_FORMATS, decode_picture
+from vllm_vtw.search.data.images import REFUSED_FORMATS, decode_image
 from vllm_vtw.search.data.sample import BadSampleError, Sample
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:PIL", "ignore::UserWarning:PIL")
@@ -38,7 +38,7 @@ def by_vllm(content: bytes) -> Image.Image | None:
 def by_us(content: bytes, folder: Path) -> Image.Image | None:
     (folder / "picture").write_bytes(content)
     try:
-        (found,) = Sample("line 1", ("picture",), folder=folder).pictures()
+        (found,) = Sample("line 1", ("picture",), folder=folder).load_images()
     except BadSampleError:
         return None
     return found
@@ -64,7 +64,7 @@ def noise(mode: str) -> Image.Image | None:
         return Image.frombytes(mode, SIZE, rng.bytes(4 * SIZE[0] * SIZE[1])[: 2 * SIZE[0] * SIZE[1]])
 
 
-def draw_samples() -> Iterator[tuple[str, Image.Image, dict[str, Any]]]:
+def drawn_images() -> Iterator[tuple[str, Image.Image, dict[str, Any]]]:
     """Pictures with how they are saved."""
     upside, exif = Image.Exif(), Image.ExifTags.Base.Orientation
     for mode in Image.MODES:
@@ -95,7 +95,7 @@ def test_every_mode_and_format_that_pillow_writes_is_shown_as_vllm_shows_it(tmp_
     refused_by_both: set[tuple[str, str]] = set()
     others = []
     looked_at: set[bytes] = set()  # most formats ignore most options
-    for (what, picture, options), form in product(draw_samples(), sorted(Image.SAVE)):
+    for (what, picture, options), form in product(drawn_images(), sorted(Image.SAVE)):
         if form == "ICNS" and options:  # which it ignores, and draws ten sizes
             continue
         file = io.BytesIO()
@@ -141,7 +141,7 @@ def test_broken_exif_does_not_end_the_run(tmp_path):
 def test_formats_that_vllm_refuses_are_refused(tmp_path):
     Image.effect_noise(SIZE, 80).save(tmp_path / "a.eps")
     with pytest.raises(BadSampleError, match="is not an image in a format that vLLM reads"):
-        Sample("line 1", ("a.eps",), folder=tmp_path).pictures()
+        Sample("line 1", ("a.eps",), folder=tmp_path).load_images()
     assert set(Image.OPEN) - REFUSED_FORMATS == set(Image.OPEN) & set(ALLOWED_IMAGE_FORMATS)
 
 
@@ -157,7 +157,7 @@ def test_a_damaged_file_is_shown_or_refused_as_vllm_does(data):
     del content[data.draw(st.integers(1, 2 * len(content))) :]
     wanted = by_vllm(bytes(content))
     try:
-        found = decode_picture(bytes(content))
+        found = decode_image(bytes(content))
     except Exception:
         found = None
     assert same(found, wanted)
@@ -181,7 +181,7 @@ def test_pictures_that_cannot_be_read_are_told(tmp_path, source, why):
     whole = (tmp_path / "half.png").read_bytes()
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(BadSampleError, match=why):
-        Sample("line 1", (source,), folder=tmp_path).pictures()
+        Sample("line 1", (source,), folder=tmp_path).load_images()
 
 
 def test_a_data_url_is_the_picture_that_its_file_is(tmp_path):
@@ -189,5 +189,5 @@ def test_a_data_url_is_the_picture_that_its_file_is(tmp_path):
     assert picture is not None
     picture.save(file, "PNG")
     url = "data:image/png;charset=utf-8;base64," + base64.b64encode(file.getvalue()).decode()
-    (found,) = Sample("line 1", (url,)).pictures()
+    (found,) = Sample("line 1", (url,)).load_images()
     assert same(found, by_vllm(file.getvalue()))
