@@ -98,7 +98,7 @@ def visual_tokens_held(
 ) -> list[int]:
     """The largest number of visual tokens that each stage holds of a request.
 
-    There has to be text before and behind each image.
+    There has to be text before and after each image.
 
     Args:
         policy: What is withdrawn.
@@ -123,7 +123,7 @@ def visual_tokens_held(
 def withdrawn_per_image(tokens: int, align_to: int) -> int:
     """The smallest number of visual tokens that are withdrawn of an image, at whatever position it begins.
 
-    There has to be text before and behind the image. The blocks at its ends may contain text, and then stay:
+    There has to be text before and after the image. The blocks at its ends may contain text, and then stay:
     with `align_to=16`, at least 560 of an image's 576 tokens are withdrawn.
 
     Args:

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """DyVTE's gates (arXiv 2411.19628), and the file that holds them.
 
-The gate before layer K reads the output of layer K - 1 for a prompt's text behind the last image: the mean
+The gate before layer K reads the output of layer K - 1 for a prompt's text after the last image: the mean
 over all tokens but the last one, and the last token. It returns two logits, the first for "stay", the second
 for "leave".
 """
@@ -42,7 +42,7 @@ def gate_features(text: torch.Tensor) -> torch.Tensor:
     """The features of one prompt that a gate reads, float32, shape `(2 * hidden_size,)`.
 
     Args:
-        text: States of the tokens behind the prompt's last image, shape `(tokens, hidden_size)`. There have
+        text: States of the tokens after the prompt's last image, shape `(tokens, hidden_size)`. There have
             to be at least two tokens.
     """
     states = text.float()

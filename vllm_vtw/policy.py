@@ -223,7 +223,7 @@ class Policy:
     def keeps(self) -> tuple[float, ...]:
         """The fraction of visual tokens that each stage holds at least, starting with stage 0.
 
-        A stage behind gates may hold all visual tokens, and counts as 0 here.
+        A stage after gates may hold all visual tokens, and counts as 0 here.
         """
         return (1.0, *(stage.keep for stage in self.stages))
 

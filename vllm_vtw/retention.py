@@ -28,13 +28,13 @@ class OneStepPrefill:
     """The part of a prompt that one step has to compute, because what is withdrawn depends on all of it.
 
     It reaches from the prompt's first image to the prompt's end. Rankings and gates read the states of text
-    behind the images, and the visual tokens have to be there still when they do.
+    after the images, and the visual tokens have to be there still when they do.
 
     Attributes:
         start: Position where the prompt's first image begins.
         stop: Number of tokens of the prompt.
         candidates: Spans of the visual tokens that may be withdrawn, ascending.
-        text_start: Position where the text behind the last image begins.
+        text_start: Position where the text after the last image begins.
         gated: Whether gates decide at which layer all candidates leave. If not, the candidates are ranked.
     """
 
@@ -55,7 +55,7 @@ class OneStepPrefill:
 
     @property
     def text_tokens(self) -> int:
-        """The number of tokens behind the last image."""
+        """The number of tokens after the last image."""
         return self.stop - self.text_start
 
 

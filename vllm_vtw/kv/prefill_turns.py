@@ -10,7 +10,7 @@ class Turns:
     """Lets prompts that need a whole step be computed, without holding up other requests until then.
 
     vLLM gives a step's tokens to the running requests first. As long as any of them decodes, a prompt that
-    needs the whole step finds no room, and vLLM 0.32 admits no request behind it. Therefore:
+    needs the whole step finds no room, and vLLM 0.32 admits no request after it. Therefore:
 
     - A prompt that found no room is tried in every second step only. In the steps between, requests behind
       it are admitted.

@@ -43,7 +43,7 @@ class StagedBlockHashes(list[BlockHash]):
             stage: 1 or deeper.
             block_size: Tokens of a block.
             start: Index of the first block in the row.
-            stop: Index of the block behind the last one.
+            stop: Index of the block after the last one.
 
         Yields:
             For each block its hash, or None if it cannot be shared.
@@ -201,7 +201,7 @@ class StageManager(SingleTypeKVCacheManager):
 def _hit_length(retention: Retention, blocks: int, most: int, block_size: int) -> int:
     """How many tokens of the prompt the first `blocks` blocks of a row cover, at most `most`.
 
-    Withdrawn tokens behind the last block are part of the hit. For example, with blocks of 16, if the prompt
+    Withdrawn tokens after the last block are part of the hit. For example, with blocks of 16, if the prompt
     begins with 32 text tokens and the next 64 tokens are withdrawn, two blocks cover 96 tokens.
     """
     return min(most, retention.position(blocks * block_size)) // block_size * block_size

@@ -4,7 +4,7 @@
 
 For every token, vLLM's beam search sends the prompt and the tokens generated so far to the engine as a new
 prompt. What is withdrawn may depend on the end of the prompt: a ranking depends on what the last token
-attends to, gates depend on the text behind the last image, and a visual token is kept if it is the last one.
+attends to, gates depend on the text after the last image, and a visual token is kept if it is the last one.
 The stages of such a prompt would retain other tokens with every token that is added.
 """
 

@@ -15,7 +15,7 @@ class GraphInputs(nn.Module):
     A CUDA graph always reads from the memory that it read from when it was captured. All segments share the
     buffers, as a segment has read its inputs before those of the next segment are written.
 
-    A graph also computes the rows behind those of the step, which still hold the inputs of earlier steps. The
+    A graph also computes the rows after those of the step, which still hold the inputs of earlier steps. The
     content therefore has to survive when the engine sleeps. vLLM keeps a model's registered buffers then, and
     may drop everything else that was allocated together with the weights.
 

@@ -17,7 +17,7 @@ MAX_VALUE_CHARS = 60
 class Journal:
     """The results of a search that uses certain settings.
 
-    The file's first line holds its format and the settings. Every line behind it is a result.
+    The file's first line holds its format and the settings. Every line after it is a result.
 
     Args:
         file: The journal's file. Its folder is created if it is missing.

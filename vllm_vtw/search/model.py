@@ -142,7 +142,7 @@ class HFModel:
 
         Args:
             sample: The sample.
-            max_tokens: The most tokens of an answer, which has to fit behind the prompt.
+            max_tokens: The most tokens of an answer, which has to fit after the prompt.
 
         Raises:
             ValueError: The sample needs a chat template, and the checkpoint has none.

@@ -48,7 +48,7 @@ class Gates(nn.Module):
 
         Args:
             stage: 1 or deeper.
-            texts: For each prompt, the states of its text behind the last image, shape
+            texts: For each prompt, the states of its text after the last image, shape
                 `(tokens, hidden_size)`.
         """
         features = torch.stack([gate_features(text) for text in texts])

@@ -277,7 +277,7 @@ def ranking_impl(impl: Any) -> type[AttentionImpl]:
 
 
 def attach_ranking(attention: Attention, stage: int, step: Any, ranking: Ranking) -> None:
-    """Makes an attention layer rank tokens for the stage that begins behind it.
+    """Makes an attention layer rank tokens for the stage that begins after it.
 
     An attention implementation sees whole batches, even where the layers around it are compiled or captured
     in CUDA graphs. Changing its class leaves the layer's backend, and with it the KV-cache group, as it is.

@@ -88,7 +88,7 @@ class Batch(NamedTuple):
 
     @property
     def is_past_withdrawn(self) -> bool:
-        """Whether every request has its last withdrawn token behind it, in every stage."""
+        """Whether every request is past its last withdrawn token, in every stage."""
         return bool((self.num_computed >= self.retentions.all_kept_from).all())
 
     @property
@@ -100,7 +100,7 @@ class Batch(NamedTuple):
         """The prompts that gates decide about in this step, by row.
 
         Gates read the states of a prompt's last tokens. A step that computes only a part of the prompt, or
-        tokens behind it, asks them nothing: the request keeps its visual tokens, and the scheduler ends it
+        tokens after it, asks them nothing: the request keeps its visual tokens, and the scheduler ends it
         with an error.
         """
         prompts = {}
@@ -168,7 +168,7 @@ def plan_stage(batch: Batch, stage: int) -> StagePlan:
         stage: 1 or deeper. Stage 0 computes every token and needs no plan.
     """
     num_withdrawn = batch.retentions.num_withdrawn[stage - 1]
-    # A row that has its last withdrawn token behind it needs no further look. In decode, that is every row.
+    # A row that is past its last withdrawn token needs no further look. In decode, that is every row.
     prefilling = np.flatnonzero(batch.num_computed < batch.retentions.all_kept_from[stage - 1])
     if len(prefilling) == 0:
         return StagePlan(num_withdrawn, is_final=True)

@@ -86,7 +86,7 @@ def test_a_prompt_without_text_behind_its_picture_is_skipped(pictures, tmp_path)
     loaded = load_llava(SmallLlava(layers=3, image_side=4).save(tmp_path / "model"))
     store = ExitStore(tmp_path / "out", {"layers": [1]}, 64, with_answers=False, resume=False)
     (bad,) = collect_exits(loaded, [sample(PROMPTS["at the end"], pictures)], 8, [1], 4, store)
-    assert "gates read the text behind the last image" in str(bad)
+    assert "gates read the text after the last image" in str(bad)
 
 
 def separable(samples: int) -> tuple[np.ndarray, np.ndarray]:

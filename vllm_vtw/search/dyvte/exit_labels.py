@@ -39,7 +39,7 @@ class SampleExits:
         output_tokens: The number of tokens of the full model's answer.
         cut: Whether that answer reached the most tokens allowed without an end-of-sequence token.
         may_leave: For each layer, whether visual tokens may leave there, as the function `may_leave` decides.
-        answers: For each layer, the model's answer if visual tokens leave there, and behind these the full
+        answers: For each layer, the model's answer if visual tokens leave there, and after these the full
             model's answer. Empty if the samples are for training.
     """
 
@@ -171,7 +171,7 @@ def collect_exits(
 
 
 def _text_start(model: HFModel, inputs: Inputs) -> int:
-    """The position at which the text behind a prompt's last image begins.
+    """The position at which the text after a prompt's last image begins.
 
     Raises:
         BadSampleError: There are fewer than two tokens of text, which is too few for a gate.
@@ -180,7 +180,7 @@ def _text_start(model: HFModel, inputs: Inputs) -> int:
     start = int((prompt == model.config.image_token_id).nonzero()[-1]) + 1
     if len(prompt) - start < 2:
         raise BadSampleError(
-            "gates read the text behind the last image and need at least two tokens of it: put text there"
+            "gates read the text after the last image and need at least two tokens of it: put text there"
         )
     return start
 

@@ -80,7 +80,7 @@ def run_layer(model: HFModel, index: int, rows: LayerInput, ranks: bool) -> Laye
         model: The model.
         index: The layer's number, from 0.
         rows: The tokens that the layer gets.
-        ranks: Whether to compute `attention`, which is needed if tokens are withdrawn behind the layer.
+        ranks: Whether to compute `attention`, which is needed if tokens are withdrawn after the layer.
     """
     layer, positions = model.decoder.layers[index], rows.positions[None]
     cos, sin = model.decoder.rotary_emb(rows.hidden[None], position_ids=positions)

@@ -43,15 +43,15 @@ class SampleAtLayer:
         """Applies a schedule to the next layers.
 
         Attention is computed in layers before one that gets fewer visual tokens, and in the last of these
-        layers, because the one behind it may get fewer.
+        layers, because the one after it may get fewer.
 
         Args:
             model: The model.
             layer: The next layer.
-            keeps: The fractions of visual tokens that `layer` and the layers behind it get.
+            keeps: The fractions of visual tokens that `layer` and the layers after it get.
 
         Returns:
-            The sample behind the last of these layers.
+            The sample after the last of these layers.
         """
         rows = self.rows
         counts = [Stage(index, keep).kept(self.visual_tokens) for index, keep in enumerate(keeps, layer)]
@@ -60,7 +60,7 @@ class SampleAtLayer:
         return replace(self, rows=rows)
 
     def difference(self, model: HFModel) -> AnswerDivergence:
-        """How the schedule changed the full model's answer, for a sample behind the last layer."""
+        """How the schedule changed the full model's answer, for a sample after the last layer."""
         logits = answer_logits(model, self.rows)
         return AnswerDivergence.between(self.logits.to(logits.device), logits)
 
