@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""What the search for K costs: every K from scratch, as published, against one prefill and the text's tails.
+"""Measures what the search for K costs in processor time: the plain search, and that of `vtw calibrate`.
 
     python -m benchmarks.calibration_cost [--out FILE.json]
 
-At LLaVA-1.5's lengths and number of layers, 576 visual and 69 text tokens through 32 layers, K from 5 to 31,
-on a narrower model of random weights. The plain search, too, looks at the picture once.
+The plain search runs the whole model again for every K, as published. `vtw calibrate` runs it once, and then
+only the rows of the text for every K. The lengths and the number of layers are those of LLaVA-1.5: 576 visual
+and 69 text tokens through 32 layers, with K from 5 to 31. The model is narrower and has random weights. In
+both searches, the vision tower runs once for each sample.
 """
 
 import argparse
@@ -36,7 +38,7 @@ SAMPLES = 3
 
 @torch.inference_mode()
 def plain(llava: HFModel, inputs: Any) -> list[float]:
-    """KL(P_withdrawn || P_full) of the first token for every K."""
+    """KL(withdrawn || full) of the first token for every K, in nats. It runs the model again for each K."""
     ids = inputs["input_ids"]
     kept = ids[0] != llava.config.image_token_index
     kept[-1] = True
@@ -56,13 +58,17 @@ def plain(llava: HFModel, inputs: Any) -> list[float]:
 
 
 def ours(llava: HFModel, inputs: Any, answer_tokens: int) -> list[float]:
+    """The same as `plain`, as `vtw calibrate` computes it for answers of at most `answer_tokens` tokens."""
     answered = llava.answer(inputs, answer_tokens)
     rows = llava.withdrawn_logits(answered, LAYERS)
     return [AnswerDivergence.between(answered.logits, row).first_token_kl for row in rows]
 
 
 def seconds(run: Callable[[], list[float]]) -> tuple[float, list[float]]:
-    """Of the processor's time, so that a neighbour's work does not count; of all cores."""
+    """Runs a search. Returns its processor time on all cores together, in seconds, and its result.
+
+    Processor time does not include the work of other processes on the machine.
+    """
     started = time.process_time()
     found = run()
     return time.process_time() - started, found

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""Stock vLLM and `--model-impl vtw` at two K, on the small trained LLaVA of `benchmarks/quality`.
+"""Compares stock vLLM with `--model-impl vtw` at two values of K, on the small trained LLaVA.
 
-All servers get the same KV memory and the same questions about drawn pictures, through the OpenAI client.
+The model is that of `benchmarks/quality`. All servers get the same KV memory, and the same questions about
+drawn images through the OpenAI client.
 """
 
 import base64
@@ -37,14 +38,22 @@ OPTIONS = (
     "--no-enable-prefix-caching",
     '--limit-mm-per-prompt={"image": 1}',
 )
-WITHDRAWN_AFTER = (9, 6)  # of the model's 12 layers: little is lost, and half
-SAMPLES = 32  # of each task
+WITHDRAWN_AFTER = (9, 6)
+"""The values of K, of the model's 12 layers. At 9, few answers are lost; 6 is half of the layers."""
+SAMPLES = 32
+"""The number of questions of each task."""
 CLIENTS = 48
 
 
 @dataclass
 class Column:
-    """What one server said to each sample, and the table's lines."""
+    """The results of one server.
+
+    Attributes:
+        name: The heading of the server's column in the table.
+        said: The server's answer to each sample.
+        lines: The content of the server's column, by the name of the table's line.
+    """
 
     name: str
     said: list[str]
@@ -72,7 +81,13 @@ def ask(client: OpenAI, model: str, picture: Image.Image, question: Question) ->
 
 
 def measure(name: str, asked: list[tuple[Image.Image, Question]], *options: str) -> Column:
-    """One server's column of the table."""
+    """Starts a server, asks it all questions, and returns its column of the table.
+
+    Args:
+        name: The heading of the column.
+        asked: The images and questions.
+        options: Options of `vllm serve` in addition to `OPTIONS`.
+    """
     print(f"\n$ {shlex.join(('vllm', 'serve', CHECKPOINT.name, *OPTIONS, *options))}", flush=True)
     started = time.monotonic()
     with serving(CHECKPOINT, *OPTIONS, *options) as server:
@@ -88,7 +103,7 @@ def measure(name: str, asked: list[tuple[Image.Image, Question]], *options: str)
             with watching(server) as running:
                 said = list(answers)
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for answers
+            pool.shutdown(wait=False, cancel_futures=True)  # After Ctrl-C, nobody waits for answers.
     lines = {}
     for task in TASKS:
         right = [a == q.answer for (_, q), a in zip(asked, said, strict=True) if q.task == task]
@@ -99,7 +114,11 @@ def measure(name: str, asked: list[tuple[Image.Image, Question]], *options: str)
 
 @contextmanager
 def watching(server: Server) -> Iterator[list[float]]:
-    """Looks every now and then how many requests run, as long as the block does."""
+    """Records how many requests a server runs, ten times a second, until the `with` block ends.
+
+    Yields:
+        A list to which the numbers are added, which starts with 0.
+    """
     seen, done = [0.0], Event()
 
     def watch() -> None:
@@ -139,6 +158,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit(130)  # `serving` has ended its server
+        sys.exit(130)  # `serving` has stopped the server.
     except ServerError as failure:
         sys.exit(str(failure))

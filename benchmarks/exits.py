@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""Reads from the plugin's debug logs at which layer the visual tokens of requests left."""
+"""Reads from the plugin's debug log at which layer the visual tokens of each request left."""
 
 import logging
 import re
@@ -12,7 +12,11 @@ EXIT = re.compile(r"vtw: request (\S+): its visual tokens leave at layer (\d+)")
 
 @contextmanager
 def logged_exits() -> Iterator[dict[str, int]]:
-    """By request of engines that run in this process: the layer; the number of layers where they stayed."""
+    """Collects the exits that engines in this process log, until the `with` block ends.
+
+    Yields:
+        The layer at which visual tokens left, by vLLM's request id. It is L if they stayed.
+    """
     found: dict[str, int] = {}
 
     class Reader(logging.Handler):
@@ -34,5 +38,11 @@ def logged_exits() -> Iterator[dict[str, int]]:
 
 
 def by_number(found: dict[str, int]) -> dict[int, int]:
-    """By the number that a request was given; vLLM adds to it."""
+    """The exits by request number.
+
+    A request's id begins with its number, and vLLM appends a suffix: `"12-ab34"` is request 12.
+
+    Args:
+        found: The exits by request id, as `logged_exits` yields them.
+    """
     return {int(request.split("-")[0]): layer for request, layer in found.items()}

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""KV-cache groups, padding and capacity at every withdrawal layer, as a Markdown table a depth of decoder."""
+"""Tabulates KV-cache groups, padding and capacity at every K, for decoders of four depths."""
 
 import argparse
 from pathlib import Path
@@ -21,7 +21,7 @@ their ratio to stock vLLM's.
 
 
 def table(depth: int) -> str:
-    """One row a withdrawal layer of a decoder of `depth` layers."""
+    """The table for a decoder of `depth` layers, with one row for each withdrawal layer."""
     text = LlamaConfig(
         hidden_size=4096, num_hidden_layers=depth, num_attention_heads=32, num_key_value_heads=32
     )

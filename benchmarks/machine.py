@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""What a result was measured on."""
+"""Describes the machine and the versions that a result was measured with."""
 
 import os
 import platform
@@ -12,9 +12,9 @@ from typing import Any
 
 
 def measured_on() -> dict[str, Any]:
-    """When, the machine, the versions and the revision: what every result says of itself.
+    """What every result records: the time, the machine, package versions, and this project's revision.
 
-    Where there is no git, the environment variable `REVISION` says the revision.
+    The revision comes from git or, if that fails, from the environment variable `REVISION`.
     """
     gpus = printed_by("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
     return {
@@ -26,7 +26,7 @@ def measured_on() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name."""
+    """The name of the processor."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.split(": ")[1]
@@ -34,7 +34,7 @@ def processor() -> str:
 
 
 def printed_by(*command: str) -> str:
-    """What a command prints; nothing where it is not there or fails."""
+    """The output of a command. Empty if the command is missing or fails."""
     try:
         return subprocess.run(
             command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""What withdrawal costs the host in a decode step: the attention metadata, beside stock vLLM's.
+"""Measures the CPU time that attention metadata takes in a decode step, in stock vLLM and with the plugin.
 
-A second KV-cache group costs something in any model. What it costs is measured beside, in stock vLLM with a
-sliding window in half of the layers.
+A second KV-cache group takes time in stock vLLM, too. Therefore a third engine is measured: stock vLLM with a
+sliding window in half of the layers, which has two groups.
 """
 
 import argparse
@@ -40,9 +40,11 @@ from vllm_vtw.worker.stage_step import StageStep
 MODEL = SmallLlava(layers=4, image_side=4)
 MAX_MODEL_LEN = 512
 ROUNDS = 5
-"""Of four bursts of each engine, twice in the order ABCCBA: the machine's pace changes within seconds."""
+"""The number of rounds. In each, every engine decodes four bursts of steps. The engines take turns, twice in
+the order ABCCBA, because the machine's speed changes within seconds."""
 STEPS, UNCOUNTED = 20, 4
-"""Of a burst, and at its start, where the other engine's work is still in the caches."""
+"""The number of steps of a burst, and how many of them are not counted. Those are the first ones, when the
+processor's caches still hold the data of another engine."""
 LAYER = MODEL.layers // 2
 ENGINES: dict[str, dict[str, Any]] = {
     "stock": {},
@@ -67,7 +69,16 @@ PARTS = [
 
 
 def timed(owner: Any, name: str, samples: list[float]) -> Callable[[], None]:
-    """Adds the CPU microseconds of every call of a method to `samples`, until what it returns is called."""
+    """Measures every call of a method, in microseconds of CPU time.
+
+    Args:
+        owner: The class that has the method.
+        name: The method's name.
+        samples: Receives the time of every call.
+
+    Returns:
+        A function that ends the measurement.
+    """
     original = getattr(owner, name)
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -82,9 +93,15 @@ def timed(owner: Any, name: str, samples: list[float]) -> Callable[[], None]:
 
 
 def decode(pipe: Connection, folder: Path, requests: int, options: dict[str, Any]) -> None:
-    """Decodes `requests` requests, each with a picture, a burst at a time as `pipe` asks.
+    """Runs an engine that decodes a burst of steps whenever it receives True, and ends at False.
 
-    It sends the CPU microseconds that each method took in each step.
+    After each burst, it sends the CPU time of each call of each method, in microseconds.
+
+    Args:
+        pipe: The connection to the process that measures.
+        folder: The checkpoint.
+        requests: The number of requests, each with an image.
+        options: Options of the engine.
     """
     engine = LLM(
         model=str(folder),
@@ -107,7 +124,7 @@ def decode(pipe: Connection, folder: Path, requests: int, options: dict[str, Any
     while any(request.num_output_tokens == 0 for request in scheduler.requests.values()):
         engine.llm_engine.step()
     pipe.send({})
-    # The parts in bursts of their own: a clock inside another would be counted by it.
+    # The parts have bursts of their own. Otherwise the time to measure them would be counted in the whole.
     for methods in itertools.chain.from_iterable(itertools.repeat((WHOLE, WHOLE, PARTS, PARTS))):
         if not pipe.recv():
             break
@@ -123,7 +140,7 @@ def decode(pipe: Connection, folder: Path, requests: int, options: dict[str, Any
 
 
 def engine(folder: Path, requests: int, options: dict[str, Any]) -> Connection:
-    """Starts an engine that decodes a burst when asked through the connection."""
+    """Starts a process that runs `decode`, and returns the connection to it once all requests decode."""
     ours, theirs = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
     context.Process(target=decode, args=(theirs, folder, requests, options), daemon=True).start()
@@ -132,6 +149,7 @@ def engine(folder: Path, requests: int, options: dict[str, Any]) -> Connection:
 
 
 def total(medians: dict[str, float]) -> float:
+    """The microseconds of a step's attention metadata: the sum of the medians of `WHOLE`."""
     return sum(medians[name] for _, name in WHOLE)
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""Starts `vllm serve`, waits until it answers, and leaves no process behind."""
+"""Runs `vllm serve` for a benchmark or test, and leaves no process behind."""
 
 import contextlib
 import os
@@ -21,16 +21,25 @@ from pathlib import Path
 import psutil
 
 START_TIMEOUT = 600.0
+"""How long a server may take to start, in seconds."""
 STOP_TIMEOUT = 10.0
+"""How long a server may take to end after a signal, in seconds, before it gets the next signal."""
 
 
 class ServerError(Exception):
-    """A server did not come up, or failed later. Its message holds what its log says of it."""
+    """A server did not start, or failed later. The message contains what `Server.complaint` returns."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """A running server."""
+    """A running server.
+
+    Attributes:
+        url: The server's base URL, such as `http://127.0.0.1:8000`.
+        command: The `vllm serve` command line that stands for how the server was started.
+        log_file: The file with the server's log.
+        process: The server's main process.
+    """
 
     url: str
     command: list[str]
@@ -38,15 +47,16 @@ class Server:
     process: subprocess.Popen
 
     def log(self) -> str:
+        """The log so far."""
         return self.log_file.read_text(errors="replace")
 
     def complaint(self) -> str:
-        """The log from its first error on, or its end where there is none."""
+        """Up to 6000 characters of the log: from its first error on, or its end if it has no error."""
         before, error, after = self.log().partition("ERROR")
         return (error + after)[:6000] or before[-6000:]
 
     def metrics(self) -> dict[str, float]:
-        """Prometheus samples, summed over their labels, by name."""
+        """The values of Prometheus metrics by name, each summed over its labels."""
         totals: dict[str, float] = {}
         for line in self.metrics_page().splitlines():
             if sample := re.fullmatch(r"([a-z_:]+)(?:\{.*\})? (\S+)", line):
@@ -54,7 +64,7 @@ class Server:
         return totals
 
     def by_engine(self, metric: str) -> dict[str, float]:
-        """A metric's samples, summed over their other labels, by data-parallel engine."""
+        """The values of a metric by data-parallel engine, each summed over the other labels."""
         totals: dict[str, float] = {}
         for line in self.metrics_page().splitlines():
             if sample := re.fullmatch(re.escape(metric) + r'\{.*engine="(\d+)".*\} (\S+)', line):
@@ -62,22 +72,31 @@ class Server:
         return totals
 
     def metrics_page(self) -> str:
+        """The content of `/metrics`."""
         with urllib.request.urlopen(f"{self.url}/metrics") as response:
             return response.read().decode()
 
 
 @contextmanager
 def serving(model: Path, *options: str, env: dict[str, str] | None = None) -> Iterator[Server]:
-    """Runs `vllm serve MODEL OPTIONS` on a free port until the block ends, however it ends.
+    """Runs `vllm serve MODEL OPTIONS` on a free port until the `with` block ends or raises.
+
+    Args:
+        model: The folder of the checkpoint.
+        options: Options of `vllm serve`.
+        env: Environment variables for the server, in addition to this process's.
+
+    Yields:
+        The server, which answers requests.
 
     Raises:
-        ServerError: The server did not come up.
+        ServerError: The server did not start.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shown = ["vllm", "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *options]
-    # As a module: where vLLM is on Python's path but not installed, there is no command.
+    # If vLLM is on Python's path but not installed, the module exists but the `vllm` command does not.
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *shown[1:]]
     settings = {
         "HF_HUB_OFFLINE": "1",
@@ -92,7 +111,8 @@ def serving(model: Path, *options: str, env: dict[str, str] | None = None) -> It
                 command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # A group of its own, to be ended whole: Ctrl-C reaches this process alone.
+                # The server gets a process group of its own, which `_end` ends as a whole. Ctrl-C then
+                # reaches only this process.
                 start_new_session=True,
                 env=os.environ | settings | (env or {}),
             )
@@ -119,9 +139,9 @@ def _wait_until_ready(server: Server) -> None:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Ends the server's process group: politely first, so that it removes its shared memory."""
+    """Ends the server's process group. SIGINT is sent first, so that the server removes its shared memory."""
     print("  stopping the server", flush=True)
-    # Whoever presses Ctrl-C twice still wants no process left.
+    # A second Ctrl-C is ignored, as it would leave processes behind.
     impatient = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
@@ -137,7 +157,11 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def alive(group: int) -> list[psutil.Process]:
-    """The processes of a process group, without those that have ended and wait to be reaped."""
+    """The processes of a process group, without zombies.
+
+    Args:
+        group: The id of the process group.
+    """
     members = []
     for process in psutil.process_iter(["status"]):
         with contextlib.suppress(ProcessLookupError):

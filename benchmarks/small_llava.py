@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""Makes small LLaVA checkpoints with random weights, in the layout that vLLM and transformers load.
+"""Makes small LLaVA checkpoints with random weights, in the format that vLLM and transformers load.
 
-Their answers mean nothing, but depend on every token of the prompt, so that two engines that agree on them
+Their answers mean nothing but depend on every token of the prompt. If two engines give the same answers, they
 compute the same.
 """
 
@@ -42,7 +42,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}{{ ' ' }}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-# What the tokenizer is trained on: enough words that most tokens are one.
+# The text that the tokenizer is trained on. It has so many words that most tokens are whole words.
 CORPUS = """\
 USER: What is in this image? ASSISTANT: Describe the picture in one word, please. Which colour has the
 small round shape beside a large square? There are three birds above an old stone bridge, and two
@@ -60,9 +60,19 @@ keyboards, guitars, helmets, bridges, castles, islands."""
 
 @dataclass(frozen=True)
 class SmallLlava:
-    """A checkpoint's shape. An image is `image_side` patches wide and high.
+    """The shape of a small LLaVA checkpoint.
 
-    As `llava_next`, it is also cut into up to four such tiles, by its own size.
+    Attributes:
+        layers: The number of decoder layers.
+        hidden: The decoder's hidden size.
+        heads: The number of attention heads.
+        kv_heads: The number of key-value heads.
+        backbone: The text model, a key of `TEXT_CONFIGS`.
+        image_side: The width and height of an image in patches. Each patch becomes a visual token.
+        vocab: The size of the vocabulary.
+        max_positions: The largest number of tokens of a request.
+        seed: The seed of the weights.
+        model_type: `"llava"`, or `"llava_next"`, which also cuts an image into up to four tiles of this size.
     """
 
     layers: int = 8
@@ -77,7 +87,7 @@ class SmallLlava:
     model_type: str = "llava"
 
     def save(self, folder: Path) -> Path:
-        """Writes model, tokenizer and processor to `folder` and returns it."""
+        """Writes the model, tokenizer and processor to `folder`, and returns `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer = make_tokenizer([CORPUS], self.vocab)
         side = self.image_side * PATCH_SIZE
@@ -91,7 +101,7 @@ class SmallLlava:
         return folder
 
     def _tilings(self) -> list[tuple[int, int]] | None:
-        """LLaVA-NeXT's pixels, high and wide, that a picture may be fitted to."""
+        """The sizes that LLaVA-NeXT fits images to, as height and width in pixels. None for LLaVA-1.5."""
         side = self.image_side * PATCH_SIZE
         tilings = [(side, 2 * side), (2 * side, side), (2 * side, 2 * side)]
         return tilings if self.model_type == "llava_next" else None
@@ -135,14 +145,20 @@ class SmallLlava:
 
 
 def make_tokenizer(corpus: Iterable[str], vocab: int, words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocab` tokens, and `words`, one token each whatever stands around them."""
+    """Makes a byte-level BPE tokenizer.
+
+    Args:
+        corpus: The text that it is trained on.
+        vocab: The largest number of tokens, without those of `words`.
+        words: Strings that are always one token each, wherever they occur.
+    """
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
         special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=[*string.printable[:94], "Ġ", "Ċ"],  # as ByteLevel writes space and line feed
+        initial_alphabet=[*string.printable[:94], "Ġ", "Ċ"],  # ByteLevel's space and line feed
         min_frequency=1,
         show_progress=False,
     )
@@ -165,7 +181,15 @@ def make_processor(
     patch_size: int,
     tilings: list[tuple[int, int]] | None = None,
 ) -> LlavaProcessor | LlavaNextProcessor:
-    """CLIP's image processor, or with `tilings` LLaVA-NeXT's, and the tokenizer, with a chat template."""
+    """Makes the processor of a checkpoint, with a chat template.
+
+    Args:
+        tokenizer: The checkpoint's tokenizer.
+        image_size: The width and height of an image in pixels.
+        patch_size: The width and height of a patch in pixels.
+        tilings: The sizes that LLaVA-NeXT may fit an image to, as height and width in pixels. None for
+            LLaVA-1.5, with CLIP's image processor.
+    """
     sizes: dict[str, Any] = {
         "size": {"shortest_edge": image_size},
         "crop_size": {"height": image_size, "width": image_size},
@@ -184,7 +208,7 @@ def make_processor(
 
 
 def _randomize(model: nn.Module) -> None:
-    """Weights large enough that attention is not uniform and answers do not repeat one token."""
+    """Draws weights that are so large that attention is not uniform and answers do not repeat one token."""
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Linear):
@@ -194,7 +218,10 @@ def _randomize(model: nn.Module) -> None:
 
 
 def rename_vision_tower(weights: Path) -> None:
-    """transformers 5 writes `vision_tower.*` where vLLM 0.32 reads `vision_tower.vision_model.*`."""
+    """Renames weights of the vision tower in a checkpoint's file as vLLM expects them.
+
+    transformers 5 writes `vision_tower.*`, and vLLM 0.32 reads `vision_tower.vision_model.*`.
+    """
     plain, nested = "vision_tower.", "vision_tower.vision_model."
     tensors = load_file(weights)
     renamed = {

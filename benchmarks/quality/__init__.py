@@ -1,3 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""A small LLaVA, trained from scratch on drawn scenes, to measure what withdrawal costs in answers."""
+"""Trains a small LLaVA from scratch on drawn scenes, and measures what withdrawal costs in its answers."""

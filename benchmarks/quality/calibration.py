@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""What `vtw calibrate` chooses for the trained model, and what those K cost on questions it has not seen.
+"""Measures which K `vtw calibrate` chooses for the trained model, and what these K cost on unseen questions.
 
     python -m benchmarks.quality.calibration [--samples 64] [--out FILE.json]
 
-Calibrates on the validation split: on counting alone, whose answers are one token as in multiple choice, and
-on all tasks. The accuracies at the chosen K are those of the engine on the test split, as `evaluate` left
-them in `benchmarks/results/quality.json`.
+It calibrates on the validation split twice: once only on counting, whose answers are one token as in multiple
+choice, and once on all tasks. The accuracies at the chosen K are those of the engine on the test split, which
+`evaluate` wrote into `benchmarks/results/quality.json`.
 """
 
 import argparse
@@ -29,7 +29,16 @@ DATA = {"counting": ["counting"], "all tasks": list(TASKS)}
 
 
 def write_data(folder: Path, tasks: Sequence[str], number: int) -> Path:
-    """Writes `number` samples of the validation split, tasks by turns; returns the file that lists them."""
+    """Writes samples of the validation split for a command's `--data`.
+
+    Args:
+        folder: The folder to write to.
+        tasks: The tasks, which take turns.
+        number: The number of samples.
+
+    Returns:
+        The data file.
+    """
     lines = []
     streams = {task: samples("validation", task) for task in tasks}
     for index in range(number):
@@ -43,7 +52,12 @@ def write_data(folder: Path, tasks: Sequence[str], number: int) -> Path:
 
 
 def calibrated(tasks: Sequence[str], number: int) -> dict[str, Any]:
-    """What `vtw calibrate` prints as JSON, and the seconds that the whole command took."""
+    """Runs `vtw calibrate`. Returns the result that it prints as JSON, and the seconds that it took.
+
+    Args:
+        tasks: The tasks of the samples.
+        number: The number of samples.
+    """
     with TemporaryDirectory() as folder:
         data = write_data(Path(folder), tasks, number)
         options = {"data": data, "limit": number, "max-tokens": MAX_ANSWER_TOKENS, "out": f"{folder}/out"}
@@ -53,13 +67,18 @@ def calibrated(tasks: Sequence[str], number: int) -> dict[str, Any]:
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
         seconds = round(time.monotonic() - started, 1)
     result = json.loads(done.stdout)
-    # What changes from run to run and from machine to machine is beside it.
+    # The other keys differ between runs and machines.
     kept = ("budget", "layer", "tasks", "layers", "first_token_kl", "curves")
     return {key: result[key] for key in kept} | {"seconds": seconds}
 
 
 def table(found: dict[str, dict[str, Any]], accuracy: dict[int, dict[str, float]]) -> str:
-    """In Markdown: the accuracy of each task at each choice of K, in percent."""
+    """A Markdown table of the accuracy of each task at each chosen K, in percent.
+
+    Args:
+        found: The results of `vtw calibrate`, by the name of the data.
+        accuracy: The fraction of right answers, by K and task.
+    """
     head = ["calibrated on", "criterion", "K", *TASKS]
     rows = [["", "stock", "", *(f"{100 * accuracy[LAYERS][task]:.1f}" for task in TASKS)]]
     for data, result in found.items():

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""What gates that decide per request cost in answers, beside VTW at one layer for all.
+"""Measures what gates that decide per request cost in answers, compared with VTW at one K for all requests.
 
     python -m benchmarks.quality.dyvte [--trained 600] [--samples 500] [--check 25] [--out FILE.json]
 
-Trains gates on the validation split of all tasks with `vtw dyvte train`, one for every layer from 3 on, and
-serves some of them at several thresholds. Accuracies and exits are the engine's, on the test split; those of
-VTW are as `evaluate` left them in `benchmarks/results/quality.json`. `--check` has the transformers reference
-read so many answers to each task, and fails where it would have given others.
+It trains gates on the validation split of all tasks with `vtw dyvte train`, one for every layer from 3 on,
+and serves some of them at several thresholds. Accuracies and exits are those of the engine on the test split.
+The accuracies of VTW are those that `evaluate` wrote into `benchmarks/results/quality.json`. With `--check`,
+the transformers reference reads that many answers to each task, and the benchmark fails if it would have
+given other ones.
 """
 
 import argparse
@@ -49,7 +50,13 @@ THRESHOLDS = (-1.0, 0.0, 1.0, 2.0)
 
 
 def trained(data: Path, number: int, out: Path) -> dict[str, Any]:
-    """What `vtw dyvte train` prints as JSON."""
+    """Runs `vtw dyvte train`. Returns the result that it prints as JSON.
+
+    Args:
+        data: The data file.
+        number: The number of samples.
+        out: The command's folder for results.
+    """
     vtw = str(Path(sys.executable).with_name("vtw"))
     options = {"data": data, "limit": number, "max-tokens": MAX_ANSWER_TOKENS, "out": out}
     options["layers"] = f"{FIRST}-{LAYERS - 1}"
@@ -60,7 +67,15 @@ def trained(data: Path, number: int, out: Path) -> dict[str, Any]:
 
 
 def served(policy: dict[str, Any], asked: Sequence[Sample]) -> tuple[list[Answer], list[int]]:
-    """Answers of an engine in this process, and the layer at which each request's visual tokens left."""
+    """Serves a policy with gates in an engine in this process.
+
+    Args:
+        policy: The content of the policy file.
+        asked: The images and questions.
+
+    Returns:
+        The answers, and the layer at which each request's visual tokens left.
+    """
     from vllm import LLM
 
     with TemporaryDirectory() as folder:
@@ -68,7 +83,7 @@ def served(policy: dict[str, Any], asked: Sequence[Sample]) -> tuple[list[Answer
         file.write_text(json.dumps(policy))
         plugin: dict[str, Any] = {"model_impl": "vtw", "additional_config": {"vtw": {"policy": str(file)}}}
         llm = LLM(model=str(CHECKPOINT), **OPTIONS, **plugin)
-    # An engine that starts configures logging anew.
+    # An engine configures logging when it starts, so exits can be read only after that.
     with logged_exits() as logged:
         given = answers(llm, asked)
     exits = by_number(logged)
@@ -76,7 +91,11 @@ def served(policy: dict[str, Any], asked: Sequence[Sample]) -> tuple[list[Answer
 
 
 def largest_gap(answered: Sequence[tuple[Sample, Answer, int]]) -> float:
-    """By how many logits the reference prefers another token than the engine's, at most."""
+    """The largest number of logits by which the reference prefers another token to the engine's.
+
+    Args:
+        answered: Samples, the engine's answers, and the layers at which visual tokens left.
+    """
     from tests.engine.reference import Reference
 
     oracle, gaps = Reference(CHECKPOINT), [0.0]
@@ -90,7 +109,14 @@ def largest_gap(answered: Sequence[tuple[Sample, Answer, int]]) -> float:
 
 
 def prices(given: Sequence[Answer], image_token: int, layer_parameters: int, hidden_size: int) -> list[Price]:
-    """Of each request."""
+    """Computes what policies cost for each of several requests.
+
+    Args:
+        given: The answers to the requests.
+        image_token: The id of the image token.
+        layer_parameters: The number of parameters of a decoder layer.
+        hidden_size: The decoder's hidden size.
+    """
     found = []
     for answer in given:
         visual = answer.prompt.count(image_token)
@@ -100,12 +126,12 @@ def prices(given: Sequence[Answer], image_token: int, layer_parameters: int, hid
 
 
 def mean_right(row: Mapping[str, Any]) -> float:
-    """The share of right answers, mean over tasks."""
+    """The fraction of right answers, as a mean over tasks."""
     return mean(row["engine"]["right"].values())
 
 
 def rival(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """VTW for no more work than gates, as deep as it may; None where there is none."""
+    """The row of VTW at the largest K that takes no more work than a row of gates. None if there is none."""
     vtw = [
         other
         for other in rows
@@ -115,7 +141,10 @@ def rival(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Mapping[
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """In Markdown: shares of stock's work and KV memory, and accuracies, in percent; where requests left."""
+    """Two Markdown tables: work, KV memory and accuracies in percent, and the mean layers of exit.
+
+    Work and KV memory are relative to stock vLLM's.
+    """
     head = ["", "work", "KV", *TASKS, "caption, objects", "mean", "above VTW for no more work"]
     lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
     for row in rows:
@@ -138,7 +167,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def vtw_rows(request_prices: Sequence[Price]) -> list[dict[str, Any]]:
-    """Stock and VTW at every K, at the prices of these requests."""
+    """The rows of stock vLLM and of VTW at every K.
+
+    Args:
+        request_prices: Compute what a policy costs for each request.
+    """
     calibrated = json.loads(CALIBRATED.read_text())["results"]["all tasks"]["layer"]["answer"]
     rows = []
     for result in json.loads(QUALITY.read_text())["results"]:
@@ -164,11 +197,19 @@ def gated_row(
     request_prices: Sequence[Price],
     check: int,
 ) -> dict[str, Any]:
-    """What gates did in an engine; with `check`, also what the reference makes of it."""
+    """The row of a policy with gates.
+
+    Args:
+        policy: The policy.
+        asked: The images and questions.
+        answered: The engine's answers, and the layers at which visual tokens left.
+        request_prices: Compute what a policy costs for each request.
+        check: The number of answers to each task that the reference reads.
+    """
     given, exits = answered
     layers = [stage.layer for stage in policy.stages]
     assert policy.gate is not None
-    stage_of = {layer: stage for stage, layer in enumerate((*layers, LAYERS), 1)}
+    stage_of = {LAYERS: None} | {layer: stage for stage, layer in enumerate(layers, 1)}
     by_task = {task: [at for at, (_, q) in enumerate(asked) if q.task == task] for task in TASKS}
     read = [(asked[at], given[at], exits[at]) for of_task in by_task.values() for at in of_task[:check]]
     priced = list(zip(request_prices, exits, strict=True))
@@ -189,7 +230,7 @@ def main() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # logs are read where they are written
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # `logged_exits` reads the logs of its own process.
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--trained", type=positive, default=600, help="samples of the validation split")
     parser.add_argument("--samples", type=positive, default=500, help="of each task, of the test split")

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""What withdrawal costs in answers: accuracy by task, stock and withdrawn after layer K.
+"""Measures what withdrawal costs in answers: the accuracy of each task in stock vLLM and at several K.
 
     python -m benchmarks.quality.evaluate [--checkpoint FOLDER] [--layers 12,9,6,3] [--samples 200]
         [--check] [--out FILE.json]
 
-`align` is off, so that every visual token leaves, as in the paper (VTW, arXiv 2405.05803). `--check` has the
-transformers reference answer the same, and fails where the engine parts from it by more than a tie.
+`"align"` is false, so every visual token is withdrawn, as in the paper (VTW, arXiv 2405.05803). With
+`--check`, the transformers reference answers the same questions, and the benchmark fails if an answer of the
+engine differs from it by more than a tie.
 """
 
 import argparse
@@ -45,14 +46,20 @@ OPTIONS: dict[str, Any] = {
     "enforce_eager": True,
     "limit_mm_per_prompt": {"image": 1},
 }
-# In logits: where two tokens are closer, rounding may choose either.
 TIE = 1e-3
+"""If the logits of two tokens are closer than this, it depends on rounding which token is chosen."""
 Sample = tuple[Image.Image, Question]
 
 
 @dataclass
 class Answer:
-    """What was said to a sample, with the tokens of both."""
+    """The answer to a sample.
+
+    Attributes:
+        text: The answer.
+        prompt: The token ids of the prompt.
+        said: The token ids of the answer.
+    """
 
     text: str
     prompt: list[int]
@@ -61,7 +68,12 @@ class Answer:
 
 @dataclass
 class Score:
-    """By task the share of answers that are right to the letter, and `objects_found`, mean over captions."""
+    """The accuracy of answers.
+
+    Attributes:
+        right: The fraction of answers that are right to the letter, by task.
+        objects: `objects_found`, as a mean over captions.
+    """
 
     right: dict[str, float]
     objects: float
@@ -69,12 +81,13 @@ class Score:
 
 @dataclass
 class Check:
-    """What the transformers reference makes of the same samples.
+    """How the transformers reference answers the same samples.
 
     Attributes:
-        reference: its score.
-        differing: how many of the engine's answers are not its own.
-        largest_gap: by how many logits it prefers its own token where they part, at most.
+        reference: The score of its answers.
+        differing: The number of the engine's answers that differ from its own.
+        largest_gap: At the first token where answers differ, the largest number of logits by which the
+            reference prefers its own token.
     """
 
     reference: Score
@@ -84,7 +97,14 @@ class Check:
 
 @dataclass
 class Result:
-    """One engine's. `layer` is K, or the number of layers for stock; `seconds` include the engine's start."""
+    """The result of one engine.
+
+    Attributes:
+        layer: K. The number of layers for stock vLLM.
+        engine: The score of the engine's answers.
+        seconds: How long it took, the start of the engine included.
+        check: The comparison with the reference. None without `--check`.
+    """
 
     layer: int
     engine: Score
@@ -93,7 +113,7 @@ class Result:
 
 
 def answers(llm: "LLM", asked: Sequence[Sample]) -> list[Answer]:
-    """An engine's, greedily decoded."""
+    """The answers of an engine, with greedy decoding."""
     from vllm import SamplingParams
 
     prompts = [
@@ -110,7 +130,13 @@ def answers(llm: "LLM", asked: Sequence[Sample]) -> list[Answer]:
 
 
 def engine_answers(checkpoint: Path, vtw: dict[str, Any] | None, asked: Sequence[Sample]) -> list[Answer]:
-    """Of an engine with the plugin where `vtw` gives its options, and of stock vLLM elsewhere."""
+    """Starts an engine, and returns its answers.
+
+    Args:
+        checkpoint: The folder of the model.
+        vtw: The plugin's options. None for stock vLLM.
+        asked: The images and questions.
+    """
     from vllm import LLM
 
     plugin: dict[str, Any] = {}
@@ -124,6 +150,7 @@ def engine_answers(checkpoint: Path, vtw: dict[str, Any] | None, asked: Sequence
 
 
 def score(asked: Sequence[Sample], given: Sequence[Answer]) -> Score:
+    """The accuracy of answers to samples."""
     right, objects = {}, 0.0
     for task in TASKS:
         of_task = [(q.answer, a.text) for (_, q), a in zip(asked, given, strict=True) if q.task == task]
@@ -136,9 +163,20 @@ def score(asked: Sequence[Sample], given: Sequence[Answer]) -> Score:
 def own_answer(
     oracle: "Reference", layer: int, picture: Image.Image, answer: Answer
 ) -> tuple[list[int], float]:
-    """The tokens that the reference says, and by how many logits it prefers the first that `answer` has not.
+    """The reference's own answer to a sample.
 
-    It looks at all of `answer` at once, and goes on by itself only where it parts from it.
+    The reference reads the whole of `answer` in one forward pass. It decodes token by token only after the
+    first token that it would have chosen differently.
+
+    Args:
+        oracle: The reference.
+        layer: K.
+        picture: The image.
+        answer: The engine's answer.
+
+    Returns:
+        The tokens of the reference's answer, and by how many logits it prefers its own token at the first
+        token that differs. The latter is 0 if the answers are the same.
     """
     embeds, start = [oracle.embeds(picture)], len(answer.prompt)
 
@@ -159,7 +197,14 @@ def own_answer(
 
 
 def check(oracle: "Reference", layer: int, asked: Sequence[Sample], given: Sequence[Answer]) -> Check:
-    """Compares with what greedy decoding by the transformers reference gives."""
+    """Compares the engine's answers with the reference's, which decodes greedily.
+
+    Args:
+        oracle: The reference.
+        layer: K.
+        asked: The images and questions.
+        given: The engine's answers.
+    """
     own, gaps = [], []
     pairs = tqdm(
         zip(asked, given, strict=True), total=len(asked), desc=f"reference, K = {layer}", mininterval=5
@@ -173,7 +218,7 @@ def check(oracle: "Reference", layer: int, asked: Sequence[Sample], given: Seque
 
 
 def guessing(asked: Sequence[Sample]) -> Score:
-    """What the commonest answer of each task scores, whatever the picture shows."""
+    """The score if every question gets the most common answer of its task, whatever the image shows."""
     commonest = {
         task: Counter(q.answer for _, q in asked if q.task == task).most_common(1)[0][0] for task in TASKS
     }
@@ -181,11 +226,12 @@ def guessing(asked: Sequence[Sample]) -> Score:
 
 
 def percent(found: Score) -> list[str]:
+    """The cells of a table's row: the accuracies of a score in percent."""
     return [f"{100 * share:.1f}" for share in (*found.right.values(), found.objects)]
 
 
 def table(results: Sequence[Result], guess: Score) -> str:
-    """In Markdown, one line for each engine, in percent, and one for guessing."""
+    """A Markdown table of accuracies in percent, with a row for each engine and one for guessing."""
     head = ["", *TASKS, "caption, objects"]
     rows = []
     for result in results:
@@ -199,6 +245,7 @@ def table(results: Sequence[Result], guess: Score) -> str:
 
 
 def layers(text: str) -> list[int]:
+    """Parses values of K such as `"12,6"`, as an argparse type. Returns them in descending order."""
     wanted = text.split(",")
     if not all(layer.isdecimal() and 1 <= int(layer) <= LAYERS for layer in wanted):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list like 12,6 of numbers from 1 to {LAYERS}")
@@ -206,6 +253,7 @@ def layers(text: str) -> list[int]:
 
 
 def positive(text: str) -> int:
+    """Parses a whole number of at least 1, as an argparse type."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("at least 1")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""The model's shape, tokenizer and processor, and the folder that vLLM and transformers load."""
+"""The shape, tokenizer and processor of the trained model, and the folder that vLLM and transformers load."""
 
 from pathlib import Path
 from random import Random
@@ -24,19 +24,22 @@ PATCH = 12
 SIDE = SIZE // PATCH
 VISUAL_TOKENS = SIDE**2
 LAYERS, HIDDEN, HEADS = 12, 128, 4
-# A chat's fixed parts are one token each; so are words. The characters of a string stay apart: the text that
-# the tokenizer learns from has no two of them together.
+# The fixed parts of a chat are one token each, and so are words. The characters of a rendered string are
+# separate tokens, because the text that the tokenizer is trained on has no two of them together.
 FIXED = ["USER:", "ASSISTANT:"]
 MAX_ANSWER_TOKENS = 40
-# A request is a picture and a question, a training row a picture and many: so in two parts.
+# The prompt has two parts, because a request has an image and one question, and a training row has an image
+# and many questions.
 PICTURE_PART = "USER: <image>\n"
 
 
 def question_part(question: str) -> str:
+    """The part of the prompt behind the image."""
     return f"{question} ASSISTANT:"
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
+    """Trains the tokenizer on questions and answers about random scenes. It is the same every time."""
     rng = Random("tokenizer")
     lines = []
     for _ in range(300):
@@ -47,6 +50,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
+    """The configuration of the model."""
     return LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=HIDDEN,
@@ -80,13 +84,20 @@ def config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
 
 
 def normalised(pixels: torch.Tensor) -> torch.Tensor:
-    """What the image processor makes of pictures of `SIZE`: `(n, SIZE, SIZE, 3)` to `(n, 3, SIZE, SIZE)`."""
+    """Normalises images as the image processor does.
+
+    Args:
+        pixels: Values from 0 to 255, shape `(images, SIZE, SIZE, 3)`.
+
+    Returns:
+        The pixels that the vision tower gets, shape `(images, 3, SIZE, SIZE)`.
+    """
     mean, std = (torch.tensor(values, device=pixels.device) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     return ((pixels / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
 def save(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes model, tokenizer and processor to `folder`, with weights in bfloat16."""
+    """Writes the model, tokenizer and processor to `folder`, with weights in bfloat16."""
     model.to(torch.bfloat16).save_pretrained(folder)
     make_processor(tokenizer, SIZE, PATCH).save_pretrained(folder)
     rename_vision_tower(folder / "model.safetensors")

@@ -8,20 +8,21 @@ from collections.abc import Iterable
 import torch
 
 MOMENTUM, ITERATIONS = 0.95, 5
-# Of the polynomial that brings all singular values near 1.
+# The coefficients of the polynomial that brings all singular values near 1.
 A, B, C = 3.4445, -4.775, 2.0315
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose updates are made orthogonal (K. Jordan et al., 2024, kellerjordan.github.io/posts/muon).
+    """SGD with momentum and orthogonal updates (K. Jordan et al., 2024, kellerjordan.github.io/posts/muon).
 
-    `torch.optim.Muon` does so in bfloat16 and matrix by matrix, which is slow on a CPU without bfloat16. This
-    one computes in the parameters' type, all matrices of a shape at once.
+    `torch.optim.Muon` computes in bfloat16, one matrix at a time, which is slow on a CPU without bfloat16.
+    This class computes in the parameters' data type, and all matrices of the same shape at once.
 
     Args:
-        matrices: Parameters of two dimensions.
-        lr: Scaled by 0.2 of the root of the longer side, so that rates fit as with AdamW (arXiv 2502.16982).
-        weight_decay: Decoupled, as AdamW's.
+        matrices: The parameters, each with two dimensions.
+        lr: The learning rate. It is multiplied by 0.2 times the square root of a matrix's longer side, so
+            that the rates of AdamW fit (arXiv 2502.16982).
+        weight_decay: The weight decay, which is decoupled as in AdamW.
     """
 
     def __init__(self, matrices: Iterable[torch.nn.Parameter], lr: float, weight_decay: float) -> None:
@@ -40,7 +41,7 @@ class Muon(torch.optim.Optimizer):
                     matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=scale)
 
     def _momentum(self, matrix: torch.nn.Parameter) -> torch.Tensor:
-        """Nesterov's."""
+        """Updates the momentum of a matrix by its gradient, and returns Nesterov's momentum."""
         state, gradient = self.state[matrix], matrix.grad
         assert gradient is not None
         if not state:
@@ -50,7 +51,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
-    """`(n, rows, columns)`, each near U V^T of its singular value decomposition."""
+    """Makes matrices nearly orthogonal: U S V^T, the singular value decomposition, becomes about U V^T.
+
+    Args:
+        matrices: The matrices, shape `(matrices, rows, columns)`.
+    """
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonal(matrices.mT).mT
     near = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)

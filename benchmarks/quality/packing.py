@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""Training rows: one picture and as many questions about it as fit, each blind to the others.
+"""Makes training rows: an image, and as many questions about it as fit.
 
-A question sees the picture and itself, at the positions that it has when it is asked alone. So a row's
-answers are those of as many single requests, and the picture is computed once for all.
+A question attends to the image and to itself, but not to other questions, and its positions are those that it
+has in a request of its own. A row's answers are therefore the same as those of single requests, but the image
+is computed only once.
 """
 
 from collections.abc import Iterator
@@ -27,13 +28,15 @@ class Batch:
     """Rows of `ROW` tokens.
 
     Attributes:
-        pixels: `(rows, SIZE, SIZE, 3)`, 0 to 255.
-        ids: `(rows, ROW)`; the image token stands once for every visual token.
-        targets: the next token where it belongs to an answer, else `IGNORE`.
-        weights: of each target in the loss: an answer's together are the square root of its length.
-        positions: as in a request of its own.
-        group: 0 for the picture and what surrounds it, then 1, 2, ... by question, -1 for padding.
-        tasks: by row, the tasks of groups 1, 2, ...
+        pixels: The images, values from 0 to 255, shape `(rows, SIZE, SIZE, 3)`.
+        ids: The token ids, shape `(rows, ROW)`. There is an image token for every visual token.
+        targets: The next token if it belongs to an answer, else `IGNORE`, shape `(rows, ROW)`.
+        weights: The weight of each target in the loss, shape `(rows, ROW)`. The weights of an answer add up
+            to the square root of its length.
+        positions: The position of each token in a request of its own, shape `(rows, ROW)`.
+        group: 0 for the image and the text around it, 1, 2, ... for the questions, and -1 for padding, shape
+            `(rows, ROW)`.
+        tasks: For each row, the tasks of groups 1, 2, ...
     """
 
     pixels: torch.Tensor
@@ -49,17 +52,17 @@ class Batch:
         return replace(self, **tensors)
 
     def mask(self) -> torch.Tensor:
-        """Who sees whom, `(rows, 1, ROW, ROW)`."""
+        """Whether each token attends to each other token, shape `(rows, 1, ROW, ROW)`."""
         of, to = self.group[:, :, None], self.group[:, None, :]
         return ((of == to) | (to == 0)).tril()[:, None]
 
 
 class Packer:
-    """Makes batches from a split's endless scenes.
+    """Makes batches of the scenes of a split.
 
     Args:
-        split: "train", "validation" or "test".
-        tokenizer: The model's.
+        split: `"train"`, `"validation"` or `"test"`.
+        tokenizer: The model's tokenizer.
     """
 
     def __init__(self, split: str, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -70,7 +73,12 @@ class Packer:
             self.prefix += [token] * (VISUAL_TOKENS if token == image_token else 1)
 
     def batches(self, rows: int, start: int = 0) -> Iterator[Batch]:
-        """From batch number `start` on; a number always gives the same batch."""
+        """Yields batches without end.
+
+        Args:
+            rows: The number of rows of a batch.
+            start: The number of the first batch. A batch of the same number is always the same.
+        """
         number = start
         while True:
             yield self._batch([Random(f"{self.split} {number * rows + row}") for row in range(rows)])
@@ -115,9 +123,10 @@ class Packer:
 
 
 def questions(scene: Scene, rng: Random) -> Iterator[Question]:
-    """Every task in turn, the auxiliary ones too, in an order of chance, and no question a second time.
+    """Yields questions about a scene. All tasks, also the auxiliary ones, take turns in a random order.
 
-    A scene has more than fit in a row; when all were asked, this would go on looking.
+    No question comes twice. A scene has more questions than fit into a row, so the caller has to stop:
+    after the last new question, this would not end.
     """
     every, asked = [*TASKS, *AUXILIARY_TASKS], set()
     while True:

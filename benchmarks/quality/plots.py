@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""Plots: how the training went, and what each K costs each task."""
+"""Plots the course of the training, and what each K, schedules and gates cost in answers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +28,12 @@ def _finish(axes: Axes, path: Path) -> None:
 
 
 def plot_training(records: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Loss and accuracies of the validation split over the steps that `records` are of."""
+    """Plots loss and accuracies over the steps of the training.
+
+    Args:
+        records: The log of the training.
+        path: The image file to write.
+    """
     steps = [record["step"] for record in records]
     _, (above, below) = plt.subplots(2, 1, figsize=(8, 8), sharex=True, height_ratios=(1, 2))
     for name, label in (("train_loss", "training, weighted by answer"), ("loss", "validation, by token")):
@@ -44,7 +49,12 @@ def plot_training(records: Sequence[Mapping[str, float]], path: Path) -> None:
 
 
 def plot_layers(right: Mapping[int, dict[str, float]], path: Path) -> None:
-    """By task, accuracy over K; all of the layers are stock."""
+    """Plots the accuracy of each task over K.
+
+    Args:
+        right: The fraction of right answers, by K and task. K = L is stock vLLM.
+        path: The image file to write.
+    """
     _, axes = plt.subplots(figsize=(8, 5))
     ks = sorted(right)
     for task, style in STYLES.items():
@@ -55,12 +65,12 @@ def plot_layers(right: Mapping[int, dict[str, float]], path: Path) -> None:
 
 
 def plot_schedules(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Accuracy, mean over tasks, over the decoder's work; methods by their marker."""
+    """Plots the mean accuracy of the tasks over the decoder's work, with a marker for each method."""
     _over_work(rows, lambda row: row["schedule"].split(",")[0], "*osD^v", path)
 
 
 def plot_exits(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The same of VTW, and of gates by where they stand."""
+    """Plots the mean accuracy of the tasks over the decoder's work, for VTW and for gates."""
 
     def kind(row: Mapping[str, Any]) -> str:
         return f"gates before {', '.join(map(str, row['layers']))}" if row["layers"] else "VTW"

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""Drawn scenes: coloured shapes on a grid, and one row with a rendered string."""
+"""Draws scenes: coloured shapes on a grid, and a row of the grid with a rendered string."""
 
 from dataclasses import dataclass
 from random import Random
@@ -18,14 +18,22 @@ COLOURS = {
     "black": (20, 20, 20),
 }
 SHAPES = ("circle", "square", "triangle", "cross", "diamond")
-# No digit, which would be a number's token, and no letter that names a choice (A to D) or is too wide.
+# The characters of strings. There are no digits, whose tokens are numbers, and no letters that name a choice
+# (A to D) or are too wide.
 CHARACTERS = "EFHKLMNPRTUVXY"
 LETTER_WIDTH = SIZE // 6
 
 
 @dataclass(frozen=True)
 class Item:
-    """One object. Rows and columns count from 0, at the top left."""
+    """An object of a scene.
+
+    Attributes:
+        colour: A key of `COLOURS`.
+        shape: One of `SHAPES`.
+        row: The row of the grid, from 0 at the top.
+        column: The column of the grid, from 0 at the left.
+    """
 
     colour: str
     shape: str
@@ -34,7 +42,7 @@ class Item:
 
     @property
     def cell(self) -> int:
-        """In reading order, from 1 on."""
+        """The number of its cell in reading order, from 1 on."""
         return self.row * GRID + self.column + 1
 
     @property
@@ -44,7 +52,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: `items` in reading order; `text`, alone in `text_row`, `text_left` pixels in."""
+    """What an image shows.
+
+    Attributes:
+        items: The objects, in reading order.
+        text: The string.
+        text_row: The row of the grid that the string is in. It has no objects.
+        text_left: The pixels to the left of the string.
+    """
 
     items: tuple[Item, ...]
     text: str
@@ -53,10 +68,11 @@ class Scene:
 
     @classmethod
     def random(cls, rng: Random) -> "Scene":
+        """Draws a scene at random."""
         text_row = rng.randrange(GRID)
         text = "".join(rng.choices(CHARACTERS, k=rng.randint(3, 6)))
         cells = [(row, column) for row in range(GRID) if row != text_row for column in range(GRID)]
-        # Few colours and shapes in one scene, or there would be little to count.
+        # A scene has few colours and shapes. Otherwise there would be little to count.
         colours = rng.sample(list(COLOURS), rng.randint(2, 4))
         shapes = rng.sample(SHAPES, rng.randint(2, 4))
         items = tuple(
@@ -66,12 +82,15 @@ class Scene:
         return cls(items, text, text_row, rng.randint(0, SIZE - LETTER_WIDTH * len(text)))
 
     def unique(self) -> list[Item]:
-        """The items whose name no other has."""
+        """The objects whose colour and shape no other object has together."""
         names = [item.name for item in self.items]
         return [item for item in self.items if names.count(item.name) == 1]
 
     def draw(self, rng: Random) -> Image.Image:
-        """The picture, `SIZE` wide and high. Sizes, places within a cell and the background vary."""
+        """Draws the image, `SIZE` pixels wide and high.
+
+        Sizes, places within a cell and the background vary at random.
+        """
         background = rng.randint(225, 255)
         image = Image.new("RGB", (SIZE, SIZE), (background,) * 3)
         draw = ImageDraw.Draw(image)

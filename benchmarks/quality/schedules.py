@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""What searched schedules cost in answers beside VTW and FastV, at no more of the decoder's work.
+"""Measures what searched schedules cost in answers, compared with VTW and FastV at no more decoder work.
 
     python -m benchmarks.quality.schedules [--searched 128] [--samples 200] [--check 50] [--out FILE.json]
 
-Searches on the validation split of all tasks, with `vtw gsearch` and `vtw psigmoid`, at three budgets each:
-of changes to answers, and of work. The accuracies are the engine's, on the test split. `--check` has the
-transformers reference read so many answers to each task, and fails where it would have given others.
+It searches on the validation split of all tasks, with `vtw gsearch` at three budgets of changes to answers,
+and with `vtw psigmoid` at three budgets of work. The accuracies are those of the engine on the test split.
+With `--check`, the transformers reference reads that many answers to each task, and the benchmark fails if it
+would have given other ones.
 """
 
 import argparse
@@ -34,9 +35,9 @@ from benchmarks.quality.tasks import TASKS, samples
 from vllm_vtw.policy import Policy, Stage
 
 CHANGES = (0.001, 0.01, 0.05)
-"""Budgets of G-Search: of the mean KL, in nats, and of the share of tokens that change."""
+"""Budgets of G-Search. Each limits both the mean KL, in nats, and the fraction of tokens that change."""
 WORK = (0.8, 0.65, 0.5)
-"""Budgets of P-Sigmoid: shares of the full decoder's work on a prompt."""
+"""Budgets of P-Sigmoid, as fractions of the full decoder's work on a prompt."""
 SEARCHES = {
     **{
         f"G-Search, {most:g}": ["gsearch", f"--max-answer-kl={most}", f"--max-token-change={most}"]
@@ -45,10 +46,18 @@ SEARCHES = {
     **{f"P-Sigmoid, {budget:g}": ["psigmoid", f"--budget={budget}", "--trials=40"] for budget in WORK},
 }
 POINT = 0.01
+"""A schedule is as good as stock vLLM if its mean accuracy is at most this much lower."""
 
 
 def searched(command: Sequence[str], data: Path, number: int, out: Path) -> dict[str, Any]:
-    """What a search prints as JSON."""
+    """Runs a search. Returns the result that it prints as JSON.
+
+    Args:
+        command: The command and its options.
+        data: The data file.
+        number: The number of samples.
+        out: The command's folder for results.
+    """
     options = {"data": data, "limit": number, "max-tokens": MAX_ANSWER_TOKENS, "out": out}
     vtw = str(Path(sys.executable).with_name("vtw"))
     flags = [f"--{name}={value}" for name, value in options.items()]
@@ -60,7 +69,12 @@ def searched(command: Sequence[str], data: Path, number: int, out: Path) -> dict
 
 
 def largest_gap(schedule: Mapping[int, float], answered: Sequence[tuple[Sample, Answer]]) -> float:
-    """By how many logits the reference prefers another token than the engine's, at most."""
+    """The largest number of logits by which the reference prefers another token to the engine's.
+
+    Args:
+        schedule: The fraction of visual tokens from each layer on, by layer.
+        answered: Samples and the engine's answers.
+    """
     from tests.engine.reference import Reference
 
     oracle, gaps = Reference(CHECKPOINT), [0.0]
@@ -73,12 +87,12 @@ def largest_gap(schedule: Mapping[int, float], answered: Sequence[tuple[Sample, 
 
 
 def mean_right(row: Mapping[str, Any]) -> float:
-    """The share of right answers, mean over tasks."""
+    """The fraction of right answers, as a mean over tasks."""
     return mean(row["engine"]["right"].values())
 
 
 def beside_vtw(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """By how much `mean_right` is above that of VTW at no more work; None for what has no such VTW."""
+    """By how much `mean_right` of a row is above that of VTW at no more work. None if there is none."""
     vtw = [
         other for other in rows if other["search"] == row["search"] and other["schedule"].startswith("VTW")
     ]
@@ -87,7 +101,7 @@ def beside_vtw(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> flo
 
 
 def least_work(rows: Sequence[Mapping[str, Any]], method: str) -> str:
-    """A method's schedule of the least work that stays within a point of stock, mean over tasks, in words."""
+    """A sentence about a method's schedule with the least work that stays within a point of stock vLLM."""
     stock = rows[0]
     within = [
         row
@@ -107,7 +121,7 @@ def least_work(rows: Sequence[Mapping[str, Any]], method: str) -> str:
 
 
 def against_vtw(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Which searches beat VTW, and which do not, in words."""
+    """A sentence about which searches beat VTW and which do not."""
     above = {
         row["schedule"]: beside_vtw(row, rows)
         for row in rows
@@ -122,7 +136,10 @@ def against_vtw(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """In Markdown: shares of stock's work and KV memory, and accuracies, in percent."""
+    """A Markdown table of work, KV memory and accuracies in percent, and sentences that summarise it.
+
+    Work and KV memory are relative to stock vLLM's.
+    """
     head = ["searched", "schedule", "work", "KV", *TASKS, "caption, objects", "mean", "above VTW"]
     lines = [f"| {' | '.join(head)} |", f"| --- | --- |{' ---: |' * (len(head) - 2)}"]
     for row in rows:
@@ -139,7 +156,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def measured(
     policy: Mapping[str, Any], model: dict[str, Any], asked: Sequence[Sample], check: int
 ) -> dict[str, Any]:
-    """What the engine answers under a policy, scored; with `check`, also what the reference makes of it."""
+    """Serves a policy, and returns the score of its answers.
+
+    Args:
+        policy: The policy, as the search's result contains it.
+        model: What a policy file says about the model.
+        asked: The images and questions.
+        check: The number of answers to each task that the reference reads. 0 for none.
+    """
     stages = tuple(Stage(**stage) for stage in policy["stages"])
     with TemporaryDirectory() as folder:
         file = Path(folder) / "policy.json"

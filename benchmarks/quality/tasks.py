@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""Questions about a scene, with answers that can be checked exactly."""
+"""Asks questions about a scene, with answers that can be checked exactly."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +15,13 @@ CHOICES = {"left of": "A", "right of": "B", "above": "C", "below": "D"}
 
 @dataclass(frozen=True)
 class Question:
-    """One question about a scene, and its only right answer."""
+    """A question about a scene.
+
+    Attributes:
+        task: The name of the task.
+        text: The question.
+        answer: The only right answer.
+    """
 
     task: str
     text: str
@@ -27,7 +33,7 @@ def presence(scene: Scene, rng: Random) -> tuple[str, str]:
     if rng.random() < 0.5:
         name, answer = rng.choice(sorted(present)), "yes"
     else:
-        # Mostly a colour and a shape that the scene has, but not together.
+        # Most of these questions name a colour and a shape that the scene has, but not together.
         seen = [f"{a.colour} {b.shape}" for a in scene.items for b in scene.items]
         every = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
         absent = [name for name in (seen if rng.random() < 0.7 else every) if name not in present]
@@ -44,7 +50,7 @@ def attribute(scene: Scene, rng: Random) -> tuple[str, str]:
 def counting(scene: Scene, rng: Random) -> tuple[str, str]:
     kind, every = rng.choice((("colour", tuple(COLOURS)), ("shape", SHAPES)))
     present = [getattr(item, kind) for item in scene.items]
-    # What the scene lacks is asked for seldom, or most answers would be 0.
+    # Few questions are about what the scene lacks. Otherwise most answers would be 0.
     wanted = rng.choice(sorted(set(present)) if rng.random() < 0.85 else every)
     return f"How many {wanted} objects are there?", str(present.count(wanted))
 
@@ -90,18 +96,18 @@ Task = Callable[[Scene, Random], tuple[str, str] | None]
 TASKS: dict[str, Task] = {
     function.__name__: function for function in (presence, attribute, counting, relation, ocr, caption)
 }
-# For training alone, one step each of what relations and strings need.
+# Tasks that are used only for training. They teach single steps of what relations and strings need.
 AUXILIARY_TASKS: dict[str, Task] = {function.__name__: function for function in (place, character)}
 
 
 def ask(task: str, scene: Scene, rng: Random) -> Question | None:
-    """A question of `task`; None where the scene has none."""
+    """A question of a task about a scene. None if the task has no question about it."""
     asked = (TASKS | AUXILIARY_TASKS)[task](scene, rng)
     return Question(task, *asked) if asked else None
 
 
 def samples(split: str, task: str) -> Iterator[tuple[Image.Image, Question]]:
-    """Endless pictures with one question each. The same split and task give the same again."""
+    """Yields images with one question each, without end. They are the same for the same split and task."""
     number = 0
     while True:
         rng = Random(f"{split} {task} {number}")
@@ -113,7 +119,15 @@ def samples(split: str, task: str) -> Iterator[tuple[Image.Image, Question]]:
 
 
 def objects_found(answer: str, said: str) -> float:
-    """The share of a caption's objects that were said. Each counts once, and what was made up counts too."""
+    """The fraction of a caption's objects that were named.
+
+    It is the number of objects named, each once, divided by the number of objects in the right answer or in
+    the given one, whichever is larger. Made-up objects therefore lower it.
+
+    Args:
+        answer: The right caption.
+        said: The caption that the model gave.
+    """
     wanted, found = answer.split(", "), said.split(", ")
     hits = sum(min(wanted.count(name), found.count(name)) for name in set(wanted))
     return hits / max(len(wanted), len(found))

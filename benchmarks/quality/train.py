@@ -4,8 +4,8 @@
 
     python -m benchmarks.quality.train --out FOLDER
 
-First the vision tower alone, a few minutes; then the whole model. Stopped and called again, it goes on from
-the last checkpoint in FOLDER.
+It first trains only the vision tower, for a few minutes, and then the whole model. If it is interrupted and
+run again, it goes on from the last checkpoint in FOLDER.
 """
 
 import argparse
@@ -36,18 +36,18 @@ VISION_ROWS, VISION_STEPS = 16, 1_200
 ROWS, STEPS = 4, 8_000
 MUON_RATE, ADAMW_RATE, WEIGHT_DECAY = 2e-3, 1e-3, 0.05
 WARM_UP = 100  # steps
-# The last part of the steps, in which the learning rate falls to 0.
+# The fraction of the steps at the end in which the learning rate falls to 0.
 COOL_DOWN = 0.3
 VALIDATE_EVERY, VALIDATION_ROWS = 250, 64
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """As a share of the highest: up, level, then down in a line."""
+    """The learning rate of a step, as a fraction of the highest: it rises, stays, and falls linearly."""
     return min((step + 1) / WARM_UP, 1.0, max((steps - step) / (COOL_DOWN * steps), 0.0))
 
 
 def logits(model: LlavaForConditionalGeneration, batch: Batch) -> torch.Tensor:
-    """Of the tokens that have a target, in order: `(targets, vocabulary)`."""
+    """The logits of the tokens that have a target, shape `(targets, vocabulary)`."""
     text = model.model.language_model
     visual = torch.cat(
         list(model.model.get_image_features(pixel_values=normalised(batch.pixels)).pooler_output)
@@ -62,6 +62,7 @@ def logits(model: LlavaForConditionalGeneration, batch: Batch) -> torch.Tensor:
 
 
 def weighted_loss(model: LlavaForConditionalGeneration, batch: Batch) -> torch.Tensor:
+    """The cross-entropy of a batch, as a mean weighted by `Batch.weights`."""
     belongs = batch.targets != IGNORE
     losses = cross_entropy(logits(model, batch), batch.targets[belongs], reduction="none")
     return losses @ batch.weights[belongs] / batch.weights.sum()
@@ -69,7 +70,7 @@ def weighted_loss(model: LlavaForConditionalGeneration, batch: Batch) -> torch.T
 
 @torch.no_grad()
 def validate(model: LlavaForConditionalGeneration, batch: Batch) -> dict[str, float]:
-    """The loss, and by task the share of answers that greedy decoding gets right to the last token."""
+    """The loss, and for each task the fraction of answers that greedy decoding gets completely right."""
     belongs = batch.targets != IGNORE
     found, wanted = logits(model, batch), batch.targets[belongs]
     rows = torch.arange(len(batch.ids), device=batch.ids.device)[:, None].expand_as(batch.ids)[belongs]
@@ -84,21 +85,21 @@ def validate(model: LlavaForConditionalGeneration, batch: Batch) -> dict[str, fl
 
 
 def recipe() -> str:
-    """A digest of the code that decides what comes out of a training."""
+    """A SHA-256 of the code that a training's result depends on."""
     names = ("scenes", "tasks", "model", "packing", "vision", "muon", "train")
     sources = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in names]
     return hashlib.sha256(b"".join(sources)).hexdigest()
 
 
 def write_state(state: dict[str, Any], path: Path) -> None:
-    """At once or not at all."""
+    """Writes a training's state to a file. If it is interrupted, the file stays as it was."""
     new = path.with_suffix(".new")
     torch.save(state | {"recipe": recipe()}, new)
     new.replace(path)
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What `write_state` wrote, unless that was other code."""
+    """Reads a file of `write_state`. The process exits if another version of the code wrote it."""
     state: dict[str, Any] = torch.load(path, map_location="cpu")
     if state["recipe"] != recipe():
         sys.exit(f"{path} comes from other code: remove it, or train into another folder")
@@ -106,11 +107,11 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 class Trainer:
-    """Muon for the matrices of layers, AdamW for the rest.
+    """Trains a model with Muon for the matrices of layers, and with AdamW for all other parameters.
 
     Args:
-        model: All of its parameters are trained.
-        steps: How many there will be.
+        model: The model. All of its parameters are trained.
+        steps: The number of steps of the training.
     """
 
     def __init__(self, model: nn.Module, steps: int) -> None:
@@ -140,7 +141,7 @@ class Trainer:
         write_state({"log": log, "parts": [part.state_dict() for part in self._parts()]}, path)
 
     def load(self, path: Path) -> list[dict[str, float]]:
-        """Returns the log; its last record is of the step to go on from."""
+        """Loads what `save` wrote, and returns the log. Its last record is that of the last step."""
         saved = read_state(path)
         for part, state in zip(self._parts(), saved["parts"], strict=True):
             part.load_state_dict(state)
@@ -152,7 +153,7 @@ class Trainer:
 
 
 def train_vision(tower: nn.Module, out: Path, device: str) -> None:
-    """Teaches the vision tower what each patch shows; its reader is thrown away."""
+    """Trains the vision tower to tell what each patch shows, with a `PatchReader` that is then discarded."""
     saved = out / "vision.pt"
     if saved.exists():
         tower.load_state_dict(read_state(saved)["tower"])
@@ -171,9 +172,12 @@ def train_vision(tower: nn.Module, out: Path, device: str) -> None:
 
 
 def initialise(model: LlavaForConditionalGeneration) -> None:
-    """Weights that bring what is read to the depths: transformers' own fit far wider models."""
+    """Draws initial weights with which input reaches deep layers.
+
+    transformers' own initial weights are made for far wider models.
+    """
     places, text = model.model.vision_tower.embeddings.position_embedding, model.model.language_model
-    nn.init.normal_(places.weight, std=0.3)  # about what pixels bring
+    nn.init.normal_(places.weight, std=0.3)  # about as large as what comes from pixels
     nn.init.normal_(text.embed_tokens.weight, std=0.5)
     for linear in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
         nn.init.normal_(linear.weight, std=linear.in_features**-0.5)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""The vision tower's own training, in CLIP's stead: what each patch of a picture shows."""
+"""Trains the vision tower to tell what each patch of an image shows. This replaces CLIP's training."""
 
 from random import Random
 
@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from benchmarks.quality.model import PATCH, SIDE
 from benchmarks.quality.scenes import CELL, CHARACTERS, COLOURS, GRID, LETTER_WIDTH, SHAPES, Scene
 
-# By what is asked of a patch, how many answers there are; where there may be nothing, 0 says so.
+# What a patch is asked for, and the number of possible answers. If a patch may show nothing, 0 says so.
 LABELS = {
     "colour": len(COLOURS) + 1,
     "shape": len(SHAPES) + 1,
@@ -24,9 +24,10 @@ LABELS = {
 
 
 def labels(scene: Scene) -> dict[str, np.ndarray]:
-    """By label, an array `(SIDE, SIDE)`.
+    """The right answers for the patches of a scene, each an array of shape `(SIDE, SIDE)`.
 
-    `number` is an object's or a character's place in reading order, from 1 on: what stands before it counts.
+    `number` is the place of an object among the objects in reading order, or of a character in the string,
+    from 1 on. To know it, a patch has to attend to what is before it.
     """
     cells = np.arange(SIDE) * PATCH // CELL
     found = {name: np.zeros((SIDE, SIDE), np.int64) for name in LABELS}
@@ -46,7 +47,15 @@ def labels(scene: Scene) -> dict[str, np.ndarray]:
 
 
 def pictures(rows: int, number: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Pixels `(rows, SIZE, SIZE, 3)` and labels `(rows, SIDE * SIDE)`. A number always gives the same."""
+    """A batch of images and their labels.
+
+    Args:
+        rows: The number of images.
+        number: The number of the batch. A batch of the same number is always the same.
+
+    Returns:
+        The pixels, shape `(rows, SIZE, SIZE, 3)`, and the labels by name, each `(rows, SIDE * SIDE)`.
+    """
     pixels, found = [], []
     for row in range(rows):
         rng = Random(f"vision train {number * rows + row}")
@@ -58,7 +67,11 @@ def pictures(rows: int, number: int) -> tuple[torch.Tensor, dict[str, torch.Tens
 
 
 class PatchReader(nn.Module):
-    """One linear layer for every label, on a patch's features `(..., hidden)`."""
+    """Reads every label from a patch's features, with a linear layer for each.
+
+    Args:
+        hidden: The number of features of a patch.
+    """
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -67,7 +80,12 @@ class PatchReader(nn.Module):
     def forward(
         self, features: torch.Tensor, wanted: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """The loss, and by label the share of patches read right, those of label 0 aside."""
+        """The loss, and for each label the fraction of patches that are read right, without those of label 0.
+
+        Args:
+            features: The features of patches, shape `(rows, patches, hidden)`.
+            wanted: The labels by name, each of shape `(rows, patches)`.
+        """
         losses, shares = [], {}
         for name, head in self.heads.items():
             logits, target = head(features).flatten(0, 1), wanted[name].flatten()

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""Measures stock vLLM against the plugin at equal KV memory.
+"""Compares the speed of stock vLLM and the plugin at equal KV memory.
 
     python -m benchmarks.serving [small | schedule | cards | full] [--only TEXT] [--output FILE [--resume]]
 
-`small` and `schedule` take two cores of a CPU, the others one GPU. Nothing else should run meanwhile.
+`small` and `schedule` need two cores of a CPU, and the others need one GPU. Nothing else should run at the
+same time.
 """
 
 import argparse
@@ -45,13 +46,13 @@ def main() -> None:
     def save(result: dict[str, Any]) -> None:
         whole = output.with_suffix(".part")
         whole.write_text(json.dumps({**result, "command": shlex.join(command)}, indent=1) + "\n")
-        whole.replace(output)  # what was measured so far outlives an interruption
+        whole.replace(output)  # The file is whole even if the benchmark is interrupted.
 
     try:
         setup = SETUPS[arguments.setup]().chosen(arguments.only)
         earlier = read(output) if arguments.resume else None
         for shown in (output.with_suffix(".md"), output.with_suffix(".png")):
-            shown.unlink(missing_ok=True)  # of an earlier result
+            shown.unlink(missing_ok=True)  # They show an earlier result.
         result = measure(arguments.setup, setup, FOLDER, save, earlier)
     except ValueError as wrong:
         parser.error(str(wrong))
@@ -69,4 +70,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit(130)  # `serving` has ended its servers
+        sys.exit(130)  # `serving` has stopped the servers.

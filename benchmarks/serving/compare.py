@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""Stock vLLM and the plugin with one policy, side by side, from a result's runs."""
+"""Compares the runs of stock vLLM in a result with those of the plugin under one policy."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,28 +17,34 @@ from vllm_vtw.search.price import RequestTokens
 FORMAT = "vllm-vtw-serving/2"
 Run = Mapping[str, Any]
 LITTLE = 1.2
-"""Below this ratio of requests answered in a second the tables give a reason."""
+"""If the plugin answers fewer than this many times stock vLLM's requests per second, the tables say why."""
 
 
 def named(policy: Policy) -> str:
-    """A policy in few words."""
+    """A short description of a policy, such as `K = 16`."""
     if policy.ranking is None:
         return f"K = {policy.stages[0].layer}"
     return "keep " + ", ".join(f"{stage.keep:g} from layer {stage.layer}" for stage in policy.stages)
 
 
 def label(sweep: str, value: str, policy: Policy) -> str:
-    """What a row of the tables is called."""
+    """The name of a row in the tables.
+
+    Args:
+        sweep: What is varied, as in `Point`.
+        value: The value that it has, as in `Point`.
+        policy: The plugin's policy.
+    """
     if sweep == "K":
         return f"K: {policy.stages[0].layer} {value}"
     return f"{sweep}: {named(policy)}" if sweep == "schedule" else f"{sweep}: {value}"
 
 
 def read(file: Path) -> dict[str, Any]:
-    """A result.
+    """Reads the result file of a benchmark.
 
     Raises:
-        ValueError: The file is none.
+        ValueError: The file cannot be read, or is not such a result.
     """
     try:
         result = json.loads(file.read_text())
@@ -51,14 +57,14 @@ def read(file: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The runs of one point, in the order of their turns.
+    """The runs of one point, for stock vLLM and for the plugin with one policy.
 
     Args:
-        point: As in the result.
-        model: As in the result.
-        policy: The plugin's.
-        stock: Runs of stock vLLM.
-        vtw: Runs of the plugin.
+        point: The point, as in the result.
+        model: The model that was served.
+        policy: The plugin's policy.
+        stock: The runs of stock vLLM, in the order in which they were made.
+        vtw: The runs of the plugin, in the order in which they were made.
     """
 
     point: Mapping[str, Any]
@@ -69,26 +75,32 @@ class Comparison:
 
     @property
     def label(self) -> str:
+        """The name of the row in the tables."""
         return label(self.point["sweep"], self.point["value"], self.policy)
 
     def means(self, part: str, metric: str) -> tuple[float, float]:
-        """Of stock vLLM's runs and of the plugin's."""
+        """The mean of a metric over stock vLLM's runs, and over the plugin's.
+
+        Args:
+            part: The part of a run that has the metric, `"output"` or `"steps"`.
+            metric: The key of the metric in it.
+        """
         stock, vtw = (mean(run[part][metric] for run in runs) for runs in (self.stock, self.vtw))
         return stock, vtw
 
     def ratio(self, part: str, metric: str) -> float:
-        """The plugin's over stock's."""
+        """The plugin's mean of a metric divided by stock vLLM's. The arguments are those of `means`."""
         stock, vtw = self.means(part, metric)
         return vtw / stock
 
     @property
     def speed(self) -> float:
-        """Requests answered in a second, the plugin's over stock's."""
+        """The plugin's requests answered per second, divided by stock vLLM's."""
         return self.ratio("output", "request_throughput")
 
     @property
     def speeds(self) -> list[float]:
-        """The same for each pair of turns."""
+        """`speed` for each pair of runs."""
         return [
             vtw["output"]["request_throughput"] / stock["output"]["request_throughput"]
             for stock, vtw in zip(self.stock, self.vtw, strict=True)
@@ -96,23 +108,23 @@ class Comparison:
 
     @property
     def prompt_seconds(self) -> tuple[float, float]:
-        """In prompts, of a run of stock vLLM and of the plugin."""
+        """The seconds of a run that prompts took in stock vLLM, and in the plugin, as means over runs."""
         return self.means("steps", "prefill")
 
     @property
     def decode_seconds(self) -> tuple[float, float]:
-        """Of the rest."""
+        """The other seconds of a run in stock vLLM, and in the plugin, as means over runs."""
         whole, prompts = self.means("steps", "seconds"), self.prompt_seconds
         return whole[0] - prompts[0], whole[1] - prompts[1]
 
     @property
     def prefill_share(self) -> float:
-        """The part of stock's time that computed prompts."""
+        """The fraction of stock vLLM's time in which it computed prompts."""
         return self.prompt_seconds[0] / self.means("steps", "seconds")[0]
 
     @property
     def short_of_memory(self) -> bool:
-        """Whether stock vLLM had requests wait, and one more would not have fitted."""
+        """Whether requests waited in stock vLLM because one more would not have fitted into the KV cache."""
         workload = self.point["workload"]
         wanted = min(workload["requests"], workload["concurrency"] or workload["requests"])
         running, used = (self.means("steps", metric)[0] for metric in ("most_running", "most_kv"))
@@ -120,14 +132,14 @@ class Comparison:
 
     @property
     def prefix_hits(self) -> float:
-        """The share of stock vLLM's prompt tokens that were in its prefix cache."""
+        """The fraction of prompt tokens that stock vLLM found in its prefix cache."""
         return sum(run["prefix_hits"] for run in self.stock) / sum(
             run["output"]["total_input_tokens"] for run in self.stock
         )
 
     @property
     def request(self) -> RequestTokens:
-        """A request's tokens."""
+        """The mean numbers of tokens of a request."""
         output, workload = self.stock[0]["output"], self.point["workload"]
         visual = self.model.visual_tokens * workload["images"]
         return RequestTokens(
@@ -136,7 +148,7 @@ class Comparison:
 
     @property
     def limits(self) -> Limits | None:
-        """What is possible; None where requests share what is computed and held."""
+        """What withdrawal can win at most. None with prefix caching, where requests share computed blocks."""
         if self.point["engine"]["prefix_caching"]:
             return None
         running = self.means("steps", "mean_running")[0]
@@ -146,7 +158,7 @@ class Comparison:
 
     @property
     def reason(self) -> str:
-        """Why there is little to win."""
+        """Why withdrawal wins little at this point."""
         if self.limits is None:
             return f"{self.prefix_hits:.0%} of the prompts' tokens are in the prefix cache, on either side"
         known = []
@@ -167,7 +179,7 @@ class Comparison:
 
 
 def compare(result: Mapping[str, Any]) -> list[Comparison]:
-    """A comparison for every point and policy of which both sides have had their two turns."""
+    """The comparisons of a result: one for every point and policy that has two runs of each side."""
     compared = []
     for number, point in enumerate(result["points"]):
         runs = [run for run in result["runs"] if run["point"] == number]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""What withdrawal can win at most, from the numbers of tokens and where stock vLLM's time goes."""
+"""Computes what withdrawal can win at most, from the numbers of tokens and how stock vLLM spends its time."""
 
 from dataclasses import dataclass, replace
 
@@ -11,13 +11,14 @@ from vllm_vtw.search.price import RequestTokens
 
 @dataclass(frozen=True)
 class Limits:
-    """At most so many times stock vLLM's.
+    """Upper bounds of what the plugin can reach, as multiples of what stock vLLM reaches.
 
     Attributes:
-        requests: Requests at once, where memory is what there is too little of.
-        prefill: Prompts that the decoder's layers compute in a second.
-        decode: Tokens decoded in a second.
-        speed: Requests answered in a second: `prefill` and `decode`, each for its part of stock's time.
+        requests: The number of requests that run at once, if KV memory limits it.
+        prefill: The prompts that the decoder's layers compute per second.
+        decode: The tokens that are decoded per second.
+        speed: The requests that are answered per second. It combines `prefill` and `decode`, each for its
+            fraction of stock vLLM's time.
     """
 
     requests: float
@@ -34,22 +35,24 @@ def limits(
     running: float,
     short_of_memory: bool,
 ) -> Limits:
-    """The limits for requests of one kind and a policy.
+    """The limits for requests of one kind under a policy.
 
-    Short of memory, a step of as many more requests takes the same time at best: it reads the weights and a
-    full KV cache. With memory for all, it reads the weights as before and less of the cache. Not counted, and
-    so missing from what is reached: blocks that are not full, the vision tower, sampling, and the computation
-    in decode steps.
+    If KV memory is short, more requests run at once. At best, a decode step of more requests takes as long as
+    before, because it reads the weights and a full KV cache in both cases. If there is memory for all
+    requests, a decode step reads the same weights and less of the KV cache.
+
+    The limits leave out blocks that are not full, the vision tower, sampling, and the computation in decode
+    steps. What is reached is therefore less.
 
     Args:
-        request: Its tokens.
-        model: Its decoder's shape.
-        policy: What is withdrawn.
-        prefill_share: The part of stock's time that computes prompts, from 0 to 1.
-        running: Requests at once in stock vLLM.
-        short_of_memory: Whether stock vLLM had requests wait for KV memory.
+        request: The numbers of tokens of a request.
+        model: The model's shape.
+        policy: The plugin's policy.
+        prefill_share: The fraction of stock vLLM's time in which it computes prompts.
+        running: The number of requests that run at once in stock vLLM.
+        short_of_memory: Whether requests wait for KV memory in stock vLLM.
     """
-    # A request holds its whole answer only at its end: over its decode steps, half of it.
+    # A request holds its whole answer only in its last step. Over its decode steps, it holds half of it.
     middle = replace(request, output=request.output / 2)
     share = model.price(middle).kv_share(policy)
     decode = 1 / share

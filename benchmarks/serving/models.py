@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""LLaVA models to measure: configuration, tokenizer and processor, with weights that vLLM makes up.
+"""The LLaVA models that benchmarks serve. They have no weights: `--load-format dummy` lets vLLM make them up.
 
-Speed and memory depend on a model's shape alone, so `--load-format dummy` measures what real weights would.
+Speed and memory depend only on a model's shape, so the results are those of real weights.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,19 @@ MAX_POSITIONS = 4096
 
 @dataclass(frozen=True)
 class Llava:
-    """A LLaVA-1.5's shape. An image is `image_side` patches wide and high."""
+    """The shape of a model with LLaVA-1.5's architecture.
+
+    Attributes:
+        name: The name that tables show.
+        layers: The number of decoder layers.
+        hidden: The decoder's hidden size.
+        intermediate: The decoder's intermediate size.
+        heads: The number of attention heads, and of key-value heads.
+        vocab: The size of the vocabulary.
+        image_side: The width and height of an image in patches. Each patch becomes a visual token.
+        vision_layers: The number of layers of the vision tower.
+        vision_hidden: The vision tower's hidden size.
+    """
 
     name: str
     layers: int
@@ -33,32 +45,33 @@ class Llava:
 
     @property
     def visual_tokens(self) -> int:
-        """Of an image."""
+        """The number of visual tokens of an image."""
         return self.image_side**2
 
     @property
     def pixels(self) -> int:
-        """An image's width and height."""
+        """The width and height of an image in pixels."""
         return self.image_side * PATCH_SIZE
 
     @property
     def layer_parameters(self) -> int:
-        """Of a decoder layer."""
+        """The number of parameters of a decoder layer."""
         return 4 * self.hidden**2 + 3 * self.hidden * self.intermediate
 
     @property
     def served_as(self) -> dict[str, Any]:
-        """What a policy file says of the model."""
+        """What a policy file says about the model."""
         return {"model_type": "llava", "num_hidden_layers": self.layers, "hidden_size": self.hidden}
 
     def price(self, request: RequestTokens) -> Price:
-        """Of policies, for requests of one kind."""
+        """Computes the cost of policies for requests of one kind."""
         return Price(self.layers, self.layer_parameters, self.hidden, request)
 
     def save(self, folder: Path) -> Path:
-        """Writes all but weights to `folder` and returns it."""
+        """Writes the configuration, tokenizer and processor to `folder`, and returns `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
-        # A word for most of the ids that such a model says, or the server would stream nothing for them.
+        # A model with random weights says any id. The server streams nothing for an id without text, so most
+        # ids get a word.
         tokenizer = make_tokenizer([CORPUS], 512, [f" w{number}" for number in range(self.vocab - 512)])
         make_processor(tokenizer, self.pixels, PATCH_SIZE).save_pretrained(folder)
         LlavaConfig(
@@ -94,4 +107,5 @@ class Llava:
 
 LLAVA_7B = Llava("LLaVA-1.5-7B's shape", 32, 4096, 11008, 32, 32064, 24, 24, 1024)
 QUARTER = Llava("16 layers of width 1024", 16, 1024, 2048, 16, 1024, 12, 8, 256)
-"""An image is a quarter of LLaVA-1.5's tokens, and the vision tower as large beside the decoder."""
+"""A small model. An image has a quarter of LLaVA-1.5's visual tokens, and the vision tower is as large as in
+LLaVA-1.5, relative to the decoder."""

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""Says where an engine's time goes, part by part, in stock vLLM and with the plugin.
+"""Measures how much time each part of an engine takes, in stock vLLM and with the plugin.
 
     python -m benchmarks.serving.profile [small | cards | full] [--only TEXT...] [--output FILE]
 
-PyTorch's profiler watches an engine that answers up to 32 of a point's requests, all at once.
+PyTorch's profiler records an engine that answers up to 32 of a point's requests, all at once.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in the process that is watched
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # The engine has to run in the process that is profiled.
 
 import numpy as np
 import torch
@@ -41,7 +41,10 @@ MOST_REQUESTS = 32
 
 
 def parts(llm: Any) -> list[tuple[type, str, str]]:
-    """Class, method and name of what is told apart. What a part has inside it of another is the other's."""
+    """The methods whose time is measured, each as its class, its name and the part that it belongs to.
+
+    If a part calls another part, that time counts only for the other part.
+    """
     from vllm.v1.engine.llm_engine import LLMEngine
 
     from vllm_vtw.models.decoder import StagedDecoder
@@ -85,6 +88,7 @@ def parts(llm: Any) -> list[tuple[type, str, str]]:
 
 
 def mark(owner: type, method: str, part: str) -> None:
+    """Has the profiler record every call of a method as a call of a part."""
     original = getattr(owner, method)
 
     def marked(*args: Any, **kwargs: Any) -> Any:
@@ -96,7 +100,12 @@ def mark(owner: type, method: str, part: str) -> None:
 
 @dataclass(frozen=True)
 class Seconds:
-    """By part, without what is inside it of another: of the host, and of the kernels that it started."""
+    """The seconds that each part took, without other parts that it called.
+
+    Attributes:
+        host: The host's seconds, by part.
+        gpu: The seconds of the GPU kernels that a part started, by part.
+    """
 
     host: dict[str, float]
     gpu: dict[str, float]
@@ -109,7 +118,7 @@ class Seconds:
         kernels = 0.0
         for event in events:
             if event.device_type != DeviceType.CPU:
-                # A mark's own track on the GPU spans the gaps between its kernels.
+                # On the GPU, the event of a mark includes the gaps between its kernels.
                 kernels += 0 if event.name.startswith(MARK) else event.time_range.elapsed_us() / 1e6
                 continue
             around = _part_around(event.cpu_parent)
@@ -126,17 +135,25 @@ class Seconds:
 
 
 def _part(event: FunctionEvent) -> str:
+    """The part that an event marks. Empty if it marks none."""
     return event.name.removeprefix(MARK) if event.name.startswith(MARK) else ""
 
 
 def _part_around(event: FunctionEvent | None) -> str:
+    """The innermost part that an event belongs to, the event included. Empty if there is none."""
     while event is not None and not _part(event):
         event = event.cpu_parent
     return "" if event is None else _part(event)
 
 
 def profiled(setup: Setup, point: Point, side: Side) -> Seconds:
-    """One engine, in this process."""
+    """Runs an engine in this process, and returns the seconds of its parts.
+
+    Args:
+        setup: The setup that the point belongs to.
+        point: The workload and the engine's options.
+        side: The plugin's policy. None for stock vLLM.
+    """
     os.environ.update(setup.env)
     from vllm import LLM, SamplingParams
     from vllm.engine.arg_utils import EngineArgs
@@ -170,7 +187,11 @@ def profiled(setup: Setup, point: Point, side: Side) -> Seconds:
 
 
 def table(sides: Mapping[str, Mapping[str, float]]) -> str:
-    """Markdown: the sides' seconds by part, the largest first."""
+    """A Markdown table of the seconds of each part, the largest first.
+
+    Args:
+        sides: The seconds by part, for `"stock"` and `"vtw"`.
+    """
     stock, vtw = sides["stock"], sides["vtw"]
     rows = {part: (stock.get(part, 0), vtw.get(part, 0)) for part in stock.keys() | vtw}
     rows = dict(sorted(rows.items(), key=lambda row: -max(row[1])))

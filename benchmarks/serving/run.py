@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""Runs stock vLLM and the plugin over the points of a setup, in ABBA order."""
+"""Measures stock vLLM and the plugin at the points of a setup, in the order ABBA."""
 
 import json
 import re
@@ -26,12 +26,12 @@ TOLD_AT_START = re.compile(
 )
 COUNTED = {
     "preemptions": "vllm:num_preemptions_total",
-    "prefix_hits": "vllm:prefix_cache_hits_total",  # in tokens
+    "prefix_hits": "vllm:prefix_cache_hits_total",  # It counts tokens.
 }
 WARM_UP = Workload(requests=4, text=8, output=8)
 WARM_UP_SEED = 1_000_000
 Side = Policy | None
-"""None is stock vLLM."""
+"""What is compared: the plugin with a policy, or None for stock vLLM."""
 
 
 def measure(
@@ -43,20 +43,22 @@ def measure(
 ) -> dict[str, Any]:
     """Measures every point twice on every side.
 
-    What a server does not start for, or fails in, is left out.
+    If a server of an engine does not start, or fails, all points of that engine are left out.
 
     Args:
-        name: Of the setup.
+        name: The name of the setup.
         setup: What to measure.
-        folder: For the model and images. Relative, it leaves no trace of this machine in the result.
-        save: Takes the result so far, after each run.
-        earlier: A result to go on from: what is missing of an engine is measured anew, whole.
+        folder: The folder for the model and images. The result contains this path, so a relative one says
+            nothing about this machine.
+        save: Called with the result so far after each run.
+        earlier: The result of an interrupted benchmark, which is continued. If runs of an engine are missing,
+            all points of that engine are measured again.
 
     Returns:
         The result.
 
     Raises:
-        ValueError: `earlier` is of something else, or a server's log does not tell of its steps.
+        ValueError: `earlier` is the result of something else, or a server's log does not report its steps.
     """
     model = setup.model.save(folder / "model")
     result: dict[str, Any] = {
@@ -95,7 +97,7 @@ def measure(
                     flush=True,
                 )
         except ServerError as failure:
-            # The other engines' servers may well run: this card may be too small for the one.
+            # Servers of other engines may still start, for example if this GPU is too small for this one.
             print(failure, file=sys.stderr)
             result["runs"] = [run for run in result["runs"] if run["point"] not in numbers]
             result["left_out"].update({str(number): why(failure) for number in numbers})
@@ -104,11 +106,12 @@ def measure(
 
 
 def side_named(side: Side) -> str:
+    """The name of a side in messages."""
     return "stock vLLM" if side is None else f"the plugin, {named(side)}"
 
 
 def why(failure: ServerError) -> str:
-    """The last line that names an error."""
+    """The last line of a failure that names an error, or its first line if none does."""
     lines = [line for line in str(failure).splitlines() if "Error: " in line]
     return re.sub(r"^.*?(\w+Error: )", r"\1", lines[-1]) if lines else str(failure).splitlines()[0]
 
@@ -116,7 +119,16 @@ def why(failure: ServerError) -> str:
 def runs_of(
     engine: Engine, points: Sequence[tuple[int, Point]], setup: Setup, model: Path
 ) -> Iterator[tuple[Side, dict[str, Any]]]:
-    """The runs of points of one engine, each with its side.
+    """Starts the servers of one engine, and measures its points.
+
+    Args:
+        engine: The options of the servers.
+        points: The points and their numbers in the setup.
+        setup: The setup.
+        model: The folder of the model.
+
+    Yields:
+        Each run, and the side that it belongs to.
 
     Raises:
         ServerError: A server did not start, or failed.
@@ -147,7 +159,7 @@ def runs_of(
 
     turns: Counter[tuple[int, Side]] = Counter()
     for number, side, server in palindromes(points, start, setup.resident):
-        # Both sides are asked the same, and no server is asked the same twice.
+        # All sides get the same requests, and no server gets the same requests twice.
         seed = 2 * number + turns[number, side]
         turns[number, side] += 1
         before, logged = server.metrics(), len(server.log())
@@ -170,7 +182,7 @@ def runs_of(
 
 
 def by_engine(points: Sequence[Point]) -> list[tuple[Engine, list[tuple[int, Point]]]]:
-    """The points with their numbers, those of one engine together, in the order of their first."""
+    """The points and their numbers, grouped by engine. Engines are in the order of their first points."""
     engines: dict[Engine, list[tuple[int, Point]]] = {}
     for number, point in enumerate(points):
         engines.setdefault(point.engine, []).append((number, point))
@@ -182,10 +194,19 @@ def palindromes(
     start: Callable[[Side], AbstractContextManager[Server]],
     resident: bool,
 ) -> Iterator[tuple[int, Side, Server]]:
-    """Numbers of points with the side and the server whose turn it is.
+    """Decides the order of the runs, and starts the servers for them.
 
-    Each side has two turns, there and back, so that a machine that slows down does so for all alike: point
-    by point where all servers are resident, otherwise all points at each start of a server.
+    Every side has two runs of each point, in a forward and a backward pass over the sides. If the machine
+    becomes slower over time, it does so for all sides alike.
+
+    Args:
+        points: The points and their numbers.
+        start: Starts the server of a side.
+        resident: Whether all servers run at the same time. Both passes are then made for one point after the
+            other. If not, one server runs at a time, and each of its starts measures all points.
+
+    Yields:
+        For each run, the number of the point, the side, and its server.
     """
 
     def there_and_back(policies: Iterable[Policy]) -> list[Side]:
@@ -208,6 +229,6 @@ def palindromes(
 
 
 def told_at_start(log: str) -> list[str]:
-    """What a server's log says of memory, backends and withdrawal, before the first request."""
+    """The lines of a server's log about memory, backends and withdrawal, up to its first step."""
     lines = log.partition("Iteration(")[0].splitlines()
     return [re.sub(r"^.*?\d+\.\d{4} ", "", line) for line in lines if TOLD_AT_START.search(line)]

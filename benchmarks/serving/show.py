@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""Makes the tables and the plot of results anew: FILE.md and FILE.png beside each FILE.json.
+"""Makes the tables and the plot of results again: FILE.md and FILE.png beside each FILE.json.
 
 python -m benchmarks.serving.show FILE...
 """
@@ -15,27 +15,35 @@ from benchmarks.serving.compare import LITTLE, Comparison, compare, read
 from benchmarks.serving.models import Llava
 
 MADE_FROM = "Source"
+"""The key of a plot's metadata under which the digest of its result is stored."""
 Cell = Callable[[Comparison], str]
 Column = tuple[str, Cell]
 
 
 def pair(part: str, metric: str, form: str = "{:.2f}", scale: float = 1) -> Cell:
-    """Stock's mean and the plugin's."""
+    """A cell with stock vLLM's mean of a metric and the plugin's.
+
+    Args:
+        part: As in `Comparison.means`.
+        metric: As in `Comparison.means`.
+        form: The format of a number.
+        scale: What both means are multiplied by.
+    """
     return lambda one: ", ".join(form.format(scale * value) for value in one.means(part, metric))
 
 
 def counted(metric: str) -> Cell:
-    """Of all of stock's runs, and of the plugin's."""
+    """A cell with the sum of a metric over stock vLLM's runs, and over the plugin's."""
     return lambda one: f"{sum(run[metric] for run in one.stock):g}, {sum(run[metric] for run in one.vtw):g}"
 
 
 def possible(limit: str) -> Cell:
-    """A limit, where the point has them."""
+    """A cell with one of the `Limits`. It is empty if the point has none."""
     return lambda one: "" if one.limits is None else f"{getattr(one.limits, limit):.2f}"
 
 
 def faster(seconds: Callable[[Comparison], tuple[float, float]]) -> Cell:
-    """How many times stock's seconds are the plugin's."""
+    """A cell with stock vLLM's seconds divided by the plugin's. It is empty if the plugin took none."""
 
     def cell(one: Comparison) -> str:
         stock, vtw = seconds(one)
@@ -118,7 +126,7 @@ def table(columns: Sequence[Column], compared: Sequence[Comparison]) -> str:
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Markdown: what was measured on what, the tables, and why some ratios are low."""
+    """A Markdown page: what was measured, the tables, and why some ratios are low."""
     compared = compare(result)
     machine, model = result["machine"], Llava(**result["model"])
     slo = ", ".join(f"{name.upper()} {value:,g} ms" for name, value in result["slo_milliseconds"].items())
@@ -146,7 +154,7 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def digest(file: Path) -> str:
-    """What tells a result from another, in its plot's metadata."""
+    """The SHA-256 of a result's file. A plot's metadata has it, to tell which result it shows."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
@@ -157,8 +165,8 @@ def write_tables(file: Path) -> Path:
 
 
 def write_plots(file: Path) -> Path:
-    """One plot: what was reached beside what is possible, and latencies."""
-    import matplotlib as mpl  # a GPU machine may have none: FILE.json is whole without
+    """Plots what was reached, what is possible, and latencies."""
+    import matplotlib as mpl  # A GPU machine may lack it, and can still measure.
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
@@ -203,7 +211,7 @@ def write_plots(file: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("untrusted_files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     for file in parser.parse_args().files:
         try:
             print(write_tables(file), write_plots(file))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""An engine's steps, as `--enable-logging-iteration-details` logs them."""
+"""Reads an engine's steps from its log, where `--enable-logging-iteration-details` writes them."""
 
 import json
 import re
@@ -19,7 +19,7 @@ LOG_LINE = re.compile(
 
 
 def logging_config(folder: Path) -> Path:
-    """Writes what `VLLM_LOGGING_CONFIG_PATH` takes to log with the time in fractions of a second."""
+    """Writes a file for `VLLM_LOGGING_CONFIG_PATH` that makes vLLM log times with fractions of a second."""
     file = folder / "logging.json"
     handler = {"class": "logging.StreamHandler", "formatter": "timed", "stream": "ext://sys.stdout"}
     config = {
@@ -38,13 +38,13 @@ class Step:
     """One step of the engine.
 
     Attributes:
-        at: When the server was told that it had ended, in seconds.
-        in_model: Seconds that the engine waited for the model. With asynchronous scheduling less than the
-            model took.
-        prefills: Requests that computed a part of their prompt, for the first time.
-        decodes: The other requests.
-        tokens: Computed.
-        kv: Share of the KV blocks that are in use.
+        at: The time when the step was logged, which is after its end, in seconds.
+        in_model: How long the engine waited for the model, in seconds. With asynchronous scheduling, this is
+            less than the model took.
+        prefills: The number of requests that computed a part of their prompt for the first time.
+        decodes: The number of other requests.
+        tokens: The number of tokens that were computed.
+        kv: The fraction of the KV blocks that are in use.
     """
 
     at: float
@@ -56,16 +56,20 @@ class Step:
 
     @property
     def requests(self) -> int:
+        """The number of requests in the step."""
         return self.prefills + self.decodes
 
     @property
     def is_decode(self) -> bool:
-        """Whether every request computed one token: one that was preempted computes all of its anew."""
+        """Whether every request computed one token.
+
+        A request that is resumed after a preemption computes all of its tokens again.
+        """
         return self.prefills == 0 and self.tokens == self.decodes
 
 
 def read_steps(log: str) -> list[Step]:
-    """The steps of a part of a log."""
+    """The steps that a part of a log reports."""
     return [
         Step(
             at=float(line["at"]),
@@ -81,17 +85,18 @@ def read_steps(log: str) -> list[Step]:
 
 @dataclass(frozen=True)
 class Steps:
-    """What a run's steps come to.
+    """A summary of a run's steps.
 
     Attributes:
-        count: Steps.
-        seconds: That they took.
-        in_model: Seconds in which the engine waited for the model.
-        prefill: Seconds that decoding alone would not have taken. What is computed anew for a request that
-            was preempted is among them.
-        most_running: Requests in one step.
-        mean_running: Requests at once, over the time in which some had not yet been let in.
-        most_kv: Share of the KV blocks in use at once.
+        count: The number of steps.
+        seconds: How long all steps took together.
+        in_model: How long the engine waited for the model, in seconds.
+        prefill: How much longer the steps took than decoding would have, in seconds. It includes what was
+            computed again for requests that were preempted.
+        most_running: The largest number of requests in a step.
+        mean_running: The mean number of requests in a step, weighted by the step's time, up to the last step
+            that computed a prompt.
+        most_kv: The largest fraction of the KV blocks that was in use.
     """
 
     count: int
@@ -104,15 +109,16 @@ class Steps:
 
     @classmethod
     def of(cls, steps: Sequence[Step], asynchronous: bool) -> "Steps":
-        """Sums up a run.
+        """Summarises a run.
 
         Args:
-            steps: Of the run, of which one at least computed a prompt.
+            steps: The steps of the run. At least one has to compute a prompt.
             asynchronous: Whether the engine prepares a step while the model computes the one before. The time
-                from step to step then stands for what a step took, but for those that found no request there.
+                of a step is then that since the end of the step before. If the step before left no requests,
+                it is `in_model`, as for all steps without asynchronous scheduling.
 
         Raises:
-            ValueError: There are no such steps.
+            ValueError: No step computed a prompt.
         """
         if not any(step.prefills for step in steps):
             raise ValueError("the server's log tells of no step that computed a prompt")
@@ -136,7 +142,10 @@ class Steps:
 
 
 def _prefill_seconds(steps: Sequence[Step], seconds: np.ndarray) -> float:
-    """Of the steps that did more than decode, what is above a line through those that did nothing else."""
+    """How much longer the steps with prompts took than decoding would have, in seconds.
+
+    The time that decoding takes is a line over the number of requests, fitted to the steps that only decoded.
+    """
     requests = np.array([step.decodes for step in steps])
     decoded = np.array([step.is_decode for step in steps])
     if len(set(requests[decoded])) > 1:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""What is measured: models, engines, and one thing varied at a time."""
+"""What is measured: for each setup a model, and points at which one thing is varied at a time."""
 
 import json
 import os
@@ -16,32 +16,37 @@ from vllm_vtw.policy import Policy
 from vllm_vtw.search.price import RequestTokens
 from vllm_vtw.search.schedules.schedule import FIRST_LAYER, merge_stages
 
-GIB = 1 << 10
+GIB = 1 << 10  # in MiB
 
 
 @dataclass(frozen=True)
 class Engine:
-    """Options in which the servers of a sweep differ.
+    """The options in which the servers of a setup differ.
 
     Args:
-        kv_mib: KV memory; None for what vLLM takes by itself, which may be other with the plugin.
-        prefix_caching: On or off.
+        kv_mib: The KV memory in MiB. None for what vLLM takes by default, which may differ with the plugin.
+        prefix_caching: Whether prefix caching is on.
     """
 
     kv_mib: int | None
     prefix_caching: bool = False
 
     def options(self) -> list[str]:
-        """Of `vllm serve`."""
+        """The options of `vllm serve`."""
         memory = [] if self.kv_mib is None else [f"--kv-cache-memory-bytes={self.kv_mib << 20}"]
         return [*memory, f"--{'' if self.prefix_caching else 'no-'}enable-prefix-caching"]
 
 
 @dataclass(frozen=True)
 class Point:
-    """One workload on one engine, for stock vLLM and for the plugin with each of `policies`.
+    """One workload on one engine, for stock vLLM and for the plugin with each policy.
 
-    `sweep` names what is varied, `value` says to what.
+    Attributes:
+        sweep: What is varied, such as `"output tokens"`.
+        value: The value that it has, such as `"64"`.
+        workload: The requests.
+        engine: The options of the servers.
+        policies: The plugin's policies.
     """
 
     sweep: str
@@ -52,12 +57,12 @@ class Point:
 
     @property
     def label(self) -> str:
-        """The rows of the tables that it makes."""
+        """The names of the point's rows in the tables."""
         return ", ".join(dict.fromkeys(label(self.sweep, self.value, policy) for policy in self.policies))
 
 
 def told(measured: Point | Policy) -> dict[str, Any]:
-    """As results have it, whose policies have no gates."""
+    """A point or policy as results contain it, without the key `"gate"`. No policy here has gates."""
 
     def without_gate(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)
@@ -69,16 +74,17 @@ def told(measured: Point | Policy) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Setup:
-    """What is measured in one go.
+    """What one call of the benchmark measures.
 
     Args:
-        model: Served with weights that are made up.
-        options: Of `vllm serve`, for all.
-        slo: Milliseconds by metric that a request has to keep to count for goodput.
-        points: In the order in which they are shown.
-        resident: Whether all servers of an engine run at the same time, one at work and the others idle. It
-            saves starting them again, and takes memory for all.
-        env: Environment variables of the servers.
+        model: The model, which is served with made-up weights.
+        options: The options of `vllm serve` that all servers have.
+        slo: For each metric (`ttft`, `tpot`), the limit in milliseconds up to which a request counts for
+            goodput.
+        points: The points, in the order in which the tables show them.
+        resident: Whether all servers of an engine run at the same time, one busy and the others idle. Each is
+            then started only once, but all of them need memory at the same time.
+        env: Environment variables for the servers.
         asynchronous: Whether the engine prepares a step while the model computes the one before, as vLLM does
             on CUDA.
     """
@@ -92,10 +98,10 @@ class Setup:
     asynchronous: bool = True
 
     def chosen(self, text: str) -> "Setup":
-        """The points alone with `text` in their label, in capitals or not.
+        """The setup with only those points that have `text` in their label, ignoring case.
 
         Raises:
-            ValueError: There is none.
+            ValueError: There are no such points.
         """
         points = tuple(point for point in self.points if text.lower() in point.label.lower())
         if not points:
@@ -104,7 +110,13 @@ class Setup:
         return replace(self, points=points)
 
     def server_options(self, engine: Engine, policy: Policy | None, folder: Path) -> list[str]:
-        """Of `vllm serve`, with the plugin and a policy, whose file goes to `folder`; None is stock vLLM."""
+        """The options of `vllm serve`.
+
+        Args:
+            engine: The options in which servers differ.
+            policy: The plugin's policy. None for stock vLLM.
+            folder: The folder in which a policy file is written, if the policy needs one.
+        """
         options = [*self.options, *engine.options()]
         if policy is None:
             return options
@@ -124,7 +136,17 @@ def vary(
     name: str,
     values: Mapping[int, dict[str, Any]],
 ) -> list[Point]:
-    """A point for each value of a field of the workload, with what else of it is another there."""
+    """The points of a sweep over one field of a workload.
+
+    Args:
+        sweep: What is varied, as tables name it.
+        workload: The workload that is varied.
+        engine: The options of the servers.
+        policy: The plugin's policy.
+        name: The field of the workload that is varied.
+        values: The values of the field, and for each the other fields that have another value than in
+            `workload`.
+    """
     return [
         Point(sweep, f"{value:,}", replace(workload, **{name: value}, **more), engine, (policy,))
         for value, more in values.items()
@@ -139,12 +161,12 @@ PUBLISHED = (
     *[0.07] * 6,
     *(0.06, 0.04, 0.04, 0.04, 0.03, 0.03, 0.03),
 )
-"""G-Search's schedule for LLaVA-1.5-7B, the fraction of each layer, read off its paper's figure, which leaves
-out the last."""
+"""G-Search's schedule for LLaVA-1.5-7B (arXiv 2412.00556): the fraction of visual tokens of each layer. It is
+read off the paper's figure, which leaves out the last layer."""
 
 
 def published_beside_vtw(model: Llava, workload: Workload) -> tuple[Policy, ...]:
-    """`PUBLISHED` in four stages, and VTW at no more of the decoder's work."""
+    """`PUBLISHED` in four stages, and VTW with the largest K that takes no more of the decoder's work."""
     request = RequestTokens(model.visual_tokens, workload.text, workload.output)
     price = model.price(request)
     keeps = PUBLISHED[:: len(PUBLISHED) // model.layers]
@@ -155,7 +177,7 @@ def published_beside_vtw(model: Llava, workload: Workload) -> tuple[Policy, ...]
 
 
 def small() -> Setup:
-    """On two cores of a CPU: all lengths a quarter of LLaVA-1.5's, and KV memory for six requests or so."""
+    """The setup for two CPU cores: a quarter of LLaVA-1.5's lengths, and KV memory for about six requests."""
     model, half = QUARTER, Policy.withdraw_at(8, QUARTER.layers)
     base = Workload(requests=16, text=8, output=32)
     engine = Engine(kv_mib=168)
@@ -189,13 +211,13 @@ def small() -> Setup:
         ),
         resident=True,
         asynchronous=False,
-        # By default vLLM leaves a core to the API server, which is half of this machine.
+        # By default, vLLM leaves one core to the API server. On two cores, that is half of the machine.
         env={"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0))))},
     )
 
 
 def schedule() -> Setup:
-    """As `small`: a ranked schedule, and VTW for no more of the decoder's work."""
+    """The setup `small` with other policies: a ranked schedule, and VTW at no more of the decoder's work."""
     setup = small()
     k, *_ = setup.points
     policies = published_beside_vtw(setup.model, k.workload)
@@ -213,11 +235,12 @@ GPU_OPTIONS = (
 GPU_SLO = {"ttft": 5_000, "tpot": 50}
 GPU_BASE = Workload(requests=256, text=56, output=128)
 CARDS = {"24 GB": 5.6, "40 GB": 19.0, "80 GB": 52.5}
-"""GiB for the KV cache on cards of so much: 0.9 of it less 14.1 GB for weights and 1.5 GB to work in."""
+"""The GiB of KV cache on GPUs of these sizes: 0.9 of the GPU's memory, less 14.1 GB for weights and 1.5 GB of
+working memory."""
 
 
 def cards() -> Setup:
-    """LLaVA-1.5-7B's shape on one GPU, in the KV memory that it has on cards of several sizes."""
+    """The setup for LLaVA-1.5-7B's shape on one GPU, with the KV memory that GPUs of several sizes have."""
     half = Policy.withdraw_at(16, LLAVA_7B.layers)
     workloads = (GPU_BASE, replace(GPU_BASE, requests=512), replace(GPU_BASE, requests=1024))
     points = [
@@ -229,7 +252,7 @@ def cards() -> Setup:
 
 
 def full() -> Setup:
-    """LLaVA-1.5-7B's shape on one GPU: one thing varied at a time."""
+    """The setup for LLaVA-1.5-7B's shape on one GPU, in which one thing is varied at a time."""
     base, engine, half = GPU_BASE, Engine(8 * GIB), Policy.withdraw_at(16, LLAVA_7B.layers)
     memory = {8: 256, 16: 512, 24: 512, 40: 1024, 80: 1536}
     return Setup(

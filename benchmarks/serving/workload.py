@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""What is asked of a server: requests of one kind, and vLLM's client that sends them."""
+"""The requests that servers get, and vLLM's benchmark client that sends them."""
 
 import argparse
 import asyncio
@@ -21,16 +21,17 @@ WORDS = ("which", "colour", "has", "the", "round", "shape", "near", "that", "lar
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests of one kind, sent all at once or as others end.
+    """Requests of one kind.
 
     Args:
-        requests: How many.
-        text: Words, each about a token, of a question; the chat template adds some.
-        output: Tokens of every answer; the end token does not end it.
-        images: In each request.
-        concurrency: Requests under way at most.
-        questions: About each image. More than one are sent as a set of images of our own, the image first
-            and the questions about it apart; otherwise `random-mm` draws them, the text first.
+        requests: The number of requests.
+        text: The number of words of a question. A word is about a token, and the chat template adds some.
+        output: The number of tokens of every answer. The end-of-sequence token is ignored.
+        images: The number of images of a request.
+        concurrency: The largest number of requests that are sent and not answered. None sends all at once.
+        questions: The number of questions about each image, each of them a request. If there is more than
+            one, images and questions are drawn by `write_image_set`, and the image comes before the text. If
+            not, vLLM's `random-mm` draws them, and the text comes first.
     """
 
     requests: int
@@ -41,12 +42,12 @@ class Workload:
     questions: int = 1
 
     def options(self, pixels: int, seed: int, folder: Path) -> list[str]:
-        """`vllm bench serve`'s options. No other seed has the same requests.
+        """The options of `vllm bench serve`.
 
         Args:
-            pixels: Width and height of an image.
-            seed: Of the requests.
-            folder: Where a set of images may be written.
+            pixels: The width and height of an image.
+            seed: The seed of the requests. Requests of different seeds have nothing in common.
+            folder: The folder in which images may be written.
         """
         options = [f"--num-prompts={self.requests}", f"--seed={seed}", "--ignore-eos"]
         if self.concurrency:
@@ -74,7 +75,17 @@ class Workload:
 
 
 def write_image_set(folder: Path, workload: Workload, pixels: int, seed: int) -> Path:
-    """Writes pictures and their questions, in the format of vLLM's `custom_image`; returns its file."""
+    """Writes images and their questions in the format of vLLM's dataset `custom_image`.
+
+    Args:
+        folder: The folder to write to.
+        workload: The requests.
+        pixels: The width and height of an image.
+        seed: The seed of the images and questions.
+
+    Returns:
+        The dataset's file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     noise, rng = np.random.default_rng(seed), random.Random(seed)
     lines = []
@@ -100,16 +111,20 @@ def send(
     slo: Mapping[str, float],
     folder: Path,
 ) -> tuple[list[str], dict[str, Any]]:
-    """Runs `vllm bench serve` against a server; its command line and its output.
+    """Sends requests to a server with `vllm bench serve`.
 
     Args:
         workload: The requests.
-        url: The server's.
-        model: What it serves.
-        pixels: Width and height of an image.
-        seed: Of the requests.
-        slo: Milliseconds by metric (`ttft`, `tpot`, `e2el`) that a request has to keep to count as good.
-        folder: Where images may be written.
+        url: The server's base URL.
+        model: The folder of the model that the server serves.
+        pixels: The width and height of an image.
+        seed: The seed of the requests.
+        slo: For each metric (`ttft`, `tpot`, `e2el`), the limit in milliseconds up to which a request counts
+            for goodput.
+        folder: The folder in which images may be written.
+
+    Returns:
+        The client's command line, and its output.
 
     Raises:
         RuntimeError: A request failed.
@@ -132,12 +147,12 @@ def send(
     parser = argparse.ArgumentParser()
     add_cli_args(parser)
     printed = io.StringIO()
-    # In this process: importing vLLM anew for every run would take longer than many of them.
+    # The client runs in this process, as another import of vLLM would take longer than many runs.
     with contextlib.redirect_stdout(printed):
         output = asyncio.run(main_async(parser.parse_args(options)))
     if output["completed"] != workload.requests:
         raise RuntimeError(
             f"{output['failed']} of {workload.requests} requests failed:\n{printed.getvalue()}"
         )
-    plain = json.loads(json.dumps(output, default=float))  # numpy's numbers
+    plain = json.loads(json.dumps(output, default=float))  # It may contain numpy numbers.
     return ["vllm", "bench", "serve", *options], plain

@@ -135,7 +135,7 @@ def test_gates_are_planned_for_every_exit(checkpoint, tmp_path):
         assert found["kv_bytes_per_request"] == held * block_bytes
     said = vtw_plan(str(folder), "--policy", str(file), *options)[1]
     assert "every visual token at layer 2, if the gate there says so" in said
-    assert f"Where they stay: {never['kv_bytes_per_request'] / 2**20:.1f} MiB" in said
+    assert f"If they stay: {never['kv_bytes_per_request'] / 2**20:.1f} MiB" in said
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_gates_are_planned_for_every_exit(checkpoint, tmp_path):
         (["--layer", "9"], "has to be an integer from 1 to 5"),
         (["--kv-memory", "lots"], "'lots' is not an amount of memory"),
         (["--kv-memory", "8"], "'8' is not an amount of memory"),
-        (["--prompt-tokens", "0", "--images", "0", "--output-tokens", "0"], "a request of no tokens"),
+        (["--prompt-tokens", "0", "--images", "0", "--output-tokens", "0"], "a request without tokens"),
         (["--images", "-1"], "'-1' is not a number"),
         (["--block-size", "0"], "'0' is not a number of tokens of at least 1"),
         (["--layer", "2", "--policy", "file"], "not allowed with argument"),

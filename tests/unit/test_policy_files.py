@@ -198,7 +198,7 @@ def garbled(content: bytes) -> st.SearchStrategy[bytes]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A folder for files that each example overwrites."""
-    return tmp_path_factory.mktemp("untrusted_files")
+    return tmp_path_factory.mktemp("files")
 
 
 @given(garbled(json.dumps(GATED).encode()))

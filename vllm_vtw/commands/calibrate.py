@@ -12,6 +12,7 @@ from vllm_vtw.commands.search_setup import (
     add_options,
     bound,
     collect_samples,
+    exit_on_failure,
     require_samples,
     values_of_layer,
 )
@@ -56,16 +57,10 @@ def add_command(commands: Any) -> None:
 
 
 def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    try:
+    with exit_on_failure(parser, "nothing was measured yet."):
         from vllm_vtw.search.reports import calibration as report
 
         result = _calibrate(arguments)
-    except ImportError as error:
-        parser.exit(2, f"vtw calibrate: {error}: install vllm-vtw with its extra [calibrate]\n")
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"vtw calibrate: error: {error}\n")
-    except KeyboardInterrupt as stop:
-        parser.exit(130, f"\nStopped. {stop}\n")
     criterion = arguments.criterion
     found = result["layer"][criterion] is not None
     policy = policy_file(result, criterion) if found else None
@@ -87,14 +82,14 @@ def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
     skipped = setup.skipped
     layers = values_of_layer(arguments.layers, shape.num_hidden_layers)
     settings = CalibrationSettings(**setup.settings, layers=layers)
-    progress = CalibrationJournal(arguments.out, settings, arguments.resume)
+    journal = CalibrationJournal(arguments.out, settings, arguments.resume)
     model = HFModel(arguments.model, setup.config, setup.placement)
     order = draw_samples(setup.data.samples, arguments.seed)
-    outcomes = calibration.measure(model, order, arguments.limit, settings, progress)
+    outcomes = calibration.measure(model, order, arguments.limit, settings, journal)
     try:
         measured = collect_samples(outcomes, min(arguments.limit, len(order)), "calibrating", skipped)
     except KeyboardInterrupt:
-        kept = f"{len(progress.measured)} samples are kept in {arguments.out}"
+        kept = f"{len(journal.measured)} samples are kept in {arguments.out}"
         raise KeyboardInterrupt(f"{kept}: run the same command with --resume to continue") from None
     require_samples(len(measured), arguments.data)
     eta = (
@@ -114,6 +109,6 @@ def policy_file(result: dict[str, Any], criterion: str) -> dict[str, Any]:
     """The content of the policy file with the K that a criterion chose, and how it was calibrated."""
     model = result["model"]
     policy = Policy.withdraw_at(result["layer"][criterion], model["num_hidden_layers"])
-    kept = ("made", "budget", "layer", "tasks", "layers", "first_token_kl", "curves")
-    calibration = {"criterion": criterion} | {key: result[key] for key in kept}
+    keys = ("made", "budget", "layer", "tasks", "layers", "first_token_kl", "curves")
+    calibration = {"criterion": criterion} | {key: result[key] for key in keys}
     return policy.to_json(model) | {"calibration": calibration}

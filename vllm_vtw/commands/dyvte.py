@@ -18,6 +18,7 @@ from vllm_vtw.commands.search_setup import (
     bound,
     collect_samples,
     count,
+    exit_on_failure,
     require_samples,
     values_of_layer,
 )
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
 
 WEIGHTS = "gates.safetensors"
 PUBLISHED_RATE = 4e-5
+"""The learning rate that DyVTE's paper trains its gates with."""
 THRESHOLDS = (-2.0, -1.0, 0.0, 1.0, 2.0)
+"""The thresholds that `vtw dyvte eval` compares by default."""
 
 Run = Callable[[argparse.Namespace], None]
 
@@ -90,27 +93,18 @@ def _add_options(parser: argparse.ArgumentParser, out: str, samples: int, run: R
 
 def _thresholds(text: str) -> tuple[float, ...]:
     try:
-        found = sorted({float(part) for part in text.split(",")})
+        thresholds = sorted({float(part) for part in text.split(",")})
     except ValueError:
-        found = [nan]
-    if not all(map(isfinite, found)):
+        thresholds = [nan]
+    if not all(map(isfinite, thresholds)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, as in --thresholds=-1,0,1")
-    return tuple(found)
+    return tuple(thresholds)
 
 
 def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, run: Run) -> None:
-    try:
+    stopped = f"the work so far is in {arguments.out}. Run the same command with --resume to continue."
+    with exit_on_failure(parser, stopped):
         run(arguments)
-    except ImportError as error:
-        parser.exit(2, f"{parser.prog}: {error}: install vllm-vtw with its extra [calibrate]\n")
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(
-            130,
-            f"\nStopped: the work so far is in {arguments.out}. Run the same command with --resume to "
-            "continue.\n",
-        )
 
 
 def default_layers(num_layers: int) -> list[int]:
@@ -133,45 +127,47 @@ def _train(arguments: argparse.Namespace) -> None:
     layers = default_layers(shape.num_hidden_layers)
     if arguments.layers is not None:
         layers = values_of_layer(arguments.layers, shape.num_hidden_layers)
-    kept = setup.settings | {"layers": layers}
-    store = ExitStore(arguments.out, kept, shape.hidden_size, with_answers=False, resume=arguments.resume)
-    model, seen, skipped = _run_samples(arguments, setup, layers, store)
-    of_prompts = model.prompts.notes
-    del model  # gates may need its room
+    exit_settings = setup.settings | {"layers": layers}
+    store = ExitStore(
+        arguments.out, exit_settings, shape.hidden_size, with_answers=False, resume=arguments.resume
+    )
+    model, exits, skipped = _run_samples(arguments, setup, layers, store)
+    prompt_notes = model.prompts.notes
+    del model  # The training of the gates may need its memory.
     settings = TrainingSettings(
         arguments.epochs, arguments.learning_rate, arguments.batch_size, arguments.seed
     )
-    of = kept | _samples(seen)
+    identity = exit_settings | _samples_identity(exits)
     checkpoint = arguments.out / "training.pt"
-    labels = np.array([one.may_leave for one in seen], dtype=np.int64)
+    labels = np.array([sample.may_leave for sample in exits], dtype=np.int64)
     with tqdm(total=settings.epochs, unit="epoch", desc="training") as bar:
         trained = train(
-            store.features(seen),
+            store.features(exits),
             labels,
             settings,
             checkpoint,
-            of,
+            identity,
             setup.placement.device,
-            lambda ended: bar.update(ended - bar.n),
+            lambda epochs: bar.update(epochs - bar.n),
         )
-    out = held_out(len(seen), settings.seed)
-    tasks = _tasks(seen)
+    is_held_out = held_out(len(exits), settings.seed)
+    tasks = _tasks(exits)
     result = {
         "method": "dyvte",
         "model": shape.as_dict(),
-        "made": {"when": datetime.now(UTC).isoformat(timespec="seconds"), **of, **asdict(settings)},
+        "made": {"when": datetime.now(UTC).isoformat(timespec="seconds"), **identity, **asdict(settings)},
         "tasks": tasks,
         "layers": layers,
         "may_leave": {
-            task: np.mean([one.may_leave for one in seen if one.task == task], axis=0).tolist()
+            task: np.mean([sample.may_leave for sample in exits if sample.task == task], axis=0).tolist()
             for task in tasks
         },
-        "held_out": int(out.sum()),
-        "held_out_may_leave": labels[out].mean(0).tolist(),
+        "held_out": int(is_held_out.sum()),
+        "held_out_may_leave": labels[is_held_out].mean(0).tolist(),
         "curves": trained.curves,
         "skipped": skipped,
     }
-    result["notes"] = dyvte_report.notes(result, setup.tasks - tasks.keys()) + of_prompts
+    result["notes"] = dyvte_report.notes(result, setup.tasks - tasks.keys()) + prompt_notes
     sha256 = save_gates(dict(zip(layers, trained.gates, strict=True)), arguments.out / WEIGHTS)
     policy = Policy(tuple(Stage(layer, 0.0) for layer in layers), Gate(WEIGHTS, sha256, (0.0,) * len(layers)))
     content = policy.to_json(result["model"]) | {"training": result["made"]}
@@ -191,38 +187,41 @@ def _eval(arguments: argparse.Namespace) -> None:
 
     setup = SearchSetup.of(arguments, MODEL_TYPES)
     shape = setup.shape
-    policy, learned_from = _gated(arguments.policy, shape.as_dict())
+    policy, training_data_sha256 = _read_gated_policy(arguments.policy, shape.as_dict())
     assert policy.gate is not None
     layers = [stage.layer for stage in policy.stages]
     gates = load_gates(policy.gate, layers, shape.hidden_size)
-    kept = setup.settings | {"layers": layers}
-    store = ExitStore(arguments.out, kept, shape.hidden_size, with_answers=True, resume=arguments.resume)
-    model, seen, skipped = _run_samples(arguments, setup, layers, store)
-    read = torch.from_numpy(store.features(seen))
-    found = torch.stack([leave_margins(gate, read[:, at]) for at, gate in enumerate(gates)], 1).numpy()
+    exit_settings = setup.settings | {"layers": layers}
+    store = ExitStore(
+        arguments.out, exit_settings, shape.hidden_size, with_answers=True, resume=arguments.resume
+    )
+    model, exits, skipped = _run_samples(arguments, setup, layers, store)
+    features = torch.from_numpy(store.features(exits))
+    by_gate = [leave_margins(gate, features[:, number]) for number, gate in enumerate(gates)]
+    margins = torch.stack(by_gate, 1).numpy()
 
-    def price(one: "SampleExits") -> Price:
-        request = RequestTokens(one.visual_tokens, one.text_tokens, one.output_tokens)
+    def price(sample: "SampleExits") -> Price:
+        request = RequestTokens(sample.visual_tokens, sample.text_tokens, sample.output_tokens)
         return Price(shape.num_hidden_layers, model.layer_parameters, shape.hidden_size, request)
 
-    tasks = _tasks(seen)
+    tasks = _tasks(exits)
     result = {
         "method": "dyvte",
         "model": shape.as_dict(),
         "made": {
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
-            **kept,
-            **_samples(seen),
+            **exit_settings,
+            **_samples_identity(exits),
             "policy": str(arguments.policy),
             "gates_sha256": policy.gate.sha256,
         },
         "tasks": tasks,
         "layers": layers,
-        "rows": evaluate_gates(seen, found, policy, price, shape.num_hidden_layers, arguments.thresholds),
+        "rows": evaluate_gates(exits, margins, policy, price, shape.num_hidden_layers, arguments.thresholds),
         "skipped": skipped,
     }
     notes = dyvte_report.notes_of_evaluation(
-        result, setup.tasks - tasks.keys(), learned_from == setup.data.sha256
+        result, setup.tasks - tasks.keys(), training_data_sha256 == setup.data.sha256
     )
     result["notes"] = notes = notes + model.prompts.notes
     write_report(
@@ -233,11 +232,12 @@ def _eval(arguments: argparse.Namespace) -> None:
     )
 
 
-def _gated(file: Path, model: dict[str, Any]) -> tuple[Policy, Any]:
+def _read_gated_policy(file: Path, model: dict[str, Any]) -> tuple[Policy, Any]:
     """Reads a policy file with gates.
 
     Returns:
-        The policy, and the SHA-256 of the data that the gates learned from.
+        The policy, and the SHA-256 of the data that the gates were trained on. None if the file has no such
+        hash.
     """
     try:
         policy = Policy.read(file, model)
@@ -261,25 +261,26 @@ def _run_samples(
     order = draw_samples(setup.data.samples, arguments.seed)
     skipped = setup.skipped
     outcomes = collect_exits(model, order, arguments.limit, layers, arguments.max_tokens, store)
-    seen = collect_samples(outcomes, min(arguments.limit, len(order)), "answering", skipped)
-    require_samples(len(seen), arguments.data)
-    return model, seen, skipped
+    exits = collect_samples(outcomes, min(arguments.limit, len(order)), "answering", skipped)
+    require_samples(len(exits), arguments.data)
+    return model, exits, skipped
 
 
-def _samples(seen: "list[SampleExits]") -> dict[str, Any]:
-    inputs = "".join(one.inputs_sha256 for one in seen)
-    return {"samples": len(seen), "samples_sha256": hashlib.sha256(inputs.encode()).hexdigest()}
+def _samples_identity(exits: "list[SampleExits]") -> dict[str, Any]:
+    """The number of samples, and a hash of everything that the model got for them."""
+    inputs = "".join(sample.inputs_sha256 for sample in exits)
+    return {"samples": len(exits), "samples_sha256": hashlib.sha256(inputs.encode()).hexdigest()}
 
 
-def _tasks(seen: "list[SampleExits]") -> dict[str, dict[str, int]]:
+def _tasks(exits: "list[SampleExits]") -> dict[str, dict[str, int]]:
     """By task, the number of samples, of answer tokens, and of answers that were cut."""
-    tasks = sorted({one.task for one in seen})
-    of_task = {task: [one for one in seen if one.task == task] for task in tasks}
+    tasks = sorted({sample.task for sample in exits})
+    by_task = {task: [sample for sample in exits if sample.task == task] for task in tasks}
     return {
         task: {
-            "samples": len(some),
-            "tokens": sum(one.output_tokens for one in some),
-            "cut": sum(one.cut for one in some),
+            "samples": len(samples),
+            "tokens": sum(sample.output_tokens for sample in samples),
+            "cut": sum(sample.cut for sample in samples),
         }
-        for task, some in of_task.items()
+        for task, samples in by_task.items()
     }

@@ -12,6 +12,7 @@ from vllm_vtw.config import SERVED_MODEL_TYPES, VTWConfig
 from vllm_vtw.search.checkpoint import VISION_TOWERS, read_config, supported_model
 
 BYTES_PER_VALUE = {"auto": 2, "float16": 2, "bfloat16": 2, "float32": 4}
+"""The size of one number in the KV cache, in bytes, by `--dtype`."""
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -87,8 +88,8 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
             output_tokens=arguments.output_tokens,
         )
     except ValueError as error:
-        said = str(error).removeprefix('--additional-config ["vtw"]')
-        parser.exit(2, f"{parser.prog}: error: {said}\n")
+        message = str(error).removeprefix('--additional-config ["vtw"]')
+        parser.exit(2, f"{parser.prog}: error: {message}\n")
     print(json.dumps(result, indent=2) if arguments.json else describe(result))
 
 
@@ -111,7 +112,7 @@ def plan(
         vtw: The options under `"vtw"` in `--additional-config`.
         prefix_caching: Whether prefix caching is on, which decides the default of `align`.
         block_size: The number of tokens of a KV block.
-        bytes_per_value: The size of a value in the KV cache.
+        bytes_per_value: The size of one number in the KV cache, in bytes.
         kv_memory: The memory of the KV cache, in bytes.
         text_tokens: The number of text tokens of the prompt.
         images: The number of images of the prompt.
@@ -130,11 +131,12 @@ def plan(
     num_tokens = text_tokens + images * tokens_per_image + output_tokens
     if num_tokens == 0:
         raise ValueError("a request without tokens takes no memory: give it text, an image or an answer")
-    of_text = text_tokens + output_tokens
+    always_held = text_tokens + output_tokens
     held = [
-        of_text + visual for visual in visual_tokens_held(config.policy, images, tokens_per_image, align_to)
+        always_held + visual
+        for visual in visual_tokens_held(config.policy, images, tokens_per_image, align_to)
     ]
-    kept_of_image = visual_tokens_held(config.policy, 1, tokens_per_image, align_to)
+    held_of_image = visual_tokens_held(config.policy, 1, tokens_per_image, align_to)
 
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     layer_token = 2 * text.num_key_value_heads * head_size * bytes_per_value
@@ -144,16 +146,18 @@ def plan(
         "vtw": groups.blocks(held, block_size),
     }
     block_bytes = {"stock": num_layers * layer_block, "vtw": groups.width * layer_block}
-    needed = {side: blocks[side] * block_bytes[side] for side in blocks}
+    request_bytes = {side: blocks[side] * block_bytes[side] for side in blocks}
     # vLLM keeps one block, the null block, for itself.
-    fit = {side: max(0, kv_memory // block_bytes[side] - 1) // blocks[side] for side in blocks}
+    max_sequences = {side: max(0, kv_memory // block_bytes[side] - 1) // blocks[side] for side in blocks}
     exits = []
     if config.policy.gate is not None:
         layers = [stage.layer for stage in config.policy.stages]
         for stage, layer in [*enumerate(layers, 1), (None, num_layers)]:
             visual = visual_tokens_held(config.policy, images, tokens_per_image, align_to, stage)
-            taken = groups.blocks([of_text + tokens for tokens in visual], block_size) * block_bytes["vtw"]
-            exits.append({"layer": layer, "kv_bytes_per_request": taken, "kv_ratio": taken / needed["stock"]})
+            num_blocks = groups.blocks([always_held + tokens for tokens in visual], block_size)
+            taken = num_blocks * block_bytes["vtw"]
+            ratio = taken / request_bytes["stock"]
+            exits.append({"layer": layer, "kv_bytes_per_request": taken, "kv_ratio": ratio})
     return {
         "model": model.as_dict(),
         "num_hidden_layers": num_layers,
@@ -184,11 +188,11 @@ def plan(
         },
         "kv_bytes_per_image": {
             "stock": num_layers * layer_token * tokens_per_image,
-            "vtw": groups.width * layer_token * sum(kept_of_image[stage] for stage in groups.stages),
+            "vtw": groups.width * layer_token * sum(held_of_image[stage] for stage in groups.stages),
         },
-        "kv_bytes_per_request": needed,
-        "kv_ratio": needed["vtw"] / needed["stock"],
-        "max_sequences": fit,
+        "kv_bytes_per_request": request_bytes,
+        "kv_ratio": request_bytes["vtw"] / request_bytes["stock"],
+        "max_sequences": max_sequences,
     }
 
 
@@ -201,52 +205,57 @@ def _tokens_per_image(hf_config: Any) -> int:
 
 def describe(result: dict[str, Any]) -> str:
     """The result of `plan` as text."""
-    request, needed, fit = result["request"], result["kv_bytes_per_request"], result["max_sequences"]
-    how = f"whole blocks of {result['block_size']}" if result["align"] else "every visual token"
+    request, request_bytes = result["request"], result["kv_bytes_per_request"]
+    mebibytes = {side: size / 2**20 for side, size in request_bytes.items()}
+    withdrawn = f"whole blocks of {result['block_size']}" if result["align"] else "every visual token"
     if result["ranking"]:
-        how = "what the prompt's end attends to least"
+        withdrawn = "what the prompt's end attends to least"
     if result["exits"]:
-        how = f"every visual token at layer {result['exits'][0]['layer']}, if the gate there says so"
+        withdrawn = f"every visual token at layer {result['exits'][0]['layer']}, if the gate there says so"
     stages = [
         f"  layers {stage['first_layer']} to {stage['last_layer']} hold {stage['tokens_held']} tokens"
         for stage in result["stages"]
     ]
     notes = []
-    if needed["vtw"] > needed["stock"]:
-        remedy = "take another layer" if request["images"] else "a request without images saves nothing"
-        notes = ["", f"Here padding takes more than withdrawal saves: {remedy}."]
-    for leaves in result["exits"][1:]:
-        at = f"leave at layer {leaves['layer']}" if leaves["layer"] < result["num_hidden_layers"] else "stay"
-        taken = leaves["kv_bytes_per_request"] / 2**20
-        notes.append(f"Where they {at}: {taken:.1f} MiB, x {leaves['kv_ratio']:.2f}")
+    if request_bytes["vtw"] > request_bytes["stock"]:
+        remedy = "try another layer" if request["images"] else "nothing is withdrawn from a request of text"
+        notes = ["", f"Padding takes more memory here than withdrawal saves: {remedy}."]
+    for later in result["exits"][1:]:
+        stay = later["layer"] == result["num_hidden_layers"]
+        case = "stay" if stay else f"leave at layer {later['layer']}"
+        taken = later["kv_bytes_per_request"] / 2**20
+        notes.append(f"If they {case}: {taken:.1f} MiB, x {later['kv_ratio']:.2f}")
     if result["exits"]:
         notes.append(
-            "A request is let in where there are blocks for the last of these, and gives back the rest."
+            "A request is admitted when there are blocks for the last case. It gives back those that it does "
+            "not need."
         )
     groups = " + ".join(str(group["layers"]) for group in result["groups"])
     return "\n".join(
         [
             f"A request of {request['text_tokens']} text, {request['images']} x "
             f"{request['tokens_per_image']} visual and {request['output_tokens']} output tokens, "
-            f"withdrawing {how}:",
+            f"withdrawing {withdrawn}:",
             *stages,
             f"KV cache groups of {groups} layers, each in the room of {result['layers_per_group']}: "
             f"{result['padding_fraction']:.1%} of the memory is padding",
             "",
             f"{'':28}{'stock vLLM':>12}{'vtw':>12}",
-            _row("KV cache of a request, MiB", {side: needed[side] / 2**20 for side in needed}, ".1f"),
-            _row(f"requests in {_amount(result['kv_memory_bytes'])}", fit, "d"),
+            _row("KV cache of a request, MiB", mebibytes, ".1f"),
+            _row(f"requests in {_amount(result['kv_memory_bytes'])}", result["max_sequences"], "d"),
             *notes,
         ]
     )
 
 
 def _amount(memory: int) -> str:
+    """An amount of memory in bytes, as text in GiB or MiB."""
     unit = "GiB" if memory >= UNITS["GiB"] else "MiB"
     return f"{memory / UNITS[unit]:.4g} {unit}"
 
 
 def _row(name: str, values: dict[str, Any], form: str) -> str:
+    """A row of the table: stock vLLM's value, the plugin's, and their ratio."""
     stock, vtw = values["stock"], values["vtw"]
     ratio = f"   x {vtw / stock:.2f}" if stock else ""
     return f"{name:28}{format(stock, form):>12}{format(vtw, form):>12}{ratio}"

@@ -31,7 +31,7 @@ def save_results(
         policy: The content of the policy file. None if no policy was found.
         html: Makes the HTML report of the result and the command that serves the policy, if there is one.
         table: The result as lines of text.
-        policy_by: What to print behind the name of the policy file.
+        policy_by: What to print behind the name of the policy file, such as the criterion that chose it.
     """
     file = arguments.out / "policy.json"
     command = None
@@ -45,7 +45,7 @@ def save_results(
         if policy is not None:
             print(f"Policy file: {file}{policy_by}")
         if command:
-            print(f"Serve it (`vtw plan` says what it takes there):\n  {command}")
+            print(f"To serve it (`vtw plan` shows how much KV memory it takes):\n  {command}")
     if policy is None:
         sys.exit(1)
 

@@ -17,6 +17,7 @@ from vllm_vtw.commands.search_setup import (
     add_options,
     collect_samples,
     count,
+    exit_on_failure,
     require_samples,
     share,
 )
@@ -71,8 +72,8 @@ class SearchResult:
 
 Search = Callable[["HFModel", FullAnswers, "Price"], SearchResult]
 Prepare = Callable[[argparse.Namespace, dict[str, Any]], Search]
-"""Makes a search of the command's options and of the settings that a resumed search has to share. It refuses
-wrong options before the model is loaded."""
+"""Returns a search, given the command's options and the settings that a resumed search has to share. It
+refuses wrong options before the model is loaded."""
 
 
 def add_command(commands: Any) -> None:
@@ -122,26 +123,20 @@ def _stages(text: str) -> int:
 
 def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, prepare: Prepare) -> None:
     method = parser.prog.split()[-1]
-    try:
+    stopped = (
+        "run the same command with --resume to continue with the layers or trials that are in "
+        f"{arguments.out}. The model then answers again first."
+    )
+    with exit_on_failure(parser, stopped):
         from vllm_vtw.search.reports import schedules as schedule_report
 
-        result, policy = _searched(method, arguments, prepare)
-    except ImportError as error:
-        parser.exit(2, f"{parser.prog}: {error}: install vllm-vtw with its extra [calibrate]\n")
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(
-            130,
-            "\nStopped: run the same command with --resume to continue with the layers or trials that are in "
-            f"{arguments.out}. The model then answers again first.\n",
-        )
+        result, policy = _search(method, arguments, prepare)
     search = {key: result[key] for key in ("method", "made", "keeps")}
     content = policy.to_json(result["model"]) | {"search": search} if policy.stages else None
     save_results(arguments, result, content, schedule_report.html, schedule_report.table(result))
 
 
-def _searched(method: str, arguments: argparse.Namespace, prepare: Prepare) -> tuple[dict[str, Any], Policy]:
+def _search(method: str, arguments: argparse.Namespace, prepare: Prepare) -> tuple[dict[str, Any], Policy]:
     """Runs a search. Returns the content of `result.json`, and the policy."""
     from tqdm import tqdm
 
@@ -156,22 +151,22 @@ def _searched(method: str, arguments: argparse.Namespace, prepare: Prepare) -> t
     num_layers = setup.shape.num_hidden_layers
     search = prepare(arguments, setup.settings)
     model = HFModel(arguments.model, setup.config, setup.placement)
-    answers = _answers(model, setup, arguments)
+    answers = _full_answers(model, setup, arguments)
     price = Price(num_layers, model.layer_parameters, setup.shape.hidden_size, answers.request)
     found = search(model, answers, price)
 
-    def measured(one: Policy) -> dict[str, Any]:
-        curves = divergence_by_task(model, answers.samples, 0, keeps_by_layer(one, num_layers))
+    def measure(policy: Policy) -> dict[str, Any]:
+        curves = divergence_by_task(model, answers.samples, 0, keeps_by_layer(policy, num_layers))
         return {
-            "stages": one.to_json({})["stages"],
-            "prefill_flops_share": price.flops_share(one),
-            "kv_share": price.kv_share(one),
+            "stages": policy.to_json({})["stages"],
+            "prefill_flops_share": price.flops_share(policy),
+            "kv_share": price.kv_share(policy),
             "curves": {task: asdict(curve) for task, curve in curves.items()},
         }
 
     by_memory = method == "psigmoid" and arguments.kv_budget is not None
-    same = price.kv_share if by_memory else price.flops_share
-    beside = {method: found.policy, **baselines(found.policy, num_layers, same)}
+    limited_share = price.kv_share if by_memory else price.flops_share
+    policies = {method: found.policy, **baselines(found.policy, num_layers, limited_share)}
     result = {
         "method": method,
         "model": setup.shape.as_dict(),
@@ -186,7 +181,8 @@ def _searched(method: str, arguments: argparse.Namespace, prepare: Prepare) -> t
         "keeps": found.keeps,
         "others_take_no_more": "KV memory" if by_memory else "work",
         "policies": {
-            name: measured(one) for name, one in tqdm(beside.items(), unit="schedule", desc="comparing")
+            name: measure(policy)
+            for name, policy in tqdm(policies.items(), unit="schedule", desc="comparing")
         },
         "skipped": answers.skipped,
     }
@@ -194,7 +190,8 @@ def _searched(method: str, arguments: argparse.Namespace, prepare: Prepare) -> t
     return result, found.policy
 
 
-def _answers(model: "HFModel", setup: SearchSetup, arguments: argparse.Namespace) -> FullAnswers:
+def _full_answers(model: "HFModel", setup: SearchSetup, arguments: argparse.Namespace) -> FullAnswers:
+    """Has the full model answer up to `--limit` samples."""
     from vllm_vtw.search.data.random_order import draw_samples
     from vllm_vtw.search.data.sample import BadSampleError, Skipped
     from vllm_vtw.search.price import RequestTokens
@@ -231,7 +228,7 @@ def _answers(model: "HFModel", setup: SearchSetup, arguments: argparse.Namespace
     skipped = setup.skipped
     samples = collect_samples(answer(), min(arguments.limit, len(order)), "answering", skipped)
     require_samples(len(samples), arguments.data)
-    visual = sum(one.visual_tokens for one in samples)
+    visual = sum(sample.visual_tokens for sample in samples)
     request = RequestTokens(visual / len(samples), text / len(samples), output / len(samples))
     return FullAnswers(samples, request, digest.hexdigest(), dict(sorted(tasks.items())), skipped)
 
@@ -252,11 +249,12 @@ def _g_search(arguments: argparse.Namespace, settings: dict[str, Any]) -> Search
 
     def search(model: "HFModel", answers: FullAnswers, price: "Price") -> SearchResult:
         journal.begin(answers.identity)
-        before = [line["keep"] for line in journal.found[1:]]
-        keeps = list(before)
-        every = range(FIRST_LAYER, price.num_layers)
-        with tqdm(total=price.num_layers, initial=len(before), unit="layer", desc="searching") as bar:
-            for keep in g_search(model, answers.samples, within, every, before):
+        # The first item of `found` says which samples the search uses.
+        earlier = [line["keep"] for line in journal.found[1:]]
+        keeps = list(earlier)
+        borders = range(FIRST_LAYER, price.num_layers)
+        with tqdm(total=price.num_layers, initial=len(earlier), unit="layer", desc="searching") as bar:
+            for keep in g_search(model, answers.samples, within, borders, earlier):
                 journal.add({"layer": len(keeps), "keep": keep})
                 keeps.append(keep)
                 bar.update()
@@ -275,8 +273,8 @@ def _p_sigmoid(arguments: argparse.Namespace, settings: dict[str, Any]) -> Searc
     from vllm_vtw.search.schedules.schedule import keeps_by_layer
 
     searched_with = {name: getattr(arguments, name) for name in ("budget", "kv_budget", "max_stages")}
-    by_memory, stages = arguments.kv_budget is not None, arguments.max_stages
-    option, most = ("--kv-budget", arguments.kv_budget) if by_memory else ("--budget", arguments.budget)
+    by_memory, max_stages = arguments.kv_budget is not None, arguments.max_stages
+    option, budget = ("--kv-budget", arguments.kv_budget) if by_memory else ("--budget", arguments.budget)
     journal = Journal(
         arguments.out / "psigmoid.jsonl", "P-Sigmoid", settings | searched_with, arguments.resume
     )
@@ -284,30 +282,30 @@ def _p_sigmoid(arguments: argparse.Namespace, settings: dict[str, Any]) -> Searc
 
     def search(model: "HFModel", answers: FullAnswers, price: "Price") -> SearchResult:
         if by_memory:
-            # Stages are made for memory then; work tells apart those that take the same.
+            # Stages are chosen by the KV memory that they take. Their work counts a thousandth of that.
             price = replace(price, work_weight=1e-3)
-        share = price.kv_share if by_memory else price.flops_share
-        least = share(cheapest(stages, price))
-        if least > most:
+        limited_share = price.kv_share if by_memory else price.flops_share
+        least = limited_share(cheapest(max_stages, price))
+        if least > budget:
             raise ValueError(
-                f"{option} {most:g}: on this data, no schedule takes less than {least:.3f}: allow more"
+                f"{option} {budget:g}: on this data, no schedule takes less than {least:.3f}: allow more"
             )
         if not journal.found:
             storage.unlink(missing_ok=True)
         journal.begin(answers.identity)
         with tqdm(total=arguments.trials, unit="schedule", desc="searching") as bar:
-            afforded, trials = p_sigmoid(
-                lambda k, m: affordable(k, m, stages, price, share, most),
-                lambda one: divergence_by_task(
-                    model, answers.samples, 0, keeps_by_layer(one, price.num_layers)
+            best, trials = p_sigmoid(
+                lambda k, m: affordable(k, m, max_stages, price, limited_share, budget),
+                lambda policy: divergence_by_task(
+                    model, answers.samples, 0, keeps_by_layer(policy, price.num_layers)
                 ),
                 price.num_layers,
                 arguments.trials,
                 arguments.seed,
                 storage,
-                lambda made: bar.update(made - bar.n),
+                lambda complete: bar.update(complete - bar.n),
             )
-        sigmoid = {name: getattr(afforded, name) for name in ("k", "m", "r_max")}
-        return SearchResult(afforded.keeps, afforded.policy, searched_with | {"trials": trials} | sigmoid)
+        sigmoid = {name: getattr(best, name) for name in ("k", "m", "r_max")}
+        return SearchResult(best.keeps, best.policy, searched_with | {"trials": trials} | sigmoid)
 
     return search

@@ -4,7 +4,8 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -87,6 +88,26 @@ def add_budget(add: Callable[..., Any]) -> None:
     )
 
 
+@contextmanager
+def exit_on_failure(parser: argparse.ArgumentParser, stopped: str) -> Iterator[None]:
+    """Ends the process with a message if what a search does inside fails or is interrupted.
+
+    The exit status is 2 after an error and 130 after Ctrl-C.
+
+    Args:
+        parser: The command's parser.
+        stopped: What to say after Ctrl-C, if the `KeyboardInterrupt` has no message of its own.
+    """
+    try:
+        yield
+    except ImportError as error:
+        parser.exit(2, f"{parser.prog}: {error}: install vllm-vtw with its extra [calibrate]\n")
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt as stop:
+        parser.exit(130, f"\nStopped: {str(stop) or stopped}\n")
+
+
 def count(text: str) -> int:
     """Parses a whole number of at least 1, as an argparse type."""
     if not text.isdecimal() or int(text) == 0:
@@ -130,7 +151,7 @@ def values_of_layer(text: str | None, num_layers: int) -> list[int]:
         num_layers: The number of decoder layers.
 
     Raises:
-        ValueError: The text is not a list of numbers and ranges of layers.
+        ValueError: The text is not a list of numbers and ranges, or names layers that the model lacks.
     """
     if text is None:
         text = f"{min(FIRST_LAYER, num_layers - 1)}-{num_layers - 1}"

