@@ -22,6 +22,9 @@ RANKING = "last-token-attention"
 MODEL_KEYS = ("model_type", "num_hidden_layers", "hidden_size")
 """The keys of a policy file's `model` object, which says what model the policy was made for."""
 
+POLICY_KEYS = ("format", "model", "stages", "ranking", "gate", "calibration", "search", "training")
+"""The keys of a policy file. The last three record how the policy was made."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -123,6 +126,9 @@ class Policy:
         """
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"not a policy file: expected a JSON object with 'format': '{FORMAT}'")
+        unknown = [key for key in content if key not in POLICY_KEYS]
+        if unknown:
+            raise ValueError(f"{shorten(unknown[0])}: unknown key; allowed are {', '.join(POLICY_KEYS)}")
         made_for = content.get("model")
         if made_for != model:
             raise ValueError(f"made for another model: {shorten(made_for)}; this one is {model}")

@@ -141,7 +141,7 @@ def test_gates_are_planned_for_every_exit(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--layer", "9"], "has to be an integer from 1 to 5"),
+        (["--layer", "9"], "error: --layer 9: has to be an integer from 1 to 5"),
         (["--kv-memory", "lots"], "'lots' is not an amount of memory"),
         (["--kv-memory", "8"], "'8' is not an amount of memory"),
         (["--prompt-tokens", "0", "--images", "0", "--output-tokens", "0"], "a request without tokens"),

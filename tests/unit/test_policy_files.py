@@ -111,6 +111,14 @@ def test_contents(content, why, tmp_path):
     assert why in refusal(tmp_path / "policy.json")
 
 
+@pytest.mark.parametrize("key", ["gates", "Ranking", ""])
+def test_a_misspelt_key_is_not_passed_over(key, tmp_path):
+    content = {name: value for name, value in GATED.items() if name != "gate"} | {key: GATE}
+    (tmp_path / "policy.json").write_text(json.dumps(content))
+    said = refusal(tmp_path / "policy.json")
+    assert f"'{key}': unknown key; allowed are format, model, stages, ranking, gate" in said
+
+
 def test_files_that_are_none(tmp_path):
     assert "Is a directory" in refusal(tmp_path)
     os.mkfifo(tmp_path / "pipe")

@@ -47,7 +47,11 @@ def add_command(commands: Any) -> None:
         "visual tokens leave.",
     )
     parts = dyvte.add_subparsers(metavar="COMMAND", required=True)
-    train = parts.add_parser("train", help="train gates on your data; the model is not changed")
+    train = parts.add_parser(
+        "train",
+        help="train gates on your data; the model is not changed",
+        description="Trains gates on your data and writes them with a policy file. The model is not changed.",
+    )
     _add_options(train, "vtw-dyvte", 512, _train)
     add = train.add_argument
     add(
@@ -69,7 +73,9 @@ def add_command(commands: Any) -> None:
     add("--batch-size", type=count, default=16, help="samples of a training step (default: %(default)s)")
 
     evaluate = parts.add_parser(
-        "eval", help="show what gates do to answers, and what they save, by threshold"
+        "eval",
+        help="show what gates do to answers, and what they save, by threshold",
+        description="Shows what the gates of a policy file do to answers on your data, and what they save.",
     )
     _add_options(evaluate, "vtw-dyvte-eval", 64, _eval)
     evaluate.add_argument("--policy", type=Path, required=True, help="a policy file with gates")

@@ -26,7 +26,9 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("model", help="name or folder of a checkpoint, or its config.json")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--layer", type=int, help="withdrawal layer K (default: that of --model-impl vtw)")
+    what.add_argument(
+        "--layer", type=int, help="withdrawal layer K (default: the published layer, or half of the layers)"
+    )
     what.add_argument("--policy", help="path of a policy file")
     numbers = (
         ("--kv-memory", _memory, "8GiB", "memory of the KV cache, on all GPUs of the model together"),
@@ -88,7 +90,8 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
             output_tokens=arguments.output_tokens,
         )
     except ValueError as error:
-        message = str(error).removeprefix('--additional-config ["vtw"]')
+        # The command's own options have the names of the keys under "vtw".
+        message = re.sub(r'^--additional-config \["vtw"\]\["(\w+)"\] =', r"--\1", str(error))
         parser.exit(2, f"{parser.prog}: error: {message}\n")
     print(json.dumps(result, indent=2) if arguments.json else describe(result))
 

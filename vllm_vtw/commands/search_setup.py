@@ -208,15 +208,18 @@ class SearchSetup:
             model_types: Model types that the search supports.
 
         Raises:
-            OSError: The data cannot be read.
-            ValueError: An option is wrong, the model is not supported, or there are too few good samples.
+            ValueError: The data cannot be read, an option is wrong, the model is not supported, or there are
+                too few good samples.
         """
         from vllm_vtw.search.data.dataset import read_data
         from vllm_vtw.search.model import Placement
 
         if arguments.limit < LEAST_SAMPLES:
             raise ValueError(f"--limit {arguments.limit}: has to be at least {LEAST_SAMPLES}")
-        data = read_data(arguments.data, arguments.prompt)
+        try:
+            data = read_data(arguments.data, arguments.prompt)
+        except OSError as error:
+            raise ValueError(f"--data {arguments.data}: {error.strerror or error}") from error
         config = read_config(arguments.model)
         shape = supported_model(config, model_types)
         placement = Placement.of(arguments.device, arguments.dtype, config)

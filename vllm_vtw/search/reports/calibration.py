@@ -97,9 +97,11 @@ def notes(result: dict[str, Any], criterion: str, tasks_without_sample: Collecti
     )
     layers, layer, most = result["layers"], result["layer"][criterion], result["budget"]["max_token_change"]
     if layer is None:
+        measured_all = layers[-1] == result["model"]["num_hidden_layers"] - 1
+        larger = "" if measured_all else "measure larger values with --layers, "
         said.append(
             f"No K that was measured satisfies the {criterion} criterion, so there is no policy file: "
-            f"measure other --layers, {raise_budget}, or serve without withdrawal."
+            f"{larger}{raise_budget}, or serve without withdrawal."
         )
         if criterion == "first-token":
             deepest = [
