@@ -56,13 +56,13 @@ def message(*images) -> list:
     return [{"role": "user", "content": [*parts, {"type": "text", "text": "What is this?"}]}]
 
 
-def chat(client: OpenAI, *images, **options):
+def chat(client: OpenAI, *images, extra_body=None, **options):
     return client.chat.completions.create(
         model=client.models.list().data[0].id,
         messages=message(*images),
         temperature=0,
         **({"max_completion_tokens": 32} | options),
-        extra_body={"ignore_eos": True, "return_token_ids": True},
+        extra_body={"ignore_eos": True, "return_token_ids": True} | (extra_body or {}),
     )
 
 
