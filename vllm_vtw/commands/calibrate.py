@@ -57,7 +57,7 @@ def add_command(commands: Any) -> None:
 
 
 def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    with exit_on_failure(parser, "nothing was measured yet."):
+    with exit_on_failure(parser, f"samples that were measured before are kept in {arguments.out}"):
         from vllm_vtw.search.reports import calibration as report
 
         result = _calibrate(arguments)

@@ -138,16 +138,9 @@ class HFModel:
         return sum(parameter.numel() for parameter in self.decoder.layers[0].parameters())
 
     def encode(self, sample: Sample, max_tokens: int) -> Mapping[str, torch.Tensor]:
-        """Makes the model's inputs of a sample, on the model's device.
+        """Makes the model's inputs of a sample, on the model's device and in its data type.
 
-        Args:
-            sample: The sample.
-            max_tokens: The most tokens of an answer, which has to fit after the prompt.
-
-        Raises:
-            ValueError: The sample needs a chat template, and the checkpoint has none.
-            BadSampleError: No prompt can be made of the sample, an image cannot be read, or prompt and answer
-                are too long for the model.
+        Arguments and errors are those of `Prompts.inputs`.
         """
         inputs = self.prompts.inputs(sample, max_tokens)
         return inputs.to(self.hf_model.device, self.hf_model.dtype)

@@ -5,6 +5,7 @@
 import base64
 import io
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,8 @@ def noise(mode: str) -> Image.Image | None:
     """Random values in a mode; None where Pillow makes none."""
     rng = np.random.default_rng(0)
     clear = Image.fromarray(rng.integers(0, 256, (*reversed(SIZE), 4), dtype=np.uint8))
-    try:
+    with suppress(ValueError):
         return clear.convert(mode)
-    except ValueError:
-        pass
     try:
         return clear.convert("L").convert(mode)
     except ValueError:
