@@ -71,7 +71,7 @@ class VTWScheduler(Scheduler):
         log_startup(vllm_config, kv_cache_config, config)
 
     def add_request(self, request: Request) -> None:
-        # A session with streaming input adds its id again forevery piece of the prompt.
+        # A session with streaming input adds its id again for every piece of the prompt.
         if request.request_id not in self.requests:
             retentions = request_retentions(
                 self.withdrawal_policy, request.mm_features, request.num_prompt_tokens, self.align_to
