@@ -2,14 +2,21 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """How much KV cache requests take: how layers are split into groups, and how many tokens each stage holds."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
 from vllm_vtw.policy import Policy
 
 MAX_GROUPS_PER_STAGE = 2
 """The limit for the average over a decoder's stages. Every group has block tables and attention metadata of
 its own, which every step has to prepare."""
+MAX_TEXT_SHARE = 1.05
+"""The most memory that a request without images may take, as a share of stock vLLM's."""
+TYPICAL_VISUAL, TYPICAL_TEXT, TYPICAL_BLOCK = 576, 96, 16
+"""The request and the tokens of a block that groups are chosen for: an image of LLaVA-1.5, and a question
+with its answer."""
 
 
 def max_groups(num_stages: int) -> int:
@@ -17,80 +24,207 @@ def max_groups(num_stages: int) -> int:
     return max(2, num_stages) * MAX_GROUPS_PER_STAGE
 
 
-def layers_per_group(stage_sizes: Sequence[int], keeps: Sequence[float]) -> int:
-    """The number of layers in a KV-cache group with which requests with images take the least memory.
+@cache
+def pages_of_groups(layers: int, width: int, most: int) -> tuple[int, ...] | None:
+    """Splits the layers of one stage into at most `most` groups.
 
-    vLLM gives all groups the same number of layers and pads the groups that have fewer. Padding costs more in
-    shallow stages, where visual tokens take blocks too. Sizes are compared by the cost of a request with as
-    many visual as text tokens. If two cost the same, the one that is cheaper without images wins.
+    A block has memory for `width` layers. In a group of n layers, one block therefore holds `width // n`
+    *pages*, each of them the keys and values of as many tokens as a block of stock vLLM.
 
-    For example, if all visual tokens leave at layer 20 of 32, groups of 12 layers make two groups of stage 0
-    (10 layers each, padded) and one of stage 1, and cost 12 * (2 + 2 + 1) = 60. Groups of 16 layers cost
-    16 * (2 + 2 + 1) = 80.
+    For example, 12 layers in blocks of 20 are best split into 10 layers with 2 pages and 2 layers with 10:
+    tokens that fill ten pages take five blocks of the first group and one of the second, as much as in stock
+    vLLM (6 * 20 = 10 * 12).
 
     Args:
-        stage_sizes: The number of layers of each stage.
-        keeps: The fraction of visual tokens that each stage holds.
+        layers: The number of layers of the stage.
+        width: The number of layers that a block has memory for.
+        most: The largest number of groups.
+
+    Returns:
+        The pages of each group, ascending. A group with p pages has room for `width // p` layers. None if
+        there have to be more groups.
     """
-    counts = {size: [-(-layers // size) for layers in stage_sizes] for size in range(1, max(stage_sizes) + 1)}
+    if layers <= 0:
+        return ()
+    if most == 0:
+        return None
+    found = []
+    # Of the numbers of pages that leave room for as many layers, the largest one.
+    for pages in sorted({width // size for size in range(1, width + 1)}):
+        rest = pages_of_groups(layers - width // pages, width, most - 1)
+        if rest is not None:
+            found.append(tuple(sorted((pages, *rest))))
+    return min(found, key=lambda pages: (round(blocks_per_page(pages), 9), len(pages)), default=None)
 
-    def cost(size: int) -> tuple[float, int, int]:
-        groups = sum(counts[size])
-        held = sum(count * (1 + keep) for count, keep in zip(counts[size], keeps, strict=True))
-        return size * held, size * groups, groups
 
-    most = max_groups(len(stage_sizes))
-    return min((size for size in counts if sum(counts[size]) <= most), key=cost)
+def blocks_per_page(pages: Sequence[int]) -> float:
+    """The number of blocks that groups take for the tokens of one page, without rounding up.
+
+    Args:
+        pages: The pages of a block, for each group.
+    """
+    return sum(1 / number for number in pages)
+
+
+class LayerGroup(NamedTuple):
+    """Layers that share block tables.
+
+    Attributes:
+        stage: The stage that the layers belong to.
+        layers: The number of layers.
+        pages: The number of KV pages of each layer that a block holds.
+    """
+
+    stage: int
+    layers: int
+    pages: int
 
 
 @dataclass(frozen=True)
 class LayerGroups:
-    """The KV-cache groups that a decoder's layers are split into.
+    """The KV-cache groups that a decoder's layers are split into."""
 
-    Attributes:
-        stages: The stage of each group.
-        layers: The number of layers in each group, without padding.
-    """
-
-    stages: tuple[int, ...]
-    layers: tuple[int, ...]
+    groups: tuple[LayerGroup, ...]
 
     @classmethod
     def of(cls, policy: Policy, num_hidden_layers: int) -> "LayerGroups":
-        """The groups under a policy."""
-        sizes = [len(segment) for segment in policy.segments(num_hidden_layers)]
-        width = layers_per_group(sizes, policy.keeps)
-        # As in vLLM, group i of a stage's n groups takes every n-th of the stage's layers, from layer i on.
-        split = [
-            (stage, len(range(group, size, -(-size // width))))
-            for stage, size in enumerate(sizes)
-            for group in range(-(-size // width))
-        ]
-        stages, layers = zip(*split, strict=True)
-        return cls(stages, layers)
+        """The groups with which requests under a policy take the least memory.
+
+        They are chosen for a request of LLaVA-1.5's lengths, among those with which a request without images
+        takes little more than in stock vLLM. With gates, the exit that takes the most in comparison counts.
+        """
+        sizes = tuple(len(segment) for segment in policy.segments(num_hidden_layers))
+        return _cheapest_groups(sizes, tuple(_possible_keeps(policy)))
 
     @property
     def width(self) -> int:
-        """The number of layers that each group takes memory for, padding included."""
-        return max(self.layers)
+        """The number of layers that a block has memory for."""
+        return max(group.layers for group in self.groups)
+
+    def by_layer(self) -> list[LayerGroup]:
+        """The group of each layer of the decoder.
+
+        vLLM may distribute layers otherwise over the groups of a stage that have the same number of pages.
+        """
+        return [group for group in self.groups for _ in range(group.layers)]
+
+    def layer_tokens(self, held: Sequence[float]) -> float:
+        """The memory that a request takes, as a number of tokens of one layer, without rounding to blocks.
+
+        For example, if one stage of 20 layers holds 100 tokens and another one of 12 layers holds 10, that
+        is `20 * 100 + 12 * 10`, and more if the groups waste memory.
+
+        Args:
+            held: The number of the request's tokens that each stage holds.
+        """
+        return self.width * sum(held[group.stage] / group.pages for group in self.groups)
 
     @property
     def padding_fraction(self) -> float:
-        """The fraction of the memory that is padding."""
-        return 1 - sum(self.layers) / (self.width * len(self.layers))
+        """The fraction of the memory of a request without images that no layer uses."""
+        layers = sum(group.layers for group in self.groups)
+        return 1 - layers / self.layer_tokens([1] * len(self.groups))
 
     def takes_more_than_stock(self, policy: Policy) -> bool:
-        """Whether padding takes more memory than withdrawal saves, if half of all tokens are visual."""
-        return self.width * sum(1 + policy.keeps[stage] for stage in self.stages) > 2 * sum(self.layers)
+        """Whether requests take more memory than in stock vLLM, if half of all tokens are visual."""
+        layers = sum(group.layers for group in self.groups)
+        return self.layer_tokens([1 + keep for keep in policy.keeps]) > 2 * layers
 
     def blocks(self, held: Sequence[int], block_size: int) -> int:
         """The number of KV blocks that a request takes in all groups. A block has memory for `width` layers.
 
         Args:
             held: The number of the request's tokens that each stage holds.
-            block_size: Tokens in a block.
+            block_size: Tokens in a page.
         """
-        return sum(-(-held[stage] // block_size) for stage in self.stages)
+        return sum(-(-held[group.stage] // (block_size * group.pages)) for group in self.groups)
+
+
+def _possible_keeps(policy: Policy) -> Iterator[tuple[float, ...]]:
+    """The fractions of its visual tokens that the stages hold of a request, for each exit if there are gates."""
+    if policy.gate is None:
+        yield policy.keeps
+        return
+    stages = range(len(policy.keeps))
+    for exit_stage in stages[1:]:
+        yield tuple(float(stage < exit_stage) for stage in stages)
+
+
+@cache
+def _cheapest_groups(sizes: tuple[int, ...], cases: tuple[tuple[float, ...], ...]) -> LayerGroups:
+    """As `LayerGroups.of`, for stages of so many layers that hold these fractions of the visual tokens."""
+    text = (0.0,) * len(sizes)
+    mean = tuple(sum(keeps) / len(cases) for keeps in zip(*cases, strict=True))
+    candidates = {
+        groups
+        for width in range(1, max(sizes) + 1)
+        for keeps in (mean, text)
+        if (groups := _groups_of_width(sizes, keeps, width)) is not None
+    }
+
+    def ratio(groups: LayerGroups, keeps: Sequence[float]) -> float:
+        """The memory of a request beside what its tokens need. Half a block of each group is lost."""
+        held = [TYPICAL_TEXT + keep * TYPICAL_VISUAL for keep in keeps]
+        lost = TYPICAL_BLOCK / 2
+        needed = sum(size * (tokens + lost) for size, tokens in zip(sizes, held, strict=True))
+        return (groups.layer_tokens(held) + len(groups.groups) * groups.width * lost) / needed
+
+    def cost(groups: LayerGroups) -> tuple[float, float, int, float]:
+        of_text = groups.layer_tokens([1] * len(sizes)) / sum(sizes)
+        worst = max(ratio(groups, keeps) for keeps in cases)
+        # A group takes time in every step, which less than a percent of the memory is not worth.
+        return max(MAX_TEXT_SHARE, of_text), round(worst, 2), len(groups.groups), worst
+
+    return min(candidates, key=cost)
+
+
+def _groups_of_width(sizes: Sequence[int], keeps: Sequence[float], width: int) -> LayerGroups | None:
+    """The cheapest groups if the widest one has `width` layers. None if there are none.
+
+    Args:
+        sizes: The number of layers of each stage.
+        keeps: The fraction of visual tokens that each stage holds.
+        width: The number of layers that a block has memory for.
+    """
+    most = max_groups(len(sizes))
+    # By the number of groups used so far: the cost and the groups of the stages so far.
+    least: dict[int, tuple[float, tuple[tuple[int, ...], ...]]] = {0: (0.0, ())}
+    for size, keep in zip(sizes, keeps, strict=True):
+        extended: dict[int, tuple[float, tuple[tuple[int, ...], ...]]] = {}
+        for used, (cost, chosen) in least.items():
+            for more in range(1, most - used + 1):
+                pages = pages_of_groups(size, width, more)
+                if pages is None or len(pages) < more:
+                    continue
+                held = TYPICAL_TEXT + keep * TYPICAL_VISUAL
+                total = cost + blocks_per_page(pages) * held + more * TYPICAL_BLOCK / 2
+                if total < extended.get(used + more, (float("inf"),))[0]:
+                    extended[used + more] = total, (*chosen, pages)
+        least = extended
+    if not least:
+        return None
+    _, by_stage = min(least.values())
+    groups = [
+        LayerGroup(stage, *group)
+        for stage, (size, pages) in enumerate(zip(sizes, by_stage, strict=True))
+        for group in _fill(size, pages, width)
+    ]
+    split = LayerGroups(tuple(groups))
+    return split if split.width == width else None
+
+
+def _fill(layers: int, pages: Sequence[int], width: int) -> Iterator[tuple[int, int]]:
+    """Distributes a stage's layers over groups with these `pages`, evenly over groups with the same number.
+
+    Yields:
+        The number of layers and the pages of each group.
+    """
+    for number in sorted(set(pages)):
+        count = pages.count(number)
+        taken = min(layers, count * (width // number))
+        layers -= taken
+        # As in vLLM, group i of n takes every n-th of these layers, from layer i on.
+        yield from ((len(range(group, taken, count)), number) for group in range(count))
 
 
 def visual_tokens_held(

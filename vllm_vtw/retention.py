@@ -125,6 +125,20 @@ class Retention:
         return mask
 
 
+EVERYTHING = Retention()
+"""What stage 0 retains of every request."""
+
+
+def of_stage(retentions: Sequence[Retention], stage: int) -> Retention:
+    """What a stage retains of a request.
+
+    Args:
+        retentions: The request's retention in every stage past the first.
+        stage: The stage, from 0 on.
+    """
+    return retentions[stage - 1] if stage else EVERYTHING
+
+
 def visual_spans(mm_features: Iterable[Any]) -> list[Span]:
     """The spans of a prompt whose embeddings come from an image or video encoder.
 

@@ -38,7 +38,7 @@ OVERRIDES = {
         "get_num_blocks_to_allocate",
         "pop_blocks_for_free",
     },
-    "StageSpec": {"max_memory_usage_bytes", "uses_slot_mapping"},
+    "StageSpec": {"is_uniform_with_collection", "max_memory_usage_bytes", "uses_slot_mapping"},
     "StagedKVCacheManager": {"estimate_cached_tokens"},
     "VTWLlavaForConditionalGeneration": {"_processor_factory", "forward"},
     "VTWModelConfig": {"verify_and_update_config"},

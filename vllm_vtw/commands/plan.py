@@ -169,8 +169,7 @@ def plan(
             for layers, tokens in zip(config.policy.segments(num_layers), held, strict=True)
         ],
         "groups": [
-            {"stage": stage, "layers": layers}
-            for stage, layers in zip(groups.stages, groups.layers, strict=True)
+            group._asdict() for group in groups.groups
         ],
         "layers_per_group": groups.width,
         "padding_fraction": groups.padding_fraction,
@@ -187,11 +186,11 @@ def plan(
         "kv_memory_bytes": kv_memory,
         "kv_bytes_per_text_token": {
             "stock": num_layers * layer_token,
-            "vtw": groups.width * len(groups.stages) * layer_token,
+            "vtw": round(groups.layer_tokens([1] * len(held)) * layer_token),
         },
         "kv_bytes_per_image": {
             "stock": num_layers * layer_token * tokens_per_image,
-            "vtw": groups.width * layer_token * sum(held_of_image[stage] for stage in groups.stages),
+            "vtw": round(groups.layer_tokens(held_of_image) * layer_token),
         },
         "kv_bytes_per_request": request_bytes,
         "kv_ratio": request_bytes["vtw"] / request_bytes["stock"],

@@ -21,7 +21,7 @@ class StagedKVCacheManager(KVCacheManager):
 
     @property
     def stage_managers(self) -> list[StageManager]:
-        """The managers of the groups of the stages past the first."""
+        """The managers of all groups but those of stage 0 whose blocks hold one page, as in stock vLLM."""
         managers = self.coordinator.single_type_managers
         return [manager for manager in managers if isinstance(manager, StageManager)]
 
@@ -29,11 +29,25 @@ class StagedKVCacheManager(KVCacheManager):
         """The blocks that requests hold, by stage. A block that several requests share counts once."""
         held: Counter[int] = Counter()
         for manager in self.stage_managers:
-            held[manager.kv_cache_spec.stage] += manager.num_held_blocks
+            held[manager.stage] += manager.num_held_blocks
+        held[0] += self._held_by_others()
+        return held
+
+    def pages_of_stage_0(self) -> int:
+        """The pages that each layer of stage 0 holds, as many as in stock vLLM.
+
+        If all blocks of stage 0 hold several pages, unused ones count, too.
+        """
+        others = len(self.coordinator.single_type_managers) - len(self.stage_managers)
+        if others:
+            return self._held_by_others() // others
+        return min(manager.num_held_blocks * manager.pages for manager in self.stage_managers if not manager.stage)
+
+    def _held_by_others(self) -> int:
+        """The blocks that requests hold in groups whose manager is vLLM's own."""
         # vLLM keeps one block of the pool, the null block, for itself.
         in_use = self.block_pool.num_gpu_blocks - 1 - self.block_pool.get_num_free_blocks()
-        held[0] = in_use - held.total()
-        return held
+        return in_use - sum(manager.num_held_blocks for manager in self.stage_managers)
 
     def estimate_cached_tokens(self, request: Request) -> int:
         """How many tokens of the prompt another request that begins with the same tokens would find cached.
@@ -42,11 +56,12 @@ class StagedKVCacheManager(KVCacheManager):
         does not contain withdrawn tokens.
         """
         managers = self.coordinator.single_type_managers
-        whole = [manager for manager in managers if not isinstance(manager, StageManager)]
+        others = [manager for manager in managers if not isinstance(manager, StageManager)]
         tokens = min(
-            manager.num_cached_block.get(request.request_id, 0) * manager.block_size for manager in whole
+            (manager.num_cached_block.get(request.request_id, 0) * manager.block_size for manager in others),
+            default=request.num_tokens,
         )
-        # A cache hit ends at a position where a block ends in every row, so one row may shorten what another
+        # A cache hit ends at a position where a page ends in every row, so one row may shorten what another
         # one offers.
         while stages := [manager.cached_tokens(request, tokens) for manager in self.stage_managers]:
             if min(stages) == tokens:

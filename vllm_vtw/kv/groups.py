@@ -12,7 +12,7 @@ from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec
 
 TARGET = "_get_kv_cache_groups_uniform_page_size"
 EXTENSION_POINT = "layers_per_group"
-"""The method of a KV-cache spec that returns the number of layers in a group."""
+"""The method of a KV-cache spec that returns the number of layers in a group, for each spec of a model."""
 
 
 def install() -> None:
@@ -40,9 +40,8 @@ def install() -> None:
         layers: dict[KVCacheSpec, list[str]] = defaultdict(list)
         for name, spec in kv_cache_spec.items():
             layers[spec].append(name)
-        size = choose(list(layers), [len(names) for names in layers.values()])
         groups = []
-        for names in layers.values():
+        for names, size in zip(layers.values(), choose(list(layers)), strict=True):
             count = -(-len(names) // size)
             groups += [names[group::count] for group in range(count)]
         return kv_cache_utils.create_kv_cache_group_specs(kv_cache_spec, groups)

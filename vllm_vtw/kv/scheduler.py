@@ -123,6 +123,8 @@ class VTWScheduler(Scheduler):
         sitting_out = self._give_step_to(self.turns.owner_of(self.current_step + 1))
         output: SchedulerOutput = super().schedule(*args, **options)
         self.running = sitting_out + self.running
+        for manager in self.stage_managers:
+            manager.offer_parts()
         for request_id in output.num_scheduled_tokens.keys() & self.turns.since.keys():
             request = self.requests[request_id]
             one_step = self._one_step(request)
@@ -242,7 +244,8 @@ class VTWScheduler(Scheduler):
         # A request that was preempted in the meantime has no blocks.
         if request.status == RequestStatus.RUNNING:
             for manager in self.stage_managers:
-                manager.free_tail(request_id, request.num_prompt_tokens)
+                if manager.stage > 0:
+                    manager.free_tail(request_id, request.num_prompt_tokens)
 
     def make_stats(self, *args: Any, **options: Any) -> SchedulerStats | None:
         """Adds the plugin's statistics to vLLM's.

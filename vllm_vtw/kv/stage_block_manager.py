@@ -1,18 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""Allocates and shares the KV blocks of a stage past the first, one for `block_size` retained tokens."""
+"""Allocates and shares the KV blocks of one group of a stage's layers.
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import takewhile
-from types import SimpleNamespace
-from typing import Any
+A block of the pool holds one or more *pages*, and a page the keys and values of `page_size` retained tokens; see
+`vllm_vtw.capacity`. Requests share pages: a row may begin with blocks that are shared as a whole, followed by
+one that is shared up to the end of one of its pages. That last block is copied before it is written to.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
+from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
+    BlockHashWithGroupId,
+    KVCacheBlock,
+    make_block_hash_with_group_id,
+)
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.request import Request
 
-from vllm_vtw.retention import Retention
+from vllm_vtw.retention import Retention, of_stage
+
+Found = TypeVar("Found")
+Offer = tuple[BlockHashWithGroupId, KVCacheBlock, int]
+"""The hash of a row up to the end of a page, the block that holds the page, and the number of its tokens in the
+row up to there."""
 
 
 class StagedBlockHashes(list[BlockHash]):
@@ -30,28 +44,26 @@ class StagedBlockHashes(list[BlockHash]):
         super().__init__(hashes)
         self.retentions = retentions
 
-    def row(self, stage: int, block_size: int, start: int, stop: int) -> Iterator[BlockHash | None]:
-        """The hashes under which blocks of a stage's row are shared.
+    def of_page(self, stage: int, page: int, page_size: int) -> BlockHash | None:
+        """The hash under which a stage's row is shared up to the end of a page.
 
-        The content of a block depends on all tokens of the request up to the block's last token, so it is
-        shared under the hash of those tokens. vLLM has such a hash only where a number of whole blocks of the
-        request ends. For example, with blocks of 16, if positions 32 to 95 are withdrawn, block 2 of the row
-        holds positions 96 to 111 and has the request's hash 6. If positions 35 to 97 are withdrawn, block 2
-        of the row holds positions 32 to 34 and 98 to 110, and cannot be shared.
+        What a page holds depends on all tokens of the request up to the page's last token, so it is shared
+        under the hash of those tokens. vLLM has such a hash only where a number of whole blocks of the
+        request ends. For example, with pages of 16 tokens, if positions 32 to 95 are withdrawn, page 2 of the
+        row holds positions 96 to 111 and has the request's hash 6. If positions 35 to 97 are withdrawn, page
+        2 of the row holds positions 32 to 34 and 98 to 110, and cannot be shared.
 
         Args:
-            stage: 1 or deeper.
-            block_size: Tokens of a block.
-            start: Index of the first block in the row.
-            stop: Index of the block after the last one.
+            stage: The stage.
+            page: Index of the page in the row.
+            page_size: Tokens of a page, which are as many as vLLM's hashes count in blocks of.
 
-        Yields:
-            For each block its hash, or None if it cannot be shared.
+        Returns:
+            The hash, or None if the row cannot be shared up to there.
         """
-        retention = self.retentions[stage - 1]
-        for block in range(start, stop):
-            blocks, rest = divmod(retention.position((block + 1) * block_size - 1) + 1, block_size)
-            yield self[blocks - 1] if rest == 0 else None
+        last = of_stage(self.retentions, stage).position((page + 1) * page_size - 1)
+        blocks, rest = divmod(last + 1, page_size)
+        return self[blocks - 1] if rest == 0 else None
 
 
 class StageManager(SingleTypeKVCacheManager):
@@ -60,31 +72,54 @@ class StageManager(SingleTypeKVCacheManager):
     A request therefore holds `ceil(retained / block_size)` blocks, and a withdrawn token never gets a slot.
 
     Attributes:
+        block_size: Tokens of a block of the pool, of all its pages together.
+        page_size: Tokens of a page.
+        pages: Pages of a block.
         retentions: By request id, the retention of every stage past the first. The scheduler sets it.
-        num_held_blocks: Blocks that requests hold. A block that several requests share counts once.
+        num_cached_block: By request id, how many pages of its row have been offered to other requests.
     """
 
     retentions: Mapping[str, tuple[Retention, ...]] = {}
-    num_held_blocks = 0
+
+    def __init__(self, kv_cache_spec: Any, *args: Any, **options: Any) -> None:
+        super().__init__(kv_cache_spec, *args, **options)
+        self.stage, self.pages = kv_cache_spec.stage, kv_cache_spec.pages
+        self.page_size, self.block_size = kv_cache_spec.block_size, kv_cache_spec.tokens_per_block
+        self._owners: Counter[int] = Counter()
+        """By block id, the number of requests that hold it."""
+        self._offered_after_step: defaultdict[str, list[Offer]] = defaultdict(list)
+        """By request id, the parts of blocks that this step computes."""
+
+    @property
+    def num_held_blocks(self) -> int:
+        """Blocks that requests hold. A block that several requests share counts once."""
+        return len(self._owners)
 
     def _retained(self, request_id: str, num_tokens: int) -> int:
-        return self.retentions[request_id][self.kv_cache_spec.stage - 1].count(num_tokens)
+        return of_stage(self.retentions[request_id], self.stage).count(num_tokens)
+
+    def _hold(self, blocks: Iterable[KVCacheBlock]) -> None:
+        self._owners.update(block.block_id for block in blocks)
+
+    def _release(self, blocks: Iterable[KVCacheBlock]) -> None:
+        for block in blocks:
+            self._owners[block.block_id] -= 1
+            if not self._owners[block.block_id]:
+                del self._owners[block.block_id]
 
     def free_tail(self, request_id: str, num_tokens: int) -> None:
         """Frees the blocks that a request's first `num_tokens` tokens no longer need after its exit."""
         row = self.req_to_blocks[request_id]
         needed = -(-self._retained(request_id, num_tokens) // self.block_size)
-        self._count_freed(row[needed:])
+        self._release(row[needed:])
         self.block_pool.free_blocks(reversed(row[needed:]))
         del row[needed:]
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request_id)
-        self._count_freed(blocks)
+        self._release(blocks)
+        self._offered_after_step.pop(request_id, None)
         return blocks
-
-    def _count_freed(self, blocks: Sequence[KVCacheBlock]) -> None:
-        self.num_held_blocks -= sum(block.ref_cnt == 1 for block in blocks)
 
     def get_num_blocks_to_allocate(
         self,
@@ -114,13 +149,14 @@ class StageManager(SingleTypeKVCacheManager):
         num_external_computed_tokens: int,
     ) -> None:
         assert num_external_computed_tokens == 0, "KV connectors are refused at start-up"
-        self.num_held_blocks += sum(block.ref_cnt == 0 for block in new_computed_blocks)
+        retained = self._retained(request_id, num_local_computed_tokens)
         super().add_local_computed_blocks(
-            request_id,
-            new_computed_blocks,
-            self._retained(request_id, num_local_computed_tokens),
-            num_external_computed_tokens,
+            request_id, new_computed_blocks, retained, num_external_computed_tokens
         )
+        whole_blocks = retained // self.block_size
+        # `allocate_new_blocks` replaces a block that is shared in part by a copy, whose pages are offered, too.
+        self._hold(new_computed_blocks[:whole_blocks])
+        self.num_cached_block[request_id] = whole_blocks * self.pages
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -130,48 +166,61 @@ class StageManager(SingleTypeKVCacheManager):
             self._retained(request_id, num_tokens),
             self._retained(request_id, num_tokens_main_model),
         )
-        self.num_held_blocks += len(blocks)
+        self._hold(blocks)
         return blocks
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **options: Any) -> None:
-        """Offers the full blocks of the request's first `num_tokens` tokens to other requests."""
+        """Offers the full pages of the request's first `num_tokens` tokens to other requests.
+
+        Another request can share a whole block at once: kernels write all keys of a step before they read
+        any. To share a part of a block it needs a copy, and copies are made before a step computes
+        anything. Such a part is therefore offered by `offer_parts`, after this step has been scheduled.
+        """
         hashes = request.block_hashes
         assert isinstance(hashes, StagedBlockHashes)
-        stage = self.kv_cache_spec.stage
-        retention = hashes.retentions[stage - 1]
+        retention = of_stage(hashes.retentions, self.stage)
         start = self.num_cached_block.get(request.request_id, 0)
-        stop = retention.count(min(num_tokens, retention.shareable)) // self.block_size
+        stop = retention.count(min(num_tokens, retention.shareable)) // self.page_size
         if start >= stop:
             return
-        row = [*[None] * start, *hashes.row(stage, self.block_size, start, stop)]
-        self.block_pool.cache_full_blocks(
-            SimpleNamespace(block_hashes=row),  # it reads nothing else of a request, as KV events are off
-            self.req_to_blocks[request.request_id],
-            start,
-            stop,
-            self.block_size,
-            self.kv_cache_group_id,
-            block_mask=[block_hash is not None for block_hash in row[start:]],
-        )
+        row = self.req_to_blocks[request.request_id]
+        for page in range(start, stop):
+            block_hash = hashes.of_page(self.stage, page, self.page_size)
+            if block_hash is None:
+                continue
+            key = make_block_hash_with_group_id(block_hash, self.kv_cache_group_id)
+            offer = key, row[page // self.pages], (page + 1) * self.page_size
+            if (page + 1) % self.pages:
+                self._offered_after_step[request.request_id].append(offer)
+            else:
+                self.block_pool._insert_block_hash(*offer)
         self.num_cached_block[request.request_id] = stop
+
+    def offer_parts(self) -> None:
+        """Offers the parts of blocks that the step computes, now that no other request can join the step."""
+        for offers in self._offered_after_step.values():
+            for offer in offers:
+                self.block_pool._insert_block_hash(*offer)
+        self._offered_after_step.clear()
 
     def cached_tokens(self, request: Request, most: int) -> int:
         """How many tokens of the prompt another request with the same tokens would find cached in this row.
 
         Args:
-            request: A request whose full blocks have been offered by `cache_blocks`.
+            request: A request whose full pages have been offered by `cache_blocks`.
             most: The number of tokens that other rows offer.
         """
         hashes = request.block_hashes
         assert isinstance(hashes, StagedBlockHashes)
-        retention = hashes.retentions[self.kv_cache_spec.stage - 1]
+        retention = of_stage(hashes.retentions, self.stage)
         most = min(most, retention.shareable)
-        filled = min(
-            retention.count(most) // self.block_size, self.num_cached_block.get(request.request_id, 0)
+        offered = self.num_cached_block.get(request.request_id, 0)
+        _, covered = _longest_hit(
+            min(retention.count(most) // self.page_size, offered),
+            self.pages,
+            lambda page: hashes.of_page(self.stage, page, self.page_size),
         )
-        row = hashes.row(self.kv_cache_spec.stage, self.block_size, 0, filled)
-        blocks = sum(1 for _ in takewhile(lambda block_hash: block_hash is not None, row))
-        return _hit_length(retention, blocks, most, self.block_size)
+        return _hit_length(retention, covered, most, self.page_size)
 
     @classmethod
     def find_longest_cache_hit(
@@ -184,24 +233,55 @@ class StageManager(SingleTypeKVCacheManager):
         *args: Any,
         **options: Any,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """The cached blocks that a request's rows begin with, and how many of its tokens they cover."""
-        stage, block_size = kv_cache_spec.stage, kv_cache_spec.block_size
-        retention = block_hashes.retentions[stage - 1]
+        """The cached blocks that a request's rows begin with, and how many of its tokens they cover.
+
+        If the last block of a row is shared in part only, the number of tokens says so.
+        """
+        stage, page_size = kv_cache_spec.stage, kv_cache_spec.block_size
+        retention = of_stage(block_hashes.retentions, stage)
         most = min(max_length, retention.shareable)
-        rows: tuple[list[KVCacheBlock], ...] = tuple([] for _ in kv_cache_group_ids)
-        for block_hash in block_hashes.row(stage, block_size, 0, retention.count(most) // block_size):
-            blocks = block_hash and block_pool.get_cached_block(block_hash, kv_cache_group_ids)
-            if not blocks:
-                break
-            for row, block in zip(rows, blocks, strict=True):
-                row.append(block)
-        return rows, _hit_length(retention, len(rows[0]), most, block_size)
+
+        def cached(page: int) -> list[KVCacheBlock] | None:
+            block_hash = block_hashes.of_page(stage, page, page_size)
+            return block_pool.get_cached_block(block_hash, kv_cache_group_ids) if block_hash else None
+
+        found, covered = _longest_hit(retention.count(most) // page_size, kv_cache_spec.pages, cached)
+        rows = tuple(list(row) for row in zip(*found, strict=True)) or tuple([] for _ in kv_cache_group_ids)
+        return rows, _hit_length(retention, covered, most, page_size)
 
 
-def _hit_length(retention: Retention, blocks: int, most: int, block_size: int) -> int:
-    """How many tokens of the prompt the first `blocks` blocks of a row cover, at most `most`.
+def _longest_hit(
+    num_pages: int, pages: int, lookup: Callable[[int], Found | None]
+) -> tuple[list[Found], int]:
+    """Finds the longest part of a row that is cached, block by block.
 
-    Withdrawn tokens after the last block are part of the hit. For example, with blocks of 16, if the prompt
-    begins with 32 text tokens and the next 64 tokens are withdrawn, two blocks cover 96 tokens.
+    For example, with 4 pages in a block, a row of 7 pages is looked up at the end of page 3 first, then at
+    the end of page 6. If nothing is cached there, it is looked up at the ends of pages 5 and 4.
+
+    Args:
+        num_pages: Full pages of the row.
+        pages: Pages of a block.
+        lookup: Returns what is cached for the row up to the end of a page. None if nothing is.
+
+    Returns:
+        What was found, for each block, and the number of pages that this covers.
     """
-    return min(most, retention.position(blocks * block_size)) // block_size * block_size
+    found: list[Found] = []
+    covered = 0
+    while covered < num_pages and covered % pages == 0:
+        ends = range(min(covered + pages, num_pages) - 1, covered - 1, -1)
+        at, block = next(((page, hit) for page in ends if (hit := lookup(page))), (None, None))
+        if at is None or block is None:
+            break
+        found.append(block)
+        covered = at + 1
+    return found, covered
+
+
+def _hit_length(retention: Retention, pages: int, most: int, page_size: int) -> int:
+    """How many tokens of the prompt the first `pages` pages of a row cover, at most `most`.
+
+    Withdrawn tokens after the last page are part of the hit. For example, with pages of 16 tokens, if the
+    prompt begins with 32 text tokens and the next 64 tokens are withdrawn, two pages cover 96 tokens.
+    """
+    return min(most, retention.position(pages * page_size)) // page_size * page_size

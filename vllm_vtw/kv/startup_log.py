@@ -9,7 +9,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.encoder_budget import MultiModalBudget
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from vllm_vtw.capacity import LayerGroups, visual_tokens_held
+from vllm_vtw.capacity import LayerGroup, LayerGroups, visual_tokens_held
 from vllm_vtw.config import VTWConfig
 from vllm_vtw.kv.spec import StageSpec
 from vllm_vtw.policy import Policy
@@ -26,14 +26,18 @@ def log_startup(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config:
     stages = config.policy.stages
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
     groups = LayerGroups(
-        tuple(spec.stage if isinstance(spec, StageSpec) else 0 for spec in specs),
-        tuple(len(group.layer_names) for group in kv_cache_config.kv_cache_groups),
+        tuple(
+            LayerGroup(spec.stage, len(group.layer_names), spec.pages)
+            if isinstance(spec, StageSpec)
+            else LayerGroup(0, len(group.layer_names), 1)
+            for spec, group in zip(specs, kv_cache_config.kv_cache_groups, strict=True)
+        )
     )
     budget = MultiModalBudget(vllm_config, MULTIMODAL_REGISTRY)
     tokens = budget.mm_max_toks_per_item.get("image", 0)
     block_size = vllm_config.cache_config.block_size
     by_stage = visual_tokens_held(config.policy, 1, tokens, config.align_to(block_size))
-    held = groups.width * sum(by_stage[stage] for stage in groups.stages)
+    held = groups.layer_tokens(by_stage)
     bytes_per_token = specs[0].page_size_bytes / block_size
     logger.info(
         "vtw: withdrawing %s of L = %d; KV cache groups%s: %s; "
@@ -42,13 +46,12 @@ def log_startup(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config:
         num_layers,
         " of the first pipeline rank" if vllm_config.parallel_config.pipeline_parallel_size > 1 else "",
         " + ".join(
-            f"{layers} layers ({_held(config.policy, stage)})"
-            for stage, layers in zip(groups.stages, groups.layers, strict=True)
+            f"{group.layers} layers ({_held(config.policy, group.stage)})" for group in groups.groups
         ),
         tokens,
         "about" if config.policy.gate is None else "at least",
         held * bytes_per_token / 2**20,
-        sum(groups.layers) * tokens * bytes_per_token / 2**20,
+        sum(group.layers for group in groups.groups) * tokens * bytes_per_token / 2**20,
         ", on each rank" if vllm_config.parallel_config.tensor_parallel_size > 1 else "",
     )
     if stages and groups.takes_more_than_stock(config.policy):

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_vtw.kv.cache_manager import StagedKVCacheManager
-from vllm_vtw.kv.spec import StageSpec
 from vllm_vtw.metrics import EXIT_LAYER, KV_BLOCKS, KV_BLOCKS_SAVED, REQUESTS, WITHDRAWN_TOKENS
 from vllm_vtw.retention import Retention
 
@@ -33,7 +32,6 @@ class Statistics:
         groups = kv_cache_config.kv_cache_groups
         sizes = [len(group.layer_names) for group in groups]
         self.num_layers, self.width = sum(sizes), max(sizes)
-        self.stage_0_groups = sum(not isinstance(group.kv_cache_spec, StageSpec) for group in groups)
         self.counts: Counter[str] = Counter()
 
     def count_request(self, retentions: Sequence[Retention]) -> int:
@@ -69,7 +67,7 @@ class Statistics:
         """
         counts, self.counts = dict(self.counts), Counter()
         held = self.manager.held_blocks()
-        # A group of stage 0 holds as many blocks as stock vLLM's only group, whose blocks hold all layers.
-        in_stock = held[0] // self.stage_0_groups * self.num_layers // self.width
+        # A block of stock vLLM's only group holds one page of all layers.
+        in_stock = self.manager.pages_of_stage_0() * self.num_layers // self.width
         counts |= {f"{KV_BLOCKS}/{stage}": blocks for stage, blocks in sorted(held.items())}
         return counts | {f"{KV_BLOCKS_SAVED}/": in_stock - held.total()}

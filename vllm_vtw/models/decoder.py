@@ -10,8 +10,10 @@ import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.forward_context import BatchDescriptor, get_forward_context, override_forward_context
+from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.sequence import IntermediateTensors
 
+from vllm_vtw.capacity import LayerGroups
 from vllm_vtw.models.gather_scatter import TokenStates
 from vllm_vtw.models.graph_inputs import GraphInputs
 from vllm_vtw.models.segment import Segment, compiled_segment
@@ -57,9 +59,12 @@ class StagedDecoder:
             is_last = self.is_last_rank and layers.stop == end
             norm = text_model.norm if is_last else None
             self.segments[stage] = compiled_segment(vllm_config, stage, own, norm)
-            if stage > 0:
-                for layer in own:
-                    StageAttention.adopt(layer.self_attn.attn, stage, policy.keeps[stage], step)
+        if policy.stages:
+            groups = LayerGroups.of(policy, len(text_model.layers))
+            for layer, group in zip(text_model.layers, groups.by_layer(), strict=True):
+                if isinstance(layer, PPMissingLayer) or (group.stage == 0 and group.pages == 1):
+                    continue
+                StageAttention.adopt(layer.self_attn.attn, group.stage, group.pages, groups.width, step)
         if policy.ranking is not None:
             ranking = RANKINGS[policy.ranking]()
             for stage, border in enumerate(borders, 1):
@@ -146,6 +151,7 @@ class StagedDecoder:
         """
         segment, context = self.segments[stage], get_forward_context()
         if stage == 0:
+            self._set_slots(segment, len(hidden))
             return segment(positions, hidden, residual)
         rows = len(hidden)
         if rows == 0:
@@ -166,9 +172,14 @@ class StagedDecoder:
                 cudagraph_runtime_mode=CUDAGraphMode.PIECEWISE,
                 batch_descriptor=BatchDescriptor(num_tokens=size),
             )
-        if context.attn_metadata is not None:
-            slots = {name: self.step.slots[name].view(len(hidden)) for name in segment.layer_names}
-            context.slot_mapping.update(slots)
         with override_forward_context(context):
+            self._set_slots(segment, len(hidden))
             hidden, residual = segment(positions, hidden, residual)
         return hidden[:rows], None if residual is None else residual[:rows]
+
+    def _set_slots(self, segment: Segment, num_tokens: int) -> None:
+        """Tells the layers that have slots of their own where to store keys and values."""
+        context = get_forward_context()
+        if context.attn_metadata is not None:
+            own = self.step.slots.keys() & segment.layer_names
+            context.slot_mapping.update({name: self.step.slots[name].view(num_tokens) for name in own})

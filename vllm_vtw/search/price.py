@@ -79,8 +79,8 @@ class Price:
         The padding of KV-cache groups is included. Rounding up to whole blocks is not.
         """
         groups = LayerGroups.of(policy, self.num_layers)
-        held = sum(self.layer_held(policy.keeps[stage]) for stage in groups.stages)
-        return groups.width * held / (self.num_layers * self.layer_held(1))
+        held = [self.layer_held(keep) for keep in policy.keeps]
+        return groups.layer_tokens(held) / (self.num_layers * self.layer_held(1))
 
     def cost(self, policy: Policy) -> float:
         """The weighted sum of `flops_share` and `kv_share`, which searches minimize."""

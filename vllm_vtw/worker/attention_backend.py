@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""The attention backend of a stage past the first: the model's own backend, given the stage's metadata."""
+"""The attention backend of a stage's layers: the model's own backend, given the stage's metadata."""
 
+import copy
 import functools
 from typing import Any
 
@@ -19,6 +20,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from vllm_vtw.kv.spec import StageSpec
 from vllm_vtw.worker.current_step import CurrentStep
+from vllm_vtw.worker.pages import PagedCache, PageTable
 from vllm_vtw.worker.step_buffers import SlotMapping, StepBuffer
 
 # Backends whose kernels accept rows without a query in the middle of a batch.
@@ -31,8 +33,7 @@ def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
     model_builder: Any = backend.get_builder_cls()
 
     class StageBuilder(model_builder):
-        # With True, the KV-cache groups of one stage would share the metadata of the first group. CUDA graphs
-        # of the second group would then not see the row lengths, which they read from a buffer of their own.
+        # What vLLM would share between the KV-cache groups of a stage is shared below, page tables included.
         supports_update_block_table = False
 
         def __init__(
@@ -44,14 +45,18 @@ def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
             **kw: Any,
         ) -> None:
             super().__init__(kv_cache_spec, layer_names, vllm_config, *args, **kw)
-            self.stage = kv_cache_spec.stage
+            self.stage, self.pages = kv_cache_spec.stage, kv_cache_spec.pages
             layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
             assert isinstance(layer, StageAttention)
-            self.step = layer.step
-            # CUDA graphs read these tensors at the addresses that they captured.
+            self.layer, self.step = layer, layer.step
             limits, device = vllm_config.scheduler_config, self.step.device
-            self.seq_lens = StepBuffer(torch.zeros(limits.max_num_seqs, dtype=torch.int32, device=device))
+            self.max_rows = limits.max_num_seqs
+            # CUDA graphs read these tensors at the addresses that they captured.
             self.slots = SlotMapping(limits.max_num_batched_tokens, device)
+            if self.stage not in self.step.seq_lens:
+                seq_lens = torch.zeros(self.max_rows, dtype=torch.int32, device=device)
+                self.step.seq_lens[self.stage] = StepBuffer(seq_lens)
+            self.page_table: PageTable | None = None
             self.step.slots.update(dict.fromkeys(layer_names, self.slots))
             self.step.builders.update(dict.fromkeys(layer_names, self))
 
@@ -77,37 +82,70 @@ def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
         ) -> Any:
             if self.step.gates is not None:
                 self.given = (common_prefix_len, common_attn_metadata, fast_build)
-            stage = self.step.stages[self.stage - 1]
+            batch, stage = common_attn_metadata, self.step.of_stage(self.stage)
+            block_table = self._page_table(batch)
             if stage is None:
-                stage_metadata = self._dummy(common_attn_metadata)
+                self.slots.clear(batch, block_table, self.kv_cache_spec.block_size)
             else:
-                stage.set_ranks(common_attn_metadata.positions)
-                stage.write_slots(self.slots, common_attn_metadata, self.kv_cache_spec.block_size)
-                stage_metadata = stage.metadata(common_attn_metadata, self.seq_lens, self.slots)
-            return super().build(common_prefix_len, stage_metadata, fast_build)
+                stage.set_ranks(batch.positions)
+                stage.write_slots(self.slots, batch, block_table, self.kv_cache_spec.block_size)
+            metadata = self.step.metadata.get(self.stage)
+            if metadata is not None:
+                # Another group of the stage has built it. Only blocks and slots are different here.
+                metadata = copy.copy(metadata)
+                metadata.block_table = block_table
+                metadata.slot_mapping = self.slots.view(metadata.num_actual_tokens)
+                return metadata
+            seq_lens = self.step.seq_lens[self.stage]
+            if stage is None:
+                of_stage = copy.copy(batch)
+                of_stage.seq_lens = seq_lens.view(batch.num_reqs).copy_(batch.seq_lens)
+            else:
+                of_stage = stage.metadata(batch, seq_lens)
+            of_stage.block_table_tensor = block_table
+            of_stage.slot_mapping = self.slots.view(of_stage.num_actual_tokens)
+            metadata = super().build(common_prefix_len, of_stage, fast_build)
+            self.step.metadata[self.stage] = metadata
+            return metadata
 
         def build_again(self) -> dict[str, Any]:
             """Builds the step's metadata again, by layer name, after the plan of the stage has changed."""
             return dict.fromkeys(self.layer_names, self.build(*self.given))
 
-        def _dummy(self, batch: CommonAttentionMetadata) -> CommonAttentionMetadata:
-            self.slots.clear(batch, self.kv_cache_spec.block_size)
-            seq_lens = self.seq_lens.view(batch.num_reqs).copy_(batch.seq_lens)
-            return batch.replace(seq_lens=seq_lens, slot_mapping=self.slots.view(batch.num_actual_tokens))
+        def _page_table(self, batch: CommonAttentionMetadata) -> torch.Tensor:
+            """The block table that kernels read, in which every page is a block of its own."""
+            block_table = batch.block_table_tensor
+            if self.pages == 1:
+                return block_table
+            if self.page_table is None:
+                self.page_table = PageTable(block_table, self.max_rows, self.layer.paged_cache, self.pages)
+            return self.page_table.write(block_table, -(-batch.max_seq_len // self.kv_cache_spec.block_size))
 
     assert issubclass(StageBuilder, AttentionMetadataBuilder)
     return subclass_attention_backend("Stage", backend, StageBuilder)
 
 
 class StageAttention(Attention):
-    """An attention layer of a stage past the first, with its own backend and KV-cache spec."""
+    """An attention layer of a stage, with its own backend and KV-cache spec.
+
+    Layers past stage 0 are such layers, and those of stage 0 whose KV blocks hold several pages.
+
+    Attributes:
+        stage: The stage that the layer belongs to.
+        pages: The number of pages of the layer that a KV block holds.
+        width: The number of layers that a KV block has memory for.
+        step: The worker's current step.
+        paged_cache: Where the layer's pages lie. It exists once vLLM has bound the KV cache.
+    """
 
     stage: int
-    keep: float
+    pages: int
+    width: int
     step: CurrentStep
+    paged_cache: PagedCache
 
     @classmethod
-    def adopt(cls, attention: Attention, stage: int, keep: float, step: CurrentStep) -> None:
+    def adopt(cls, attention: Attention, stage: int, pages: int, width: int, step: CurrentStep) -> None:
         """Changes the class of an attention layer that the model has built.
 
         Each model class builds its attention layers with arguments of its own. Changing the class afterwards
@@ -115,9 +153,10 @@ class StageAttention(Attention):
 
         Args:
             attention: The layer.
-            stage: The stage that it belongs to, 1 or deeper.
-            keep: The fraction of visual tokens that the stage keeps.
-            step: The worker's current step.
+            stage: As in the attributes.
+            pages: As in the attributes.
+            width: As in the attributes.
+            step: As in the attributes.
 
         Raises:
             ValueError: The layer's attention backend is not supported.
@@ -131,7 +170,7 @@ class StageAttention(Attention):
             )
         attention.__class__ = cls
         assert isinstance(attention, cls)
-        attention.stage, attention.keep, attention.step = stage, keep, step
+        attention.stage, attention.pages, attention.width, attention.step = stage, pages, width, step
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return stage_backend(super().get_attn_backend())
@@ -139,4 +178,8 @@ class StageAttention(Attention):
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         spec = super().get_kv_cache_spec(vllm_config)
         assert isinstance(spec, FullAttentionSpec)
-        return StageSpec.like(spec, self.stage, self.keep)
+        return StageSpec.like(spec, self.stage, self.pages, self.width)
+
+    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
+        self.paged_cache = PagedCache.of(kv_cache, self.pages)
+        super().bind_kv_cache(self.paged_cache.view)

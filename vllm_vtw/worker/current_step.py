@@ -13,8 +13,8 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm_vtw.retention import OneStepPrefill
 from vllm_vtw.worker.gates import Gates
 from vllm_vtw.worker.stage_step import StageStep
-from vllm_vtw.worker.step_buffers import SlotMapping
-from vllm_vtw.worker.step_plan import Batch, BatchRetentions, plan_stage, ranked_tokens
+from vllm_vtw.worker.step_buffers import SlotMapping, StepBuffer
+from vllm_vtw.worker.step_plan import Batch, BatchRetentions, StagePlan, plan_stage, ranked_tokens
 
 
 class CurrentStep:
@@ -30,6 +30,9 @@ class CurrentStep:
     Attributes:
         stages: For each stage past the first, its tokens. None in a dummy run, which computes every token in
             every stage and stores nothing.
+        stage_0: The same for layers of stage 0 whose KV blocks hold several pages.
+        seq_lens: By stage, the buffer that the lengths of its rows are in.
+        metadata: By stage, the attention metadata that one of its KV-cache groups has built for this step.
         slots: By layer name, the KV slots of the layer's tokens.
         prompt_logprobs: Whether something reads the final states of withdrawn tokens.
         gates: The policy's gates, set by the model. None if there are none.
@@ -49,6 +52,9 @@ class CurrentStep:
         self.num_stages = num_stages
         self.device = device
         self.stages: Sequence[StageStep | None] = (None,) * num_stages
+        self.stage_0: StageStep | None = None
+        self.seq_lens: dict[int, StepBuffer] = {}
+        self.metadata: dict[int, Any] = {}
         self.slots: dict[str, SlotMapping] = {}
         self.prompt_logprobs = False
         self.gates: Gates | None = None
@@ -69,19 +75,24 @@ class CurrentStep:
             batch: What the step computes. None for a dummy run.
             fixed_shape: Whether a CUDA graph of the whole model replays the step.
         """
+        self.metadata = {}
         if batch is None:
             self.stages = (None,) * self.num_stages
+            self.stage_0 = None
             self.prompt_logprobs = False
             self.gated_prompts = {}
             self._decoding = None
             return
         if batch.retentions is self._decoding and batch.is_one_token_each:
-            for stage in self.stages:
-                assert stage is not None
-                stage.reset_ranks()
+            for stage in (self.stage_0, *self.stages):
+                if stage is not None:
+                    stage.reset_ranks()
             return
         self.prompt_logprobs = batch.retentions.prompt_logprobs
         self.stages = stages = self._planned(batch, [], fixed_shape)
+        if 0 in self.seq_lens:
+            plan = StagePlan(np.zeros(len(batch.num_computed), dtype=np.int32), is_final=True)
+            self.stage_0 = StageStep(plan, None, torch.zeros_like(self._num_withdrawn[0]), batch, fixed_shape)
         self._prepare_ranking(batch, stages)
         self._decoding = batch.retentions if batch.is_one_token_each and batch.is_past_withdrawn else None
         # A graph of fixed shape replays decodes only.
@@ -89,6 +100,10 @@ class CurrentStep:
         if self.gated_prompts:
             self._batch = batch
             self._row_exits = {}
+
+    def of_stage(self, stage: int) -> StageStep | None:
+        """What the step computes in a stage. None in a dummy run."""
+        return self.stages[stage - 1] if stage else self.stage_0
 
     def _planned(self, batch: Batch, stages: list[StageStep], fixed_shape: bool) -> list[StageStep]:
         """The first few `stages`, followed by new plans of all deeper ones."""
@@ -140,6 +155,7 @@ class CurrentStep:
         self._batch = self._batch._replace(retentions=retentions)
         unchanged = [planned for planned in self.stages[: stage - 1] if planned is not None]
         self.stages = self._planned(self._batch, unchanged, fixed_shape=False)
+        self.metadata = {planned: built for planned, built in self.metadata.items() if planned < stage}
         builders = dict.fromkeys(self.builders.values())
         rebuilt = [builder.build_again() for builder in builders if builder.stage >= stage]
         return dict(chain.from_iterable(metadata.items() for metadata in rebuilt))

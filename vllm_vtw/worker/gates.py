@@ -82,5 +82,5 @@ def blocks_after_exit(
     """
     for index, group in enumerate(kv_cache_config.kv_cache_groups):
         spec = group.kv_cache_spec
-        if isinstance(spec, StageSpec):
-            yield index, -(-retentions[spec.stage - 1].count(num_tokens) // spec.block_size)
+        if isinstance(spec, StageSpec) and spec.stage > 0:
+            yield index, -(-retentions[spec.stage - 1].count(num_tokens) // spec.tokens_per_block)

@@ -160,23 +160,24 @@ class StageStep:
                 positions = positions[: self.num_tokens]
             self._ranks = positions - self._shifts
 
-    def write_slots(self, slots: SlotMapping, batch: CommonAttentionMetadata, block_size: int) -> None:
-        """Writes the KV slot of each of the stage's tokens under the block table of `batch`."""
+    def write_slots(
+        self, slots: SlotMapping, batch: CommonAttentionMetadata, block_table: torch.Tensor, block_size: int
+    ) -> None:
+        """Writes the KV slot of each of the stage's tokens under one group's block table."""
         assert self._ranks is not None, "no group of this stage had its metadata built"
         starts = batch.query_start_loc if self._starts_cpu is None else self._starts
-        slots.write(self.num_tokens, starts, self._ranks, batch.block_table_tensor, block_size)
+        slots.write(self.num_tokens, starts, self._ranks, block_table, block_size)
         if self._not_stored is not None:
             slots.skip(self._not_stored)
 
-    def metadata(
-        self, batch: CommonAttentionMetadata, seq_lens: StepBuffer, slots: SlotMapping
-    ) -> CommonAttentionMetadata:
-        """The batch's metadata for this stage: fewer tokens, shorter rows, other slots.
+    def metadata(self, batch: CommonAttentionMetadata, seq_lens: StepBuffer) -> CommonAttentionMetadata:
+        """The batch's metadata for this stage: fewer tokens and shorter rows.
+
+        The block table and the slots are still those of the batch.
 
         Args:
             batch: The metadata of all tokens. Rows may be padded for a CUDA graph.
             seq_lens: Receives the lengths of the rows, int32.
-            slots: As `write_slots` left them.
         """
         rows = len(self.plan.num_withdrawn)
         lengths = seq_lens.view(batch.num_reqs)
@@ -197,7 +198,6 @@ class StageStep:
             of_stage.query_start_loc_cpu = torch.from_numpy(self._starts_cpu)
             of_stage.num_actual_tokens = self.num_tokens
             of_stage.max_query_len = longest_query(self._starts_cpu)
-        of_stage.slot_mapping = slots.view(of_stage.num_actual_tokens)
         # The rotary embedding has been applied before. Builders would take these positions, which are of the
         # whole batch, for those of the stage's tokens.
         of_stage.positions = None

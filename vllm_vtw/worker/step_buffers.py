@@ -76,13 +76,13 @@ class SlotMapping(StepBuffer):
         """Marks some of the written tokens as not to be stored, given their indices."""
         self.whole[tokens] = PAD_SLOT_ID
 
-    def clear(self, batch: CommonAttentionMetadata, block_size: int) -> None:
+    def clear(self, batch: CommonAttentionMetadata, block_table: torch.Tensor, block_size: int) -> None:
         """Marks all tokens as not to be stored.
 
         It calls the kernel all the same, so that a dummy run compiles the kernel before a request comes.
         """
         assert batch.positions is not None
-        self.write(0, batch.query_start_loc[:1], batch.positions, batch.block_table_tensor, block_size)
+        self.write(0, batch.query_start_loc[:1], batch.positions, block_table, block_size)
 
     def _pad(self, count: int) -> None:
         if count < self._written:

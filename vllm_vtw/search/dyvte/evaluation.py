@@ -38,9 +38,9 @@ def kv_share(policy: Policy, price: Price, exit_stage: int | None) -> float:
         exit_stage: The first stage without the request's visual tokens. None if they stay.
     """
     groups = LayerGroups.of(policy, price.num_layers)
-    keeps = [float(exit_stage is None or stage < exit_stage) for stage in groups.stages]
-    held = sum(price.layer_held(keep) for keep in keeps)
-    return groups.width * held / (price.num_layers * price.layer_held(1))
+    keeps = [float(exit_stage is None or stage < exit_stage) for stage in range(len(policy.keeps))]
+    held = [price.layer_held(keep) for keep in keeps]
+    return groups.layer_tokens(held) / (price.num_layers * price.layer_held(1))
 
 
 def evaluate_gates(

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
+"""Several KV pages of a layer in one block of the pool, as attention kernels see them.
+
+A block of the pool has memory for one page of each layer of the widest KV-cache group. In a group of fewer layers,
+layer m takes the memory of layers `m * pages` to `(m + 1) * pages - 1` of the widest group, one page in each.
+Kernels know nothing of this: they get a view of the KV cache in which every page is a block of its own, and a
+block table that names pages.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class PagedCache(NamedTuple):
+    """The pages of one layer.
+
+    Attributes:
+        view: The layer's KV cache, shape `(at least pages, heads, page_size, 2 * head_size)`.
+        block_stride: How far apart the first pages of two neighbouring blocks are in `view`.
+        page_stride: How far apart two neighbouring pages of a block are in `view`. Page j of block b is
+            `view[b * block_stride + j * page_stride]`.
+    """
+
+    view: torch.Tensor
+    block_stride: int
+    page_stride: int
+
+    @classmethod
+    def of(cls, kv_cache: torch.Tensor, pages: int) -> "PagedCache":
+        """Views the memory of a layer's blocks as pages.
+
+        For example, in a layout that stores all blocks of one layer after the other, layer 1 of a group with
+        4 pages gets the memory of layers 4 to 7, and page j of block b is `view[b + j * blocks]`.
+
+        Args:
+            kv_cache: The layer's KV cache as vLLM binds it, one page a block, in any of vLLM's layouts.
+            pages: The number of pages of a block.
+
+        Raises:
+            ValueError: The layout stores heads of several layers between those of one layer.
+        """
+        num_blocks, *of_page = kv_cache.shape
+        block, page = kv_cache.stride(0), kv_cache[0].numel()
+        # The next layer's page follows after the page if blocks are outermost, and after all blocks if not.
+        layer = page if block > page else num_blocks * page
+        end = 1 + sum((size - 1) * stride for size, stride in zip(of_page, kv_cache.stride()[1:], strict=True))
+        if block > page and end > page:
+            raise ValueError(
+                "--model-impl vtw cannot store several pages in a block in this KV cache layout: set "
+                "VLLM_KV_CACHE_LAYOUT to LBNHC, LBHNC, BLNHC or BLHNC"
+            )
+        step = min(block, layer)
+        view = kv_cache.as_strided(
+            ((num_blocks - 1) * (block // step) + (pages - 1) * (layer // step) + 1, *of_page),
+            (step, *kv_cache.stride()[1:]),
+            kv_cache.storage_offset() * pages,
+        )
+        return cls(view, block // step, layer // step)
+
+
+class PageTable:
+    """A block table of pages, at an address that CUDA graphs remember.
+
+    Args:
+        block_table: A block table of blocks, int32, shape `(rows, blocks)`. Its shape and device are used.
+        max_rows: The largest number of rows.
+        cache: Where pages lie.
+        pages: The number of pages of a block.
+    """
+
+    def __init__(self, block_table: torch.Tensor, max_rows: int, cache: PagedCache, pages: int) -> None:
+        blocks = -(-block_table.shape[1] // pages)
+        self._whole = block_table.new_zeros(max_rows, blocks * pages)
+        self._offsets = torch.arange(pages, dtype=torch.int32, device=block_table.device) * cache.page_stride
+        self._block_stride = cache.block_stride
+        self._pages = pages
+
+    def write(self, block_table: torch.Tensor, num_pages: int) -> torch.Tensor:
+        """Writes the pages of blocks.
+
+        Args:
+            block_table: The block table of blocks, int32, shape `(rows, blocks)`.
+            num_pages: The largest number of pages of a row that kernels will read.
+
+        Returns:
+            The block table of pages, int32, shape `(rows, at least num_pages)`.
+        """
+        table = self._whole[: len(block_table)]
+        blocks = min(-(-num_pages // self._pages), table.shape[1] // self._pages)
+        torch.add(
+            self._offsets,
+            block_table[:, :blocks, None],
+            alpha=self._block_stride,
+            out=table[:, : blocks * self._pages].unflatten(1, (blocks, self._pages)),
+        )
+        return table
