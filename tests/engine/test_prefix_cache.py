@@ -2,8 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Prefix caching: what is served from the cache, beside stock vLLM, and that answers stay what they were."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,9 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.v1.request import Request
 
+from benchmarks.small_llava import SmallLlava
 from tests.engine.engines import (
+    BLOCK_SIZE,
     FILLER,
     GREEDY,
     MODEL,
@@ -28,6 +32,7 @@ from tests.engine.reference import Reference
 
 SIZES = (7, 31, 64, 99)
 LAYER = MODEL.layers // 2
+DEEP = SmallLlava(layers=32)
 ENGINE: dict[str, Any] = {
     "enable_prefix_caching": True,
     "max_num_batched_tokens": 96,
@@ -61,10 +66,10 @@ class Served:
     answer: tuple[int, ...]
     cached: int
 
-    def assert_right(self, oracle: Reference, align_to: int) -> None:
+    def assert_right(self, oracle: Reference, align_to: int, layer: int = LAYER) -> None:
         ids = [*self.prompt_ids, *self.answer]
         dropped = oracle.dropped(ids, len(self.prompt_ids), align_to)
-        logits = oracle.logits(ids, self.turn.embeds, LAYER, dropped)
+        logits = oracle.logits(ids, self.turn.embeds, layer, dropped)
         assert list(self.answer) == logits[len(self.prompt_ids) - 1 : -1].argmax(-1).tolist()
 
     def and_then(self, tokenizer: Callable[[str], Sequence[int]], question: str) -> Turn:
@@ -77,92 +82,113 @@ def serve(llm: LLM, turn: Turn, params: SamplingParams = GREEDY) -> Served:
     return Served(turn, output.prompt_token_ids, tuple(output.outputs[0].token_ids), output.num_cached_tokens)
 
 
-@pytest.fixture(scope="module")
-def oracle(checkpoint, reference) -> Reference:
-    return reference(checkpoint(MODEL))
+class Setting:
+    """A model, its reference, and what stock vLLM makes of a course of requests.
+
+    Attributes:
+        course: Requests that begin alike in every way that pictures can, and in an order that lets them.
+    """
+
+    def __init__(self, folder: Path, oracle: Reference) -> None:
+        self.folder, self.oracle = folder, oracle
+        a, b, c = (oracle.embeds(image) for image in (A, B, C))
+
+        def turn(text: str, *embeds: torch.Tensor) -> Turn:
+            return Turn(tuple(self.tokenize(text)), embeds)
+
+        shape = "USER: <image>\n{} ASSISTANT:"
+        self.course = [
+            turn(shape.format("What is this?"), a),
+            turn(shape.format("Which colour has it?"), a),
+            turn(shape.format("What is this?"), b),
+            turn(shape.format("What is this?"), a),
+            # Pictures of other sizes.
+            *(turn(shape.format(question), a[:size]) for size in SIZES for question in ("What?", "Why?")),
+            # Several, and touching ones, of which one is another.
+            turn(f"{FILLER}<image> and <image> Which?", a, b),
+            turn(f"{FILLER}<image> and <image> Why?", a, c),
+            turn(f"{FILLER}<image> and <image> Which?", a, b),
+            turn("<image><image> What differs?", a, b),
+            turn("<image><image> What differs?", a, c),
+            turn("<image><image><image> What differs?", a, c, b),
+            turn("<image> What is this?", a),
+            # Prompts that end in a picture, after which others go on: at a block's end, and inside one.
+            turn("<image>", a[:96]),
+            turn("<image> What is this?", a[:96]),
+            turn("<image>", a[:96]),
+            turn("USER: <image>", b),
+            turn("USER: <image> What is this?", b),
+            # Text alone, and a picture behind the same text.
+            turn(f"USER: {FILLER * 4} ASSISTANT:"),
+            turn(f"USER: {FILLER * 4} <image> ASSISTANT:", c),
+            turn(f"USER: {FILLER * 4} ASSISTANT:"),
+        ]
+
+    def tokenize(self, text: str) -> Sequence[int]:
+        ids: Sequence[int] = self.oracle.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    @functools.cache  # noqa: B019 - it lives as long as the tests of this file
+    def in_stock(self, block_size: int) -> list[Served]:
+        with running(self.folder, block_size=block_size, **ENGINE) as llm:
+            return [serve(llm, turn) for turn in self.course]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(oracle):
-    return lambda text: oracle.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+def settings(checkpoint, reference) -> Callable[[SmallLlava], Setting]:
+    return functools.cache(lambda model: Setting(checkpoint(model), reference(checkpoint(model))))
 
 
-@pytest.fixture(scope="module")
-def course(oracle, tokenizer) -> list[Turn]:
-    """Requests that begin alike in every way that pictures can, and in an order that lets them."""
-    a, b, c = (oracle.embeds(image) for image in (A, B, C))
-
-    def turn(text: str, *embeds: torch.Tensor) -> Turn:
-        return Turn(tuple(tokenizer(text)), embeds)
-
-    shape = "USER: <image>\n{} ASSISTANT:"
-    return [
-        turn(shape.format("What is this?"), a),
-        turn(shape.format("Which colour has it?"), a),
-        turn(shape.format("What is this?"), b),
-        turn(shape.format("What is this?"), a),
-        # Pictures of other sizes.
-        *(turn(shape.format(question), a[:size]) for size in SIZES for question in ("What?", "Why?")),
-        # Several, and touching ones, of which one is another.
-        turn(f"{FILLER}<image> and <image> Which?", a, b),
-        turn(f"{FILLER}<image> and <image> Why?", a, c),
-        turn(f"{FILLER}<image> and <image> Which?", a, b),
-        turn("<image><image> What differs?", a, b),
-        turn("<image><image> What differs?", a, c),
-        turn("<image><image><image> What differs?", a, c, b),
-        turn("<image> What is this?", a),
-        # Prompts that end in a picture, after which others go on: at a block's end, and inside one.
-        turn("<image>", a[:96]),
-        turn("<image> What is this?", a[:96]),
-        turn("<image>", a[:96]),
-        turn("USER: <image>", b),
-        turn("USER: <image> What is this?", b),
-        # Text alone, and a picture behind the same text.
-        turn(f"USER: {FILLER * 4} ASSISTANT:"),
-        turn(f"USER: {FILLER * 4} <image> ASSISTANT:", c),
-        turn(f"USER: {FILLER * 4} ASSISTANT:"),
-    ]
+@pytest.fixture
+def setting(settings) -> Setting:
+    return settings(MODEL)
 
 
-@pytest.fixture(scope="module")
-def in_stock(checkpoint, course):
-    """By block size: what stock vLLM makes of the course."""
-    known: dict[int, list[Served]] = {}
-
-    def served(block_size: int) -> list[Served]:
-        if block_size not in known:
-            with running(checkpoint(MODEL), block_size=block_size, **ENGINE) as llm:
-                known[block_size] = [serve(llm, turn) for turn in course]
-        return known[block_size]
-
-    return served
+@pytest.mark.parametrize("layer", [4, 11, 20, 26, 28, 31])
+def test_blocks_of_several_pages_serve_as_much_from_the_cache(settings, layer):
+    """In groups of several pages a block, questions about a known picture begin inside a block."""
+    setting = settings(DEEP)
+    with running(setting.folder, {"layer": layer, "align": True}, **ENGINE) as llm:
+        served = [serve(llm, turn) for turn in setting.course]
+        params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+        # vLLM encodes what one step schedules together, and only pictures of one size.
+        alike = [one for one in served if all(len(embeds) == 100 for embeds in one.turn.embeds)]
+        prompts = [one.turn.to_vllm() for one in alike]
+        again = llm.generate(prompts, params, use_tqdm=False)
+        assert llm.reset_prefix_cache()
+        together = llm.generate(prompts, params, use_tqdm=False)
+        assert free_blocks(llm) == scheduler_of(llm).kv_cache_config.num_blocks - 1
+    assert [one.cached for one in served] == [one.cached for one in setting.in_stock(BLOCK_SIZE)]
+    for one in served:
+        one.assert_right(setting.oracle, BLOCK_SIZE, layer)
+    for outputs in (again, together):
+        for one, output in zip(alike, outputs, strict=True):
+            assert tuple(output.outputs[0].token_ids) == one.answer[:8]
 
 
 @pytest.mark.parametrize("block_size", [32, pytest.param(64, marks=pytest.mark.slow)])
-def test_by_blocks_as_much_is_served_from_the_cache_as_in_stock(
-    checkpoint, oracle, tokenizer, course, in_stock, block_size
-):
-    stock = in_stock(block_size)
+def test_by_blocks_as_much_is_served_from_the_cache_as_in_stock(setting, block_size):
+    stock = setting.in_stock(block_size)
     options = {"block_size": block_size, **ENGINE}
-    with running(checkpoint(MODEL), {"layer": LAYER, "align": True}, **options) as llm:
-        served = [serve(llm, turn) for turn in course]
+    with running(setting.folder, {"layer": LAYER, "align": True}, **options) as llm:
+        served = [serve(llm, turn) for turn in setting.course]
         assert [one.cached for one in served] == [one.cached for one in stock]
         assert sum(one.cached for one in stock) > 1000
         for one in served:
-            one.assert_right(oracle, block_size)
-        assert_chats(llm, oracle, tokenizer, course, block_size)
-        assert_cache_can_be_parted_and_emptied(llm, oracle, course, block_size)
-        assert_hits_while_the_first_runs(llm, oracle, course, block_size)
+            one.assert_right(setting.oracle, block_size)
+        assert_chats(llm, setting, block_size)
+        assert_cache_can_be_parted_and_emptied(llm, setting.oracle, setting.course, block_size)
+        assert_hits_while_the_first_runs(llm, setting.oracle, setting.course, block_size)
 
 
-def assert_chats(llm, oracle, tokenizer, course, block_size):
+def assert_chats(llm, setting, block_size, layer=LAYER):
     """Each turn finds all that the one before computed: prompt, picture, and answer but its last token."""
-    before = serve(llm, course[0])
+    before = serve(llm, setting.course[0])
     for question in (" USER: And this? ASSISTANT:", " USER: Why? ASSISTANT:"):
-        now = serve(llm, before.and_then(tokenizer, question))
+        now = serve(llm, before.and_then(setting.tokenize, question))
         computed = len(before.prompt_ids) + len(before.answer) - 1
         assert now.cached == computed // block_size * block_size
-        now.assert_right(oracle, block_size)
+        now.assert_right(setting.oracle, block_size, layer)
         before = now
 
 
@@ -200,29 +226,35 @@ def assert_hits_while_the_first_runs(llm, oracle, course, block_size):
     assert free_blocks(llm) == all_free
 
 
-def test_by_tokens_answers_stay_what_they_were(checkpoint, oracle, course, in_stock):
+def test_by_tokens_answers_stay_what_they_were(setting):
     """How much is served follows from where pictures lie; the manager's tests say how much exactly."""
     block_size = 32
     options = {"block_size": block_size, **ENGINE}
-    with running(checkpoint(MODEL), {"layer": LAYER, "align": False}, **options) as llm:
-        served = [serve(llm, turn) for turn in course]
+    with running(setting.folder, {"layer": LAYER, "align": False}, **options) as llm:
+        served = [serve(llm, turn) for turn in setting.course]
     for one in served:
-        one.assert_right(oracle, 1)
-    cached, stock = ([one.cached for one in turns] for turns in (served, in_stock(block_size)))
+        one.assert_right(setting.oracle, 1)
+    cached, stock = ([one.cached for one in turns] for turns in (served, setting.in_stock(block_size)))
     assert all(ours <= theirs for ours, theirs in zip(cached, stock, strict=True))
     # Text is served as in stock; of pictures only what lies between borders.
     assert cached[-1] == stock[-1]
     assert 0 < sum(cached) < sum(stock)
 
 
+@pytest.mark.parametrize(
+    ("model", "layer", "num_blocks"), [(MODEL, LAYER, 24), (DEEP, 28, 16)], ids=["a page", "pages"]
+)
 @pytest.mark.parametrize("align", [True, False])
-def test_a_small_cache_evicts_and_preempts(checkpoint, oracle, course, align):
-    options = ENGINE | {"num_gpu_blocks_override": 24, "max_model_len": 320}
+def test_a_small_cache_evicts_and_preempts(settings, align, model, layer, num_blocks):
+    setting = settings(model)
+    options = ENGINE | {"num_gpu_blocks_override": num_blocks, "max_model_len": 320}
     long = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
     # vLLM encodes what one step schedules together, and only pictures of one size.
-    turns = [turn for turn in course if len(turn.embeds) < 3 and all(len(e) == 100 for e in turn.embeds)] * 2
+    turns = [
+        turn for turn in setting.course if len(turn.embeds) < 3 and all(len(e) == 100 for e in turn.embeds)
+    ] * 2
     preempted: set[str] = set()
-    with running(checkpoint(MODEL), {"layer": LAYER, "align": align}, **options) as llm:
+    with running(setting.folder, {"layer": layer, "align": align}, **options) as llm:
         all_free, scheduler = free_blocks(llm), scheduler_of(llm)
         for number, turn in enumerate(turns):
             llm.llm_engine.add_request(str(number), turn.to_vllm(), long)
@@ -237,16 +269,18 @@ def test_a_small_cache_evicts_and_preempts(checkpoint, oracle, course, align):
     for number, turn in enumerate(turns):
         output = outputs[str(number)]
         ids = tuple(output.outputs[0].token_ids)
-        Served(turn, output.prompt_token_ids, ids, 0).assert_right(oracle, 32 if align else 1)
+        align_to = BLOCK_SIZE if align else 1
+        Served(turn, output.prompt_token_ids, ids, 0).assert_right(setting.oracle, align_to, layer)
 
 
-def test_a_request_whose_cached_picture_was_evicted_resumes(checkpoint, oracle):
+def test_a_request_whose_cached_picture_was_evicted_resumes(setting):
     """Stock vLLM 0.32.0 ends here: its worker never got the pixels that the cache covered."""
     options = ENGINE | {"num_gpu_blocks_override": 32, "max_model_len": 480}
     long = SamplingParams(temperature=0, max_tokens=250, ignore_eos=True)
     picture = Ask("picture", "<image>" + FILLER, (A,))
     text = Ask("text", "USER: " + FILLER * 2 + "ASSISTANT:")
-    with running(checkpoint(MODEL), {"layer": LAYER}, **options) as llm:
+    oracle = setting.oracle
+    with running(setting.folder, {"layer": LAYER}, **options) as llm:
         engine, scheduler = llm.llm_engine, scheduler_of(llm)
         (first,) = llm.generate(picture.to_vllm(oracle), long, use_tqdm=False)
         # Another picture takes the only place in the encoder's cache.

@@ -2,10 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Several KV pages of a layer in one block of the pool, as attention kernels see them.
 
-A block of the pool has memory for one page of each layer of the widest KV-cache group. In a group of fewer layers,
-layer m takes the memory of layers `m * pages` to `(m + 1) * pages - 1` of the widest group, one page in each.
-Kernels know nothing of this: they get a view of the KV cache in which every page is a block of its own, and a
-block table that names pages.
+A block of the pool has memory for one page of each layer of the widest KV-cache group. In a group of fewer
+layers, layer m takes the memory of layers `m * pages` to `(m + 1) * pages - 1` of the widest group, one page in
+each. Kernels know nothing of this: they get a view of the KV cache in which every page is a block of its own, and
+a block table that names pages.
 """
 
 from typing import NamedTuple
@@ -45,8 +45,9 @@ class PagedCache(NamedTuple):
         block, page = kv_cache.stride(0), kv_cache[0].numel()
         # The next layer's page follows after the page if blocks are outermost, and after all blocks if not.
         layer = page if block > page else num_blocks * page
-        end = 1 + sum((size - 1) * stride for size, stride in zip(of_page, kv_cache.stride()[1:], strict=True))
-        if block > page and end > page:
+        strides = kv_cache.stride()[1:]
+        last = sum((size - 1) * stride for size, stride in zip(of_page, strides, strict=True))
+        if block > page and last >= page:
             raise ValueError(
                 "--model-impl vtw cannot store several pages in a block in this KV cache layout: set "
                 "VLLM_KV_CACHE_LAYOUT to LBNHC, LBHNC, BLNHC or BLHNC"
@@ -54,7 +55,7 @@ class PagedCache(NamedTuple):
         step = min(block, layer)
         view = kv_cache.as_strided(
             ((num_blocks - 1) * (block // step) + (pages - 1) * (layer // step) + 1, *of_page),
-            (step, *kv_cache.stride()[1:]),
+            (step, *strides),
             kv_cache.storage_offset() * pages,
         )
         return cls(view, block // step, layer // step)

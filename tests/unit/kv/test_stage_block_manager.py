@@ -17,13 +17,14 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
 from tests.unit.strategies import Prompt
 from vllm_vtw.kv.cache_manager import StagedKVCacheManager
 from vllm_vtw.kv.spec import StageSpec
-from vllm_vtw.kv.stage_block_manager import StagedBlockHashes, StageManager
+from vllm_vtw.kv.stage_block_manager import StagedBlockHashes
 from vllm_vtw.retention import Retention
 
 init_none_hash(sha256)
@@ -32,9 +33,20 @@ BLOCK_SIZE = 8
 NUM_BLOCKS = 60
 MAX_MODEL_LEN = 400
 ALL = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32)
-# A stage may be several groups; each has blocks of its own.
-SPECS = (ALL, StageSpec.like(ALL, 1), StageSpec.like(ALL, 1), StageSpec.like(ALL, 2))
 
+
+def of_stage(stage: int, pages: int = 1) -> StageSpec:
+    return StageSpec.like(ALL, stage, pages, width=4)
+
+
+# A stage may be several groups; each has blocks of its own.
+SPECS: dict[str, tuple[AttentionSpec, ...]] = {
+    "one page": (ALL, of_stage(1), of_stage(1), of_stage(2)),
+    "pages": (ALL, of_stage(1), of_stage(1, 3), of_stage(2, 2)),
+    "pages in stage 0": (ALL, of_stage(0, 2), of_stage(1, 4), of_stage(2)),
+    "pages in all of stage 0": (of_stage(0, 3), of_stage(1), of_stage(1, 2), of_stage(2, 2)),
+}
+LAYOUTS = pytest.mark.parametrize("layout", SPECS)
 
 TEXT = 4
 """The token of texts, which answers are made of too: a prompt may go on as another was answered."""
@@ -91,7 +103,7 @@ def asks(most: int = 6) -> st.SearchStrategy[Ask]:
 
 
 def manager(
-    enable_caching: bool, specs: Sequence[AttentionSpec] = SPECS, num_blocks: int = NUM_BLOCKS
+    enable_caching: bool, specs: Sequence[AttentionSpec], num_blocks: int = NUM_BLOCKS
 ) -> StagedKVCacheManager:
     block_size = specs[0].block_size
     groups = [KVCacheGroupSpec([f"layer.{index}"], spec) for index, spec in enumerate(specs)]
@@ -107,20 +119,31 @@ def manager(
     return made
 
 
-class Course(RuleBasedStateMachine):
-    """Requests come, run in chunks, grow, are preempted, come back, end."""
+def pages_of(manager: SingleTypeKVCacheManager) -> int:
+    return getattr(manager.kv_cache_spec, "pages", 1)
 
-    @initialize(enable_caching=st.booleans(), align_to=st.sampled_from([1, BLOCK_SIZE]))
-    def start(self, enable_caching: bool, align_to: int):
-        self.manager = manager(enable_caching)
+
+def stage_of(manager: SingleTypeKVCacheManager) -> int:
+    return getattr(manager.kv_cache_spec, "stage", 0)
+
+
+class Course(RuleBasedStateMachine):
+    """Requests come, run in chunks, several in a step, grow, are preempted, come back, end."""
+
+    @initialize(
+        enable_caching=st.booleans(),
+        align_to=st.sampled_from([1, BLOCK_SIZE]),
+        layout=st.sampled_from(sorted(SPECS)),
+    )
+    def start(self, enable_caching: bool, align_to: int, layout: str):
+        self.manager = manager(enable_caching, SPECS[layout])
         self.align_to = align_to
         self.retentions: dict[str, tuple[Retention, ...]] = {}
-        for stage in self.managers()[1:]:
-            assert isinstance(stage, StageManager)
+        for stage in self.manager.stage_managers:
             stage.retentions = self.retentions
         self.requests: dict[str, tuple[Request, Prompt]] = {}
-        self.cells: dict[tuple[int, int, int], object] = {}
-        """What the KV cache holds, by group, block and place in the block."""
+        self.cells: dict[tuple[int, int], object] = {}
+        """What the KV cache holds, by block and place in the block."""
         self.slots: dict[str, int] = {}
         """By request: the most tokens that it was given slots for since it last had none."""
         self.arrived = 0
@@ -139,26 +162,65 @@ class Course(RuleBasedStateMachine):
         self.retentions[request.request_id] = retentions
         self.requests[request.request_id] = (request, ask.prompt)
 
-    def rows(self, request: Request, prompt: Prompt):
+    def rows(self, request: Request):
         """Group by group, what a request's blocks have to hold: all that the computed tokens come from."""
+        prompt = self.requests[request.request_id][1]
         tokens = tuple(request.all_token_ids[: request.num_computed_tokens])
         pictures = tuple((f.identifier, f.mm_position.offset) for f in request.mm_features)
         for group, m in enumerate(self.managers()):
-            held = prompt.held(len(tokens), self.align_to) if group else range(len(tokens))
+            held = prompt.held(len(tokens), self.align_to) if stage_of(m) else range(len(tokens))
             for rank, position in enumerate(held):
                 seen = [picture for picture in pictures if picture[1] <= position]
-                block = m.req_to_blocks[request.request_id][rank // BLOCK_SIZE]
-                cell = (group, block.block_id, rank % BLOCK_SIZE)
-                yield position, cell, (tokens[: position + 1], seen, list(held[: rank + 1]))
+                block, place = divmod(rank, BLOCK_SIZE * pages_of(m))
+                cell = (m.req_to_blocks[request.request_id][block].block_id, place)
+                yield position, cell, (group, tokens[: position + 1], seen, list(held[: rank + 1]))
 
     @precondition(lambda self: self.requests)
-    @rule(data=st.data(), chunk=st.integers(1, 60), drafts=st.integers(0, 3), steps=st.integers(1, 12))
-    def runs(self, data: st.DataObject, chunk: int, drafts: int, steps: int):
-        request = self.pick(data)
+    @rule(
+        data=st.data(),
+        together=st.integers(1, 3),
+        chunk=st.integers(1, 60),
+        drafts=st.integers(0, 3),
+        steps=st.integers(1, 12),
+    )
+    def runs(self, data: st.DataObject, together: int, chunk: int, drafts: int, steps: int):
+        requests = {(request := self.pick(data)).request_id: request for _ in range(together)}
+        preempted = data.draw(st.none() | st.sampled_from(sorted(requests)))
         for _ in range(steps):
-            self.step(request, chunk, drafts)
+            self.step(list(requests.values()), chunk, drafts)
+        self.step(list(requests.values()), chunk, drafts, preempted)
 
-    def step(self, request: Request, chunk: int, drafts: int):
+    def step(self, requests: list[Request], chunk: int, drafts: int, preempted: str | None = None):
+        """Schedules a step, preempts one of its requests, and computes the step."""
+        starts: dict[str, int] = {}
+        for request in requests:
+            start = self.schedule(request, chunk, drafts)
+            if start is not None:
+                starts[request.request_id] = start
+        if preempted in starts:
+            self.preempt(self.requests[preempted][0])
+            del starts[preempted]
+        copies, retained = self.manager.take_kv_cache_block_copies()
+        copied = {
+            (copy.dst_block_id, place): content
+            for copy in copies
+            for (block, place), content in self.cells.items()
+            if block == copy.src_block_id
+        }
+        self.cells |= copied
+        for stage in self.manager.stage_managers:
+            stage.offer_parts()
+        self.manager.block_pool.free_blocks(retained)
+        for request_id, start in starts.items():
+            request, _ = self.requests[request_id]
+            for position, cell, content in self.rows(request):
+                if position >= start:
+                    self.cells[cell] = content
+            if request.num_computed_tokens == request.num_tokens:
+                request.append_output_token_ids(TEXT)
+
+    def schedule(self, request: Request, chunk: int, drafts: int) -> int | None:
+        """Gives a request slots for some tokens. Returns the first of them, or None if there was no room."""
         computed, num_computed = self.manager.empty_kv_cache_blocks, 0
         if request.num_computed_tokens == 0:
             computed, num_computed, _ = self.manager.get_computed_blocks(request)
@@ -166,46 +228,52 @@ class Course(RuleBasedStateMachine):
         before = self.manager.block_pool.get_num_free_blocks()
         if self.manager.allocate_slots(request, chunk, num_computed, computed, drafts) is None:
             assert self.manager.block_pool.get_num_free_blocks() == before
-            return
+            return None
         start = request.num_computed_tokens + num_computed
         request.num_computed_tokens = start + chunk
-        for position, cell, content in self.rows(request, self.requests[request.request_id][1]):
-            if position >= start:
-                self.cells[cell] = content
         # Drafts get slots beyond what is computed, and are rejected here: the slots stay.
         slots = min(request.num_computed_tokens + drafts, MAX_MODEL_LEN)
         self.slots[request.request_id] = max(slots, self.slots.get(request.request_id, 0))
-        if request.num_computed_tokens == request.num_tokens:
-            request.append_output_token_ids(TEXT)
+        return start
 
-    @precondition(lambda self: self.requests)
-    @rule(data=st.data())
-    def is_preempted(self, data: st.DataObject):
-        request = self.pick(data)
+    def preempt(self, request: Request):
         self.manager.free(request)
         request.num_computed_tokens = 0
         self.slots.pop(request.request_id, None)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
+    def is_preempted(self, data: st.DataObject):
+        self.preempt(self.pick(data))
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
     def ends(self, data: st.DataObject):
         request = self.pick(data)
-        self.manager.free(request)
-        self.slots.pop(request.request_id, None)
+        self.preempt(request)
         del self.requests[request.request_id], self.retentions[request.request_id]
+
+    @rule()
+    def the_cache_is_emptied(self):
+        for request, _ in self.requests.values():
+            self.preempt(request)
+        assert self.manager.reset_prefix_cache()
+        for request, _ in self.requests.values():
+            assert self.manager.get_computed_blocks(request)[1] == 0
 
     @invariant()
     def every_stage_holds_exactly_what_it_retains(self):
         for request, prompt in getattr(self, "requests", {}).values():
             tokens = self.slots.get(request.request_id, 0)
-            held = (tokens, *[len(prompt.held(tokens, self.align_to))] * 3)
-            blocks = [len(m.req_to_blocks.get(request.request_id, ())) for m in self.managers()]
-            assert blocks == [-(-count // BLOCK_SIZE) for count in held]
+            of_stages = [tokens, *[len(prompt.held(tokens, self.align_to))] * 2]
+            for m in self.managers():
+                blocks = len(m.req_to_blocks.get(request.request_id, ()))
+                assert blocks == -(-of_stages[stage_of(m)] // (BLOCK_SIZE * pages_of(m)))
 
     @invariant()
     def every_block_holds_what_its_owners_would_have_written(self):
-        for request, prompt in getattr(self, "requests", {}).values():
-            for _, cell, content in self.rows(request, prompt):
+        for request, _ in getattr(self, "requests", {}).values():
+            for _, cell, content in self.rows(request):
                 assert self.cells[cell] == content
 
     @invariant()
@@ -225,10 +293,15 @@ class Course(RuleBasedStateMachine):
         if not hasattr(self, "requests"):
             return
         held: Counter[int] = Counter()
+        pages = []
         for m in self.managers():
             blocks = {block.block_id for row in m.req_to_blocks.values() for block in row}
-            held[getattr(m.kv_cache_spec, "stage", 0)] += len(blocks)
+            held[stage_of(m)] += len(blocks)
+            if stage_of(m) == 0:
+                pages.append(len(blocks) * pages_of(m))
         assert self.manager.held_blocks() == held
+        # Groups with several pages in a block may hold some that are empty.
+        assert self.manager.pages_of_stage_0() == min(pages)
 
     def teardown(self):
         for request, _ in getattr(self, "requests", {}).values():
@@ -247,28 +320,57 @@ def hits(manager: KVCacheManager, requests: Iterable[Request]) -> list[int]:
         served.append(num_computed)
         tokens = request.num_tokens - num_computed
         assert manager.allocate_slots(request, tokens, num_computed, computed) is not None
+        ends_step(manager)
         request.num_computed_tokens = request.num_tokens
         for _ in range(2 * BLOCK_SIZE):
             request.append_output_token_ids(1)
             manager.allocate_slots(request, 1)
+            ends_step(manager)
             request.num_computed_tokens += 1
         manager.free(request)
     return served
 
 
-def test_what_follows_a_kept_picture_is_neither_offered_nor_taken():
+def ends_step(manager: KVCacheManager) -> None:
+    for stage in getattr(manager, "stage_managers", ()):
+        stage.offer_parts()
+    _, retained = manager.take_kv_cache_block_copies()
+    manager.block_pool.free_blocks(retained)
+
+
+@LAYOUTS
+def test_part_of_a_block_is_shared_from_the_step_on_that_follows_the_one_that_computes_it(layout: str):
+    """A copy in the same step would be made before there is anything to copy."""
+    course = Course()
+    course.start(enable_caching=True, align_to=BLOCK_SIZE, layout=layout)
+    ask = Ask((("text", 8), ("cat", 20), ("question", 20)))
+    for _ in range(3):
+        course.arrives(ask)
+    first, second, third = (request for request, _ in course.requests.values())
+    course.step([first, second], 60, 0)
+    course.every_block_holds_what_its_owners_would_have_written()
+    course.every_stage_holds_exactly_what_it_retains()
+    assert course.manager.get_computed_blocks(third)[1] == 40
+    course.step([third], 60, 0)
+    course.every_block_holds_what_its_owners_would_have_written()
+    course.a_block_has_as_many_owners_as_it_counts_and_none_is_lost()
+    course.teardown()
+
+
+@LAYOUTS
+def test_what_follows_a_kept_picture_is_neither_offered_nor_taken(layout: str):
     """A prompt that ends in a picture keeps its last block; one that goes on from there does not."""
     start = (("text", 8), ("dog", 8))
     ends_in_picture, goes_on = Ask(start), Ask((*start, ("text", 20)))
     for order in ((ends_in_picture, goes_on), (goes_on, ends_in_picture)):
         course = Course()
-        course.start(enable_caching=True, align_to=BLOCK_SIZE)
+        course.start(enable_caching=True, align_to=BLOCK_SIZE, layout=layout)
         for ask in order:
             course.arrives(ask)
         for request, _ in course.requests.values():
             for again in (False, True):
                 for _ in range(20):
-                    course.step(request, 60, 0)
+                    course.step([request], 60, 0)
                 course.every_block_holds_what_its_owners_would_have_written()
                 if not again:
                     course.manager.free(request)
@@ -276,54 +378,62 @@ def test_what_follows_a_kept_picture_is_neither_offered_nor_taken():
         course.teardown()
 
 
-def specs(block_size: int) -> list[AttentionSpec]:
-    return [replace(spec, block_size=block_size) for spec in SPECS]
+def specs(layout: str, block_size: int = BLOCK_SIZE) -> list[AttentionSpec]:
+    return [replace(spec, block_size=block_size) for spec in SPECS[layout]]
 
 
 def in_stock(course: list[Ask], block_size: int = BLOCK_SIZE) -> list[int]:
     requests = [ask.request(str(i), None, block_size) for i, ask in enumerate(course)]
-    return hits(manager(True, specs(block_size)[:1], 4000), requests)
+    return hits(manager(True, [replace(ALL, block_size=block_size)], 4000), requests)
 
 
-def withdrawing(course: list[Ask], align_to: int, block_size: int = BLOCK_SIZE) -> list[int]:
+def withdrawing(layout: str, course: list[Ask], align_to: int, block_size: int = BLOCK_SIZE) -> list[int]:
     requests = [
         ask.request(str(i), (ask.prompt.retention(align_to),) * 2, block_size) for i, ask in enumerate(course)
     ]
-    vtw = manager(True, specs(block_size), 4000)
-    for stage in vtw.coordinator.single_type_managers[1:]:
+    vtw = manager(True, specs(layout, block_size), 4000)
+    for stage in vtw.stage_managers:
         stage.retentions = {request.request_id: request.block_hashes.retentions for request in requests}
     return hits(vtw, requests)
 
 
 @pytest.mark.parametrize("block_size", [8, 16, 32])
+@LAYOUTS
 @given(COURSES)
-def test_withdrawing_by_blocks_serves_as_much_from_the_cache_as_stock(block_size: int, course: list[Ask]):
+def test_withdrawing_by_blocks_serves_as_much_from_the_cache_as_stock(
+    layout: str, block_size: int, course: list[Ask]
+):
     course = [ask.in_blocks_of(block_size) for ask in course]
-    assert withdrawing(course, block_size, block_size) == in_stock(course, block_size)
+    assert withdrawing(layout, course, block_size, block_size) == in_stock(course, block_size)
 
 
+@LAYOUTS
 @given(COURSES)
-def test_withdrawing_by_tokens_serves_what_lies_on_borders_of_blocks(course: list[Ask]):
-    """Up to the last border of stock's blocks where every row's blocks ended on such borders too."""
+def test_withdrawing_by_tokens_serves_what_lies_on_borders_of_blocks(layout: str, course: list[Ask]):
+    """Up to the last border of stock's blocks where the pages of every row ended on such a border, and all
+    whole blocks of the row did."""
+    pages = [spec.pages for spec in SPECS[layout] if isinstance(spec, StageSpec) and spec.stage]
 
     def is_border(ask: Ask, num_tokens: int) -> bool:
         held = ask.prompt.held(num_tokens, align_to=1)
         ends = [position + 1 for position in held[BLOCK_SIZE - 1 :: BLOCK_SIZE]]
-        return len(held) % BLOCK_SIZE == 0 and all(end % BLOCK_SIZE == 0 for end in ends)
+        needed = {end for number in pages for end in [*ends[number - 1 :: number], *ends[-1:]]}
+        return len(held) % BLOCK_SIZE == 0 and all(end % BLOCK_SIZE == 0 for end in needed)
 
     allowed = [
         max(border for border in range(0, hit + 1, BLOCK_SIZE) if is_border(ask, border))
         for ask, hit in zip(course, in_stock(course), strict=True)
     ]
-    assert withdrawing(course, 1) == allowed
+    assert withdrawing(layout, course, 1) == allowed
 
 
 @pytest.mark.parametrize("align_to", [1, BLOCK_SIZE])
+@LAYOUTS
 @given(ask=asks())
-def test_a_request_that_goes_on_finds_what_the_one_before_says_it_shared(align_to: int, ask: Ask):
+def test_a_request_that_goes_on_finds_what_the_one_before_says_it_shared(layout: str, align_to: int, ask: Ask):
     """What usage says was written to the cache, in prompt tokens."""
     first, second = ask, Ask((*ask.pieces, ("question", BLOCK_SIZE)))
-    vtw = manager(True, num_blocks=4000)
+    vtw = manager(True, SPECS[layout], num_blocks=4000)
     requests = [
         one.request(str(i), (one.prompt.retention(align_to),) * 2) for i, one in enumerate((first, second))
     ]
@@ -333,6 +443,7 @@ def test_a_request_that_goes_on_finds_what_the_one_before_says_it_shared(align_t
     for request in requests:
         computed, found, _ = vtw.get_computed_blocks(request)
         assert vtw.allocate_slots(request, request.num_tokens - found, found, computed) is not None
+        ends_step(vtw)
         shared.append((found, vtw.estimate_cached_tokens(request)))
     assert shared[0][0] == 0
     # A prompt that goes on behind a picture withdraws that picture's end too, and needs less to be there.
