@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""Tabulates KV-cache groups, padding and capacity at every K, for decoders of four depths."""
+"""Tabulates KV-cache groups, unused memory and capacity at every K, for decoders of six depths."""
 
 import argparse
 from pathlib import Path
@@ -9,7 +9,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from vllm_vtw.commands.plan import plan
 
-DEPTHS = (24, 28, 32, 40)
+DEPTHS = (24, 28, 32, 36, 40, 64)
+TEXT, OUTPUT = 64, 128
 HEADER = """\
 # KV-cache groups at every withdrawal layer
 
@@ -17,6 +18,13 @@ Made by `python -m benchmarks.kv_groups`. Layers as those of LLaVA-1.5-7B (32 ke
 float16), 576 visual tokens an image, blocks of 16, whole blocks withdrawn. A text token is in KiB, an image
 in MiB of KV cache; requests are those of 64 text, 576 visual and 128 output tokens that fit into 8 GiB, and
 their ratio to stock vLLM's.
+
+The layers of "text" groups run without visual tokens. If a block of a group holds several pages, their number
+follows. "Unused" is the share of a long text's memory that no layer uses.
+
+"Of ideal" compares the memory of such a request with the least that is possible: layers from K on hold no
+visual token, and no memory is unused. It includes the 16 visual tokens that stay, because an image need not
+begin with a block, and rounding up to blocks.
 """
 
 
@@ -35,30 +43,39 @@ def table(depth: int) -> str:
             block_size=16,
             bytes_per_value=2,
             kv_memory=8 << 30,
-            text_tokens=64,
+            text_tokens=TEXT,
             images=1,
-            output_tokens=128,
+            output_tokens=OUTPUT,
         )
         groups = " + ".join(
-            f"{group['layers']}{' text' if group['stage'] else ''}" for group in result["groups"]
+            f"{group['layers']}{' text' if group['stage'] else ''}{_pages(group['pages'])}"
+            for group in result["groups"]
         )
+        others = TEXT + OUTPUT
+        everything = result["request"]["tokens_per_image"] + others
+        ideal = (layer * everything + (depth - layer) * others) / (depth * everything)
         token, image, fit = (
             result[key] for key in ("kv_bytes_per_text_token", "kv_bytes_per_image", "max_sequences")
         )
         rows.append(
             f"| {layer} | {groups} | {result['padding_fraction']:.1%} | {token['vtw'] / 2**10:.0f} "
-            f"| {image['vtw'] / 2**20:.1f} | {fit['vtw']} | {fit['vtw'] / fit['stock']:.2f} |"
+            f"| {image['vtw'] / 2**20:.1f} | {fit['vtw']} | {fit['vtw'] / fit['stock']:.2f} "
+            f"| {result['kv_ratio'] / ideal:.3f} |"
         )
     return "\n".join(
         [
             f"\n## {depth} layers\n",
             f"Stock vLLM: {token['stock'] / 2**10:.0f} KiB a text token, "
             f"{image['stock'] / 2**20:.1f} MiB an image, {fit['stock']} requests.\n",
-            "| K | groups of layers | padding | text token | image | requests | ratio |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
+            "| K | groups of layers | unused | text token | image | requests | ratio | of ideal |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
             *rows,
         ]
     )
+
+
+def _pages(number: int) -> str:
+    return f" ({number} pages)" if number > 1 else ""
 
 
 def main() -> None:

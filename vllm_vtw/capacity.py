@@ -5,6 +5,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from vllm_vtw.policy import Policy
@@ -73,33 +74,56 @@ class LayerGroup(NamedTuple):
         stage: The stage that the layers belong to.
         layers: The number of layers.
         pages: The number of KV pages of each layer that a block holds.
+        rank: The pipeline rank that has the layers.
     """
 
     stage: int
     layers: int
     pages: int
+    rank: int = 0
 
 
 @dataclass(frozen=True)
 class LayerGroups:
-    """The KV-cache groups that a decoder's layers are split into."""
+    """The KV-cache groups that a decoder's layers are split into.
+
+    Pipeline ranks have groups and blocks of their own, and equally many blocks.
+    """
 
     groups: tuple[LayerGroup, ...]
 
     @classmethod
-    def of(cls, policy: Policy, num_hidden_layers: int) -> "LayerGroups":
+    def of(
+        cls, policy: Policy, num_hidden_layers: int, rank_layers: Sequence[range] | None = None
+    ) -> "LayerGroups":
         """The groups with which requests under a policy take the least memory.
 
         They are chosen for a request of LLaVA-1.5's lengths, among those with which a request without images
         takes little more than in stock vLLM. With gates, the exit that takes the most in comparison counts.
+
+        Args:
+            policy: What is withdrawn.
+            num_hidden_layers: The number of decoder layers.
+            rank_layers: The layers of each pipeline rank. None if one rank has all of them.
         """
-        sizes = tuple(len(segment) for segment in policy.segments(num_hidden_layers))
+        segments = policy.segments(num_hidden_layers)
+        ranks = rank_layers or [range(num_hidden_layers)]
+        sizes = tuple(tuple(len(_overlap(segment, layers)) for segment in segments) for layers in ranks)
         return _cheapest_groups(sizes, tuple(_possible_keeps(policy)))
 
     @property
+    def ranks(self) -> range:
+        """The pipeline ranks."""
+        return range(self.groups[-1].rank + 1)
+
+    @property
     def width(self) -> int:
-        """The number of layers that a block has memory for."""
-        return max(group.layers for group in self.groups)
+        """The number of layers that a block has memory for, on the pipeline rank with the widest blocks."""
+        return max(map(self.width_of, self.ranks))
+
+    def width_of(self, rank: int) -> int:
+        """The number of layers that a block of a pipeline rank has memory for."""
+        return max(group.layers for group in self.groups if group.rank == rank)
 
     def by_layer(self) -> list[LayerGroup]:
         """The group of each layer of the decoder.
@@ -112,36 +136,98 @@ class LayerGroups:
         """The memory that a request takes, as a number of tokens of one layer, without rounding to blocks.
 
         For example, if one stage of 20 layers holds 100 tokens and another one of 12 layers holds 10, that
-        is `20 * 100 + 12 * 10`, and more if the groups waste memory.
+        is `20 * 100 + 12 * 10`, and more if the groups waste memory. With pipeline parallelism, requests
+        take as much on every rank as on the rank where they need the most.
 
         Args:
             held: The number of the request's tokens that each stage holds.
         """
-        return self.width * sum(held[group.stage] / group.pages for group in self.groups)
+        return len(self.ranks) * self.width * max(self.rank_tokens(held))
+
+    def rank_tokens(self, held: Sequence[float]) -> list[float]:
+        """The blocks that a request takes on each pipeline rank, times the tokens of a page, not rounded.
+
+        Args:
+            held: The number of the request's tokens that each stage holds.
+        """
+        return [
+            sum(held[group.stage] / group.pages for group in self.groups if group.rank == rank)
+            for rank in self.ranks
+        ]
+
+    @property
+    def num_layers(self) -> int:
+        """The number of the decoder's layers."""
+        return sum(group.layers for group in self.groups)
+
+    @property
+    def num_stages(self) -> int:
+        """The number of stages."""
+        return 1 + max(group.stage for group in self.groups)
+
+    @property
+    def limiting_rank(self) -> int:
+        """The pipeline rank on which a request without images takes the most blocks."""
+        of_text = self.rank_tokens([1] * self.num_stages)
+        return of_text.index(max(of_text))
 
     @property
     def padding_fraction(self) -> float:
         """The fraction of the memory of a request without images that no layer uses."""
-        layers = sum(group.layers for group in self.groups)
-        return 1 - layers / self.layer_tokens([1] * len(self.groups))
+        return 1 - self.num_layers / self.layer_tokens([1] * self.num_stages)
 
     def takes_more_than_stock(self, policy: Policy) -> bool:
         """Whether requests take more memory than in stock vLLM, if half of all tokens are visual."""
-        layers = sum(group.layers for group in self.groups)
-        return self.layer_tokens([1 + keep for keep in policy.keeps]) > 2 * layers
+        return self.layer_tokens([1 + keep for keep in policy.keeps]) > 2 * self.num_layers
 
     def blocks(self, held: Sequence[int], block_size: int) -> int:
-        """The number of KV blocks that a request takes in all groups. A block has memory for `width` layers.
+        """The number of KV blocks that a request takes on the pipeline rank where it takes the most.
 
         Args:
             held: The number of the request's tokens that each stage holds.
             block_size: Tokens in a page.
         """
-        return sum(-(-held[group.stage] // (block_size * group.pages)) for group in self.groups)
+        taken = [0] * len(self.ranks)
+        for group in self.groups:
+            taken[group.rank] += -(-held[group.stage] // (block_size * group.pages))
+        return max(taken)
+
+
+def best_partition(
+    policy: Policy, num_hidden_layers: int, num_ranks: int, held: Sequence[float]
+) -> list[range]:
+    """The split of layers over pipeline ranks with which a request takes the least memory.
+
+    Splits are considered in which the layers before one of the stages are spread evenly over some of the
+    ranks and the others over the rest. For example, if all visual tokens leave at layer 8 of 32, two ranks
+    can have 8 and 24 layers.
+
+    Args:
+        policy: What is withdrawn.
+        num_hidden_layers: The number of decoder layers.
+        num_ranks: The number of pipeline ranks.
+        held: The number of the request's tokens that each stage holds.
+    """
+    splits = [_evenly(range(num_hidden_layers), num_ranks)]
+    for stage in policy.stages:
+        before, after = range(stage.layer), range(stage.layer, num_hidden_layers)
+        for first in range(1, num_ranks):
+            if len(before) >= first and len(after) >= num_ranks - first:
+                splits.append([*_evenly(before, first), *_evenly(after, num_ranks - first)])
+    return min(splits, key=lambda split: LayerGroups.of(policy, num_hidden_layers, split).layer_tokens(held))
+
+
+def _evenly(layers: range, parts: int) -> list[range]:
+    borders = [layers.start + len(layers) * part // parts for part in range(parts + 1)]
+    return [range(start, stop) for start, stop in pairwise(borders)]
+
+
+def _overlap(one: range, other: range) -> range:
+    return range(max(one.start, other.start), min(one.stop, other.stop))
 
 
 def _possible_keeps(policy: Policy) -> Iterator[tuple[float, ...]]:
-    """The fractions of its visual tokens that the stages hold of a request, for each exit if there are gates."""
+    """The fractions of its visual tokens that stages hold of a request, for each exit if there are gates."""
     if policy.gate is None:
         yield policy.keeps
         return
@@ -151,26 +237,36 @@ def _possible_keeps(policy: Policy) -> Iterator[tuple[float, ...]]:
 
 
 @cache
-def _cheapest_groups(sizes: tuple[int, ...], cases: tuple[tuple[float, ...], ...]) -> LayerGroups:
-    """As `LayerGroups.of`, for stages of so many layers that hold these fractions of the visual tokens."""
-    text = (0.0,) * len(sizes)
+def _cheapest_groups(ranks: tuple[tuple[int, ...], ...], cases: tuple[tuple[float, ...], ...]) -> LayerGroups:
+    """As `LayerGroups.of`.
+
+    Args:
+        ranks: For each pipeline rank, the number of its layers in each stage.
+        cases: The fractions of visual tokens that stages may hold of a request.
+    """
+    widest = max(map(sum, ranks))
+    text = (0.0,) * len(ranks[0])
     mean = tuple(sum(keeps) / len(cases) for keeps in zip(*cases, strict=True))
-    candidates = {
-        groups
-        for width in range(1, max(sizes) + 1)
-        for keeps in (mean, text)
-        if (groups := _groups_of_width(sizes, keeps, width)) is not None
-    }
+    candidates = set()
+    for width in range(1, widest + 1):
+        for keeps in (mean, text):
+            by_rank = [_groups_of_rank(sizes, keeps, width) for sizes in ranks]
+            if None not in by_rank:
+                groups = [
+                    group._replace(rank=rank) for rank, found in enumerate(by_rank) for group in found or ()
+                ]
+                candidates.add(LayerGroups(tuple(groups)))
 
     def ratio(groups: LayerGroups, keeps: Sequence[float]) -> float:
         """The memory of a request beside what its tokens need. Half a block of each group is lost."""
         held = [TYPICAL_TEXT + keep * TYPICAL_VISUAL for keep in keeps]
+        needed = sum(size * tokens for sizes in ranks for size, tokens in zip(sizes, held, strict=True))
         lost = TYPICAL_BLOCK / 2
-        needed = sum(size * (tokens + lost) for size, tokens in zip(sizes, held, strict=True))
-        return (groups.layer_tokens(held) + len(groups.groups) * groups.width * lost) / needed
+        taken = groups.layer_tokens(held) + len(groups.groups) * groups.width * lost
+        return taken / (needed + groups.num_layers * lost)
 
     def cost(groups: LayerGroups) -> tuple[float, float, int, float]:
-        of_text = groups.layer_tokens([1] * len(sizes)) / sum(sizes)
+        of_text = groups.layer_tokens([1] * len(text)) / (len(ranks) * widest)
         worst = max(ratio(groups, keeps) for keeps in cases)
         # A group takes time in every step, which less than a percent of the memory is not worth.
         return max(MAX_TEXT_SHARE, of_text), round(worst, 2), len(groups.groups), worst
@@ -178,21 +274,27 @@ def _cheapest_groups(sizes: tuple[int, ...], cases: tuple[tuple[float, ...], ...
     return min(candidates, key=cost)
 
 
-def _groups_of_width(sizes: Sequence[int], keeps: Sequence[float], width: int) -> LayerGroups | None:
-    """The cheapest groups if the widest one has `width` layers. None if there are none.
+@cache
+def _groups_of_rank(
+    sizes: tuple[int, ...], keeps: tuple[float, ...], width: int
+) -> tuple[LayerGroup, ...] | None:
+    """The groups of one pipeline rank of which a request takes the fewest blocks.
 
     Args:
-        sizes: The number of layers of each stage.
+        sizes: The number of the rank's layers in each stage.
         keeps: The fraction of visual tokens that each stage holds.
-        width: The number of layers that a block has memory for.
+        width: The largest number of layers that a block may have memory for.
+
+    Returns:
+        The groups. None if there would be too many.
     """
-    most = max_groups(len(sizes))
+    most = max_groups(sum(size > 0 for size in sizes))
     # By the number of groups used so far: the cost and the groups of the stages so far.
     least: dict[int, tuple[float, tuple[tuple[int, ...], ...]]] = {0: (0.0, ())}
     for size, keep in zip(sizes, keeps, strict=True):
         extended: dict[int, tuple[float, tuple[tuple[int, ...], ...]]] = {}
         for used, (cost, chosen) in least.items():
-            for more in range(1, most - used + 1):
+            for more in range(size > 0, most - used + 1 if size else 1):
                 pages = pages_of_groups(size, width, more)
                 if pages is None or len(pages) < more:
                     continue
@@ -201,16 +303,16 @@ def _groups_of_width(sizes: Sequence[int], keeps: Sequence[float], width: int) -
                 if total < extended.get(used + more, (float("inf"),))[0]:
                     extended[used + more] = total, (*chosen, pages)
         least = extended
-    if not least:
-        return None
-    _, by_stage = min(least.values())
-    groups = [
-        LayerGroup(stage, *group)
-        for stage, (size, pages) in enumerate(zip(sizes, by_stage, strict=True))
-        for group in _fill(size, pages, width)
-    ]
-    split = LayerGroups(tuple(groups))
-    return split if split.width == width else None
+    if least:
+        _, by_stage = min(least.values())
+        groups = tuple(
+            LayerGroup(stage, *group)
+            for stage, (size, pages) in enumerate(zip(sizes, by_stage, strict=True))
+            for group in _fill(size, pages, width)
+        )
+        if max(group.layers for group in groups) == width:
+            return groups
+    return _groups_of_rank(sizes, keeps, width - 1) if width > 1 else None
 
 
 def _fill(layers: int, pages: Sequence[int], width: int) -> Iterator[tuple[int, int]]:

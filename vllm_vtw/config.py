@@ -30,7 +30,8 @@ WHAT_IT_COSTS = (
     '--data FILE` finds a layer for your own data, and --additional-config \'{"vtw": {"layer": K}}\' sets it'
 )
 SCHEDULER = "vllm_vtw.kv.scheduler.make_scheduler"
-WORKER = "vllm_vtw.worker.gated_worker.GatedWorker"
+GATED_WORKER = "vllm_vtw.worker.gated_worker.GatedWorker"
+PIPELINE_WORKER = "vllm_vtw.worker.pipeline_worker.PipelineWorker"
 ADMISSION = "vtw_admission"
 """The attribute of vLLM's `ModelConfig` that holds an `Admission`. A model's processor can read it there."""
 EXITS = "vtw_exits"

@@ -6,10 +6,22 @@ from collections.abc import Iterator
 
 from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
 from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
+from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from vllm_vtw.config import ADMISSION, KEYS, SCHEDULER, TEXT_MODELS, WORKER, Admission, ModelShape, VTWConfig
+from vllm_vtw.capacity import LayerGroups
+from vllm_vtw.config import (
+    ADMISSION,
+    GATED_WORKER,
+    KEYS,
+    PIPELINE_WORKER,
+    SCHEDULER,
+    TEXT_MODELS,
+    Admission,
+    ModelShape,
+    VTWConfig,
+)
 from vllm_vtw.gates import load_gates
 from vllm_vtw.policy import Policy
 
@@ -39,6 +51,14 @@ def _model(vllm_config: VllmConfig) -> ModelShape:
     )
 
 
+def layer_groups(vllm_config: VllmConfig, policy: Policy) -> LayerGroups:
+    """The KV-cache groups under a policy. They are the same in all processes of an engine."""
+    num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
+    size = vllm_config.parallel_config.pipeline_parallel_size
+    ranks = [range(*get_pp_indices(num_layers, rank, size)) for rank in range(size)]
+    return LayerGroups.of(policy, num_layers, ranks)
+
+
 class VTWModelConfig(VerifyAndUpdateConfig):
     """vLLM's hook through which a model architecture checks and changes the configuration."""
 
@@ -46,7 +66,7 @@ class VTWModelConfig(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Refuses what cannot be served correctly, and sets the options that the plugin needs.
 
-        It sets the scheduler and, for policies with gates, the worker. It replaces the user's `"vtw"` options
+        It sets the scheduler and, for policies with gates and for pipeline ranks, the worker. It replaces the user's `"vtw"` options
         by resolved ones, which mean the same in every process. vLLM calls this before the engine starts.
 
         Raises:
@@ -66,10 +86,12 @@ class VTWModelConfig(VerifyAndUpdateConfig):
         if config.policy.stages:
             admission = Admission(config.policy, scheduler.max_num_batched_tokens)
             setattr(vllm_config.model_config, ADMISSION, admission)
+        if vllm_config.parallel_config.pipeline_parallel_size > 1:
+            vllm_config.parallel_config.worker_cls = PIPELINE_WORKER
         if config.policy.is_dynamic:
             refuse_unsupported_dynamic(vllm_config, config.policy)
             if config.policy.gate is not None:
-                vllm_config.parallel_config.worker_cls = WORKER
+                vllm_config.parallel_config.worker_cls = GATED_WORKER
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
@@ -128,6 +150,8 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
         # A rank that holds only layers of stage 0 would run prefills in this mode, in steps of a fixed shape,
         # from which no stage can withdraw tokens.
         yield f"CUDA graph mode {mode.name} with pipeline parallelism: use FULL_AND_PIECEWISE"
+    if parallel.pipeline_parallel_size > 1:
+        yield from _worker_refusals(vllm_config, "pipeline parallelism", PIPELINE_WORKER)
     if is_breakable_cudagraph_enabled():
         yield "breakable CUDA graphs fix each stage's number of tokens: set VLLM_USE_BREAKABLE_CUDAGRAPH=0"
     if parallel.decode_context_parallel_size > 1:
@@ -167,10 +191,8 @@ def _dynamic_refusals(vllm_config: VllmConfig, policy: Policy) -> Iterator[str]:
             "pipeline ranks do not tell each other which tokens stay: use --tensor-parallel-size, not "
             "--pipeline-parallel-size"
         )
-    if policy.gate is not None and parallel.worker_cls not in ("auto", WORKER):
-        yield f"a policy with gates needs the plugin's own worker: remove --worker-cls {parallel.worker_cls}"
-    if policy.gate is not None and not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
-        yield f"there is no worker with gates for {current_platform.device_name}: use CUDA, ROCm or the CPU"
+    if policy.gate is not None:
+        yield from _worker_refusals(vllm_config, "a policy with gates", GATED_WORKER)
     if policy.ranking is not None and cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
         yield f"ranking needs keys that are not quantized: remove --kv-cache-dtype {cache.cache_dtype}"
     scheduler = vllm_config.scheduler_config
@@ -183,3 +205,12 @@ def _dynamic_refusals(vllm_config: VllmConfig, policy: Policy) -> Iterator[str]:
         )
     if scheduler.long_prefill_token_threshold > 0:
         yield "this policy computes a prompt in one step: remove --long-prefill-token-threshold"
+
+
+def _worker_refusals(vllm_config: VllmConfig, what: str, worker: str) -> Iterator[str]:
+    """The reasons why `what` cannot run, as far as it needs the plugin's class `worker`."""
+    chosen = vllm_config.parallel_config.worker_cls
+    if chosen not in ("auto", worker):
+        yield f"{what} needs the plugin's own worker: remove --worker-cls {chosen}"
+    if not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
+        yield f"the plugin has no worker for {current_platform.device_name}: use CUDA, ROCm or the CPU for {what}"

@@ -9,6 +9,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_vtw.retention import Retention
 from vllm_vtw.worker.current_step import CurrentStep
+from vllm_vtw.worker.pages import PagedCache, PageTable
 from vllm_vtw.worker.step_buffers import SlotMapping, StepBuffer
 from vllm_vtw.worker.step_plan import Batch, BatchRetentions
 
@@ -29,6 +30,8 @@ def test_decode(waiting_fails):
         SlotMapping(ROWS, device),
         StepBuffer(torch.zeros(ROWS, dtype=torch.int32, device=device)),
     )
+    blocks = torch.zeros(ROWS, BLOCKS, dtype=torch.int32, device=device)
+    table = PageTable(blocks, ROWS, PagedCache(blocks, block_stride=2, page_stride=1), pages=2)
     starts = np.arange(ROWS + 1)
     first, second = (BatchRetentions.of([(Retention([(2, 2 + length)]),)] * ROWS) for length in (10, 20))
     for rows, position in ((first, 60), (first, 61), (second, 70)):
@@ -42,7 +45,7 @@ def test_decode(waiting_fails):
             num_actual_tokens=ROWS,
             max_query_len=1,
             max_seq_len=position + 1,
-            block_table_tensor=torch.zeros(ROWS, BLOCKS, dtype=torch.int32, device=device),
+            block_table_tensor=blocks,
             slot_mapping=torch.arange(ROWS, device=device),
             positions=torch.full((ROWS,), position, device=device),
         )
@@ -50,8 +53,10 @@ def test_decode(waiting_fails):
         assert stage is not None
         assert batch.positions is not None
         stage.set_ranks(batch.positions)
-        stage.write_slots(slots, batch, BLOCK_SIZE)
-        stage.metadata(batch, seq_lens, slots)
+        of_pages = table.write(batch.block_table_tensor, -(-batch.max_seq_len // BLOCK_SIZE))
+        stage.write_slots(slots, batch, of_pages, BLOCK_SIZE)
+        stage.metadata(batch, seq_lens)
     torch.cuda.set_sync_debug_mode("default")
-    assert slots.whole.unique().tolist() == [(70 - 20) % BLOCK_SIZE]
+    # Rank 50 is in page 3 of its row: page 1 of block 0, which is in every column.
+    assert slots.whole.unique().tolist() == [BLOCK_SIZE + (70 - 20) % BLOCK_SIZE]
     assert seq_lens.whole.unique().tolist() == [71 - 20]

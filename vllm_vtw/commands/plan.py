@@ -169,7 +169,7 @@ def plan(
             for layers, tokens in zip(config.policy.segments(num_layers), held, strict=True)
         ],
         "groups": [
-            group._asdict() for group in groups.groups
+            {"stage": group.stage, "layers": group.layers, "pages": group.pages} for group in groups.groups
         ],
         "layers_per_group": groups.width,
         "padding_fraction": groups.padding_fraction,
@@ -221,7 +221,7 @@ def describe(result: dict[str, Any]) -> str:
     notes = []
     if request_bytes["vtw"] > request_bytes["stock"]:
         remedy = "try another layer" if request["images"] else "nothing is withdrawn from a request of text"
-        notes = ["", f"Padding takes more memory here than withdrawal saves: {remedy}."]
+        notes = ["", f"KV blocks leave more memory unused here than withdrawal saves: {remedy}."]
     for later in result["exits"][1:]:
         stay = later["layer"] == result["num_hidden_layers"]
         case = "stay" if stay else f"leave at layer {later['layer']}"
@@ -232,15 +232,18 @@ def describe(result: dict[str, Any]) -> str:
             "A request is admitted when there are blocks for the last case. It gives back those that it does "
             "not need."
         )
-    groups = " + ".join(str(group["layers"]) for group in result["groups"])
+    groups = " + ".join(
+        f"{_counted(group['layers'], 'layer')} ({_counted(group['pages'], 'page')} a block)"
+        for group in result["groups"]
+    )
     return "\n".join(
         [
             f"A request of {request['text_tokens']} text, {request['images']} x "
             f"{request['tokens_per_image']} visual and {request['output_tokens']} output tokens, "
             f"withdrawing {withdrawn}:",
             *stages,
-            f"KV cache groups of {groups} layers, each in the room of {result['layers_per_group']}: "
-            f"{result['padding_fraction']:.1%} of the memory is padding",
+            f"KV cache groups: {groups}",
+            f"A long text leaves {result['padding_fraction']:.1%} of its memory unused.",
             "",
             f"{'':28}{'stock vLLM':>12}{'vtw':>12}",
             _row("KV cache of a request, MiB", mebibytes, ".1f"),
@@ -248,6 +251,10 @@ def describe(result: dict[str, Any]) -> str:
             *notes,
         ]
     )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _amount(memory: int) -> str:

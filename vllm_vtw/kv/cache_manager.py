@@ -5,8 +5,10 @@
 from collections import Counter
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import KVCacheBlock, KVCacheBlockCopy
 from vllm.v1.request import Request
 
+from vllm_vtw.kv.rank_pools import RankCopy, give_each_rank_a_pool
 from vllm_vtw.kv.stage_block_manager import StageManager
 
 
@@ -18,6 +20,9 @@ class StagedKVCacheManager(KVCacheManager):
         """Changes the class of the manager that vLLM's scheduler has made."""
         assert type(manager) is KVCacheManager, f"unexpected KV-cache manager {type(manager).__name__}"
         manager.__class__ = cls
+        assert isinstance(manager, cls)
+        if len({stage.kv_cache_spec.rank for stage in manager.stage_managers}) > 1:
+            give_each_rank_a_pool(manager.coordinator)
 
     @property
     def stage_managers(self) -> list[StageManager]:
@@ -41,7 +46,27 @@ class StagedKVCacheManager(KVCacheManager):
         others = len(self.coordinator.single_type_managers) - len(self.stage_managers)
         if others:
             return self._held_by_others() // others
-        return min(manager.num_held_blocks * manager.pages for manager in self.stage_managers if not manager.stage)
+        return min(
+            manager.num_held_blocks * manager.pages for manager in self.stage_managers if not manager.stage
+        )
+
+    @property
+    def usage(self) -> float:
+        """The fraction of blocks that are in use, on the pipeline rank where it is the largest."""
+        pools = {manager.block_pool for manager in self.coordinator.single_type_managers}
+        usage: float = max(pool.get_usage() for pool in pools)
+        return usage
+
+    def take_kv_cache_block_copies(self) -> tuple[list[KVCacheBlockCopy], list[KVCacheBlock]]:
+        """vLLM's copies of blocks, each with the pipeline rank that makes it."""
+        copies: list[KVCacheBlockCopy] = []
+        for manager in self.stage_managers:
+            for source, target in manager._pending_cow_copies:
+                copy = RankCopy(source.block_id, target.block_id)
+                copy.rank = manager.kv_cache_spec.rank
+                copies.append(copy)
+        _, retained = super().take_kv_cache_block_copies()
+        return copies, retained
 
     def _held_by_others(self) -> int:
         """The blocks that requests hold in groups whose manager is vLLM's own."""

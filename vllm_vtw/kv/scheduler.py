@@ -22,7 +22,7 @@ from vllm_vtw.kv.stage_block_manager import StagedBlockHashes
 from vllm_vtw.kv.startup_log import log_startup
 from vllm_vtw.kv.statistics import Statistics
 from vllm_vtw.retention import OneStepPrefill, Retention, after_exit, awaits_gates, request_retentions
-from vllm_vtw.startup import refuse_unsupported, refuse_unsupported_dynamic, vtw_config
+from vllm_vtw.startup import layer_groups, refuse_unsupported, refuse_unsupported_dynamic, vtw_config
 
 logger = logging.getLogger("vllm.vtw")
 
@@ -65,10 +65,10 @@ class VTWScheduler(Scheduler):
         self.exits: dict[str, int | None] = {}
         self.ended_in_flight: dict[str, int] = {}
         self.turns = Turns()
-        num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
-        layers = [*(stage.layer for stage in self.withdrawal_policy.stages), num_layers]
-        self.statistics = Statistics(layers, kv_cache_config, self.kv_cache_manager)
-        log_startup(vllm_config, kv_cache_config, config)
+        groups = layer_groups(vllm_config, config.policy)
+        layers = [*(stage.layer for stage in self.withdrawal_policy.stages), groups.num_layers]
+        self.statistics = Statistics(layers, groups.width, self.kv_cache_manager)
+        log_startup(vllm_config, kv_cache_config, groups, config)
 
     def add_request(self, request: Request) -> None:
         # A session with streaming input adds its id again for every piece of the prompt.

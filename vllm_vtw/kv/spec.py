@@ -14,7 +14,8 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from vllm_vtw.kv import groups
+from vllm_vtw.capacity import LayerGroup, LayerGroups
+from vllm_vtw.kv import groups as split
 from vllm_vtw.kv.stage_block_manager import StageManager
 
 
@@ -27,20 +28,34 @@ class StageSpec(AttentionSpec):
 
     Attributes:
         block_size: The number of tokens of a page, which is what vLLM calls a block.
-        stage: Number of the stage. Layers of stage 0 have this spec only if their blocks hold several pages.
+        stage: Number of the stage. Layers of stage 0 have this spec if their blocks hold several pages, or if
+            there are several pipeline ranks.
         pages: The number of pages of each layer that a block holds.
         width: The number of layers that a block has memory for.
+        rank: The pipeline rank that has the layers. Every rank has blocks of its own.
+        limits: Whether a request without images takes at least as many blocks on this rank as on any other.
     """
 
     stage: int
     pages: int = 1
     width: int
+    rank: int = 0
+    limits: bool = True
 
     @classmethod
-    def like(cls, spec: FullAttentionSpec, stage: int, pages: int, width: int) -> "StageSpec":
-        """Makes the spec of a stage, with the memory layout of a layer's own spec."""
+    def like(cls, spec: FullAttentionSpec, groups: LayerGroups, group: LayerGroup) -> "StageSpec":
+        """Makes the spec of one of a model's groups, with the memory layout of a layer's own spec."""
         dropped = ("sliding_window", "attention_chunk_size", "non_causal")
-        return replace_as(spec, cls, drop=dropped, stage=stage, pages=pages, width=width)
+        return replace_as(
+            spec,
+            cls,
+            drop=dropped,
+            stage=group.stage,
+            pages=group.pages,
+            width=groups.width_of(group.rank),
+            rank=group.rank,
+            limits=group.rank == groups.limiting_rank,
+        )
 
     @staticmethod
     def layers_per_group(specs: Sequence[KVCacheSpec]) -> list[int]:
@@ -49,8 +64,8 @@ class StageSpec(AttentionSpec):
         Args:
             specs: The different specs of a model's layers.
         """
-        (width,) = {spec.width for spec in specs if isinstance(spec, StageSpec)}
-        return [width // spec.pages if isinstance(spec, StageSpec) else width for spec in specs]
+        widest = max(spec.width for spec in specs if isinstance(spec, StageSpec))
+        return [spec.width // spec.pages if isinstance(spec, StageSpec) else widest for spec in specs]
 
     @property
     def tokens_per_block(self) -> int:
@@ -58,7 +73,7 @@ class StageSpec(AttentionSpec):
         return self.block_size * self.pages
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
-        """Whether layers with these specs could be one group. Stages cannot, as they hold different tokens."""
+        """Whether layers with these specs could be one group. Stages could not: they hold different tokens."""
         return all(spec == self for spec in kv_cache_specs.values())
 
     @property
@@ -69,12 +84,15 @@ class StageSpec(AttentionSpec):
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes that a layer needs for the largest request: one without images, which retains all tokens.
 
-        vLLM divides them by the size of a page to get the number of blocks.
+        vLLM divides them by the size of a page and adds up the blocks of all groups, as if they shared their
+        blocks. Only the groups of one pipeline rank do, so the groups of all others are not counted.
         """
+        if not self.limits:
+            return 0
         return cdiv(vllm_config.model_config.max_model_len, self.tokens_per_block) * self.page_size_bytes
 
 
 # vLLM adds its own specs to the registry only if it is empty, so they have to be added first.
 KVCacheSpecRegistry._ensure_registered()
 KVCacheSpecRegistry.register(StageSpec, StageManager)
-groups.install()
+split.install()

@@ -3,62 +3,59 @@
 """What an engine logs at start-up about the withdrawal of visual tokens and the KV memory of an image."""
 
 import logging
+from collections.abc import Sequence
 
 from vllm.config import VllmConfig
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.encoder_budget import MultiModalBudget
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from vllm_vtw.capacity import LayerGroup, LayerGroups, visual_tokens_held
+from vllm_vtw.capacity import LayerGroup, LayerGroups, best_partition, visual_tokens_held
 from vllm_vtw.config import VTWConfig
-from vllm_vtw.kv.spec import StageSpec
 from vllm_vtw.policy import Policy
 
 logger = logging.getLogger("vllm.vtw")
 
+WORTH_TELLING = 0.95
+"""The largest share of its present memory that an image takes with a split over ranks that the log names."""
 
-def log_startup(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: VTWConfig) -> None:
+
+def log_startup(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, groups: LayerGroups, config: VTWConfig
+) -> None:
     """Logs what is withdrawn, the KV-cache groups, and the KV memory of one image, also that in stock vLLM.
 
-    It warns if the configuration saves little or no memory.
+    It warns if the configuration saves little or no memory, and names a split of the layers over pipeline ranks
+    that saves more.
     """
-    num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
-    stages = config.policy.stages
-    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-    groups = LayerGroups(
-        tuple(
-            LayerGroup(spec.stage, len(group.layer_names), spec.pages)
-            if isinstance(spec, StageSpec)
-            else LayerGroup(0, len(group.layer_names), 1)
-            for spec, group in zip(specs, kv_cache_config.kv_cache_groups, strict=True)
-        )
-    )
+    policy, stages = config.policy, config.policy.stages
     budget = MultiModalBudget(vllm_config, MULTIMODAL_REGISTRY)
     tokens = budget.mm_max_toks_per_item.get("image", 0)
     block_size = vllm_config.cache_config.block_size
-    by_stage = visual_tokens_held(config.policy, 1, tokens, config.align_to(block_size))
-    held = groups.layer_tokens(by_stage)
-    bytes_per_token = specs[0].page_size_bytes / block_size
+    by_stage = visual_tokens_held(policy, 1, tokens, config.align_to(block_size))
+    layer_token = kv_cache_config.kv_cache_groups[0].kv_cache_spec.page_size_bytes / block_size
     logger.info(
-        "vtw: withdrawing %s of L = %d; KV cache groups%s: %s; "
+        "vtw: withdrawing %s of L = %d; KV cache groups: %s; "
         "an image of %d tokens takes %s %.2f MiB of KV cache, %.2f MiB in stock vLLM%s",
-        _withdrawal(config, num_layers),
-        num_layers,
-        " of the first pipeline rank" if vllm_config.parallel_config.pipeline_parallel_size > 1 else "",
-        " + ".join(
-            f"{group.layers} layers ({_held(config.policy, group.stage)})" for group in groups.groups
+        _withdrawal(config, groups.num_layers),
+        groups.num_layers,
+        " | ".join(
+            " + ".join(_described(policy, group) for group in groups.groups if group.rank == rank)
+            for rank in groups.ranks
         ),
         tokens,
-        "about" if config.policy.gate is None else "at least",
-        held * bytes_per_token / 2**20,
-        sum(group.layers for group in groups.groups) * tokens * bytes_per_token / 2**20,
+        "about" if policy.gate is None else "at least",
+        groups.layer_tokens(by_stage) * layer_token / 2**20,
+        groups.num_layers * tokens * layer_token / 2**20,
         ", on each rank" if vllm_config.parallel_config.tensor_parallel_size > 1 else "",
     )
-    if stages and groups.takes_more_than_stock(config.policy):
+    if stages and groups.takes_more_than_stock(policy):
         logger.warning(
-            "vtw: with these layers, padding of KV cache groups takes more memory than withdrawal saves: "
+            "vtw: with these layers, requests may take more memory than in stock vLLM: "
             "`vtw plan MODEL --layer K` shows how much memory other layers take"
         )
+    if stages and len(groups.ranks) > 1:
+        _log_better_partition(groups, by_stage, policy)
     if stages and config.align and by_stage[-1] > tokens / 2:
         logger.warning(
             "vtw: with KV blocks of %d tokens, few of the %d tokens of an image are withdrawn, because only "
@@ -66,6 +63,27 @@ def log_startup(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config:
             block_size,
             tokens,
         )
+
+
+def _log_better_partition(groups: LayerGroups, visual_held: Sequence[int], policy: Policy) -> None:
+    """Names the split of the layers over pipeline ranks with which an image takes less memory, if one does."""
+    layers = best_partition(policy, groups.num_layers, len(groups.ranks), visual_held)
+    better = LayerGroups.of(policy, groups.num_layers, layers)
+    share = better.layer_tokens(visual_held) / groups.layer_tokens(visual_held)
+    text = [1] * groups.num_stages
+    if share < WORTH_TELLING:
+        logger.info(
+            "vtw: with VLLM_PP_LAYER_PARTITION=%s, an image takes %.2f of this memory, and a text token %.2f; "
+            "the rank with the most layers then takes the most time to decode",
+            ",".join(str(len(of_rank)) for of_rank in layers),
+            share,
+            better.layer_tokens(text) / groups.layer_tokens(text),
+        )
+
+
+def _described(policy: Policy, group: LayerGroup) -> str:
+    pages = f", {group.pages} pages a block" if group.pages > 1 else ""
+    return f"{group.layers} layers ({_held(policy, group.stage)}{pages})"
 
 
 def _withdrawal(config: VTWConfig, num_layers: int) -> str:

@@ -5,8 +5,6 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from vllm.v1.kv_cache_interface import KVCacheConfig
-
 from vllm_vtw.kv.cache_manager import StagedKVCacheManager
 from vllm_vtw.metrics import EXIT_LAYER, KV_BLOCKS, KV_BLOCKS_SAVED, REQUESTS, WITHDRAWN_TOKENS
 from vllm_vtw.retention import Retention
@@ -17,21 +15,14 @@ class Statistics:
 
     Args:
         layers: The first layer of every stage past the first, followed by the number of layers.
-        kv_cache_config: The KV-cache groups.
-        manager: The manager of these groups.
+        width: The number of layers that a KV block has memory for.
+        manager: The manager of the KV blocks.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[int],
-        kv_cache_config: KVCacheConfig,
-        manager: StagedKVCacheManager,
-    ) -> None:
+    def __init__(self, layers: Sequence[int], width: int, manager: StagedKVCacheManager) -> None:
         self.layers = layers
+        self.width = width
         self.manager = manager
-        groups = kv_cache_config.kv_cache_groups
-        sizes = [len(group.layer_names) for group in groups]
-        self.num_layers, self.width = sum(sizes), max(sizes)
         self.counts: Counter[str] = Counter()
 
     def count_request(self, retentions: Sequence[Retention]) -> int:
@@ -68,6 +59,6 @@ class Statistics:
         counts, self.counts = dict(self.counts), Counter()
         held = self.manager.held_blocks()
         # A block of stock vLLM's only group holds one page of all layers.
-        in_stock = self.manager.pages_of_stage_0() * self.num_layers // self.width
+        in_stock = self.manager.pages_of_stage_0() * self.layers[-1] // self.width
         counts |= {f"{KV_BLOCKS}/{stage}": blocks for stage, blocks in sorted(held.items())}
         return counts | {f"{KV_BLOCKS_SAVED}/": in_stock - held.total()}

@@ -10,15 +10,14 @@ import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.forward_context import BatchDescriptor, get_forward_context, override_forward_context
-from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.sequence import IntermediateTensors
 
-from vllm_vtw.capacity import LayerGroups
 from vllm_vtw.models.gather_scatter import TokenStates
 from vllm_vtw.models.graph_inputs import GraphInputs
 from vllm_vtw.models.segment import Segment, compiled_segment
 from vllm_vtw.policy import Policy
 from vllm_vtw.rankings import RANKINGS
+from vllm_vtw.startup import layer_groups
 from vllm_vtw.worker.attention_backend import StageAttention
 from vllm_vtw.worker.current_step import CurrentStep
 from vllm_vtw.worker.gates import Gates
@@ -60,11 +59,11 @@ class StagedDecoder:
             norm = text_model.norm if is_last else None
             self.segments[stage] = compiled_segment(vllm_config, stage, own, norm)
         if policy.stages:
-            groups = LayerGroups.of(policy, len(text_model.layers))
-            for layer, group in zip(text_model.layers, groups.by_layer(), strict=True):
-                if isinstance(layer, PPMissingLayer) or (group.stage == 0 and group.pages == 1):
-                    continue
-                StageAttention.adopt(layer.self_attn.attn, group.stage, group.pages, groups.width, step)
+            groups = layer_groups(vllm_config, policy)
+            for index in range(start, end):
+                group = groups.by_layer()[index]
+                if group.stage > 0 or group.pages > 1 or len(groups.ranks) > 1:
+                    StageAttention.adopt(text_model.layers[index].self_attn.attn, groups, group, step)
         if policy.ranking is not None:
             ranking = RANKINGS[policy.ranking]()
             for stage, border in enumerate(borders, 1):

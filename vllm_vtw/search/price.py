@@ -76,7 +76,7 @@ class Price:
     def kv_share(self, policy: Policy) -> float:
         """The KV memory of a request as a share of stock vLLM's.
 
-        The padding of KV-cache groups is included. Rounding up to whole blocks is not.
+        Memory that KV-cache groups waste is included. Rounding up to whole blocks is not.
         """
         groups = LayerGroups.of(policy, self.num_layers)
         held = [self.layer_held(keep) for keep in policy.keeps]

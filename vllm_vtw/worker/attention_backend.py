@@ -18,6 +18,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
+from vllm_vtw.capacity import LayerGroup, LayerGroups
 from vllm_vtw.kv.spec import StageSpec
 from vllm_vtw.worker.current_step import CurrentStep
 from vllm_vtw.worker.pages import PagedCache, PageTable
@@ -128,24 +129,23 @@ def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
 class StageAttention(Attention):
     """An attention layer of a stage, with its own backend and KV-cache spec.
 
-    Layers past stage 0 are such layers, and those of stage 0 whose KV blocks hold several pages.
+    Layers past stage 0 are such layers, and those of stage 0 that are not stored as in stock vLLM: if their KV
+    blocks hold several pages, or if there are several pipeline ranks.
 
     Attributes:
-        stage: The stage that the layer belongs to.
-        pages: The number of pages of the layer that a KV block holds.
-        width: The number of layers that a KV block has memory for.
+        groups: The model's KV-cache groups.
+        group: The group that the layer belongs to.
         step: The worker's current step.
         paged_cache: Where the layer's pages lie. It exists once vLLM has bound the KV cache.
     """
 
-    stage: int
-    pages: int
-    width: int
+    groups: LayerGroups
+    group: LayerGroup
     step: CurrentStep
     paged_cache: PagedCache
 
     @classmethod
-    def adopt(cls, attention: Attention, stage: int, pages: int, width: int, step: CurrentStep) -> None:
+    def adopt(cls, attention: Attention, groups: LayerGroups, group: LayerGroup, step: CurrentStep) -> None:
         """Changes the class of an attention layer that the model has built.
 
         Each model class builds its attention layers with arguments of its own. Changing the class afterwards
@@ -153,10 +153,9 @@ class StageAttention(Attention):
 
         Args:
             attention: The layer.
-            stage: As in the attributes.
-            pages: As in the attributes.
-            width: As in the attributes.
-            step: As in the attributes.
+            groups: The model's KV-cache groups.
+            group: The group that the layer belongs to.
+            step: The worker's current step.
 
         Raises:
             ValueError: The layer's attention backend is not supported.
@@ -170,7 +169,7 @@ class StageAttention(Attention):
             )
         attention.__class__ = cls
         assert isinstance(attention, cls)
-        attention.stage, attention.pages, attention.width, attention.step = stage, pages, width, step
+        attention.groups, attention.group, attention.step = groups, group, step
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return stage_backend(super().get_attn_backend())
@@ -178,8 +177,8 @@ class StageAttention(Attention):
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         spec = super().get_kv_cache_spec(vllm_config)
         assert isinstance(spec, FullAttentionSpec)
-        return StageSpec.like(spec, self.stage, self.pages, self.width)
+        return StageSpec.like(spec, self.groups, self.group)
 
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
-        self.paged_cache = PagedCache.of(kv_cache, self.pages)
+        self.paged_cache = PagedCache.of(kv_cache, self.group.pages)
         super().bind_kv_cache(self.paged_cache.view)

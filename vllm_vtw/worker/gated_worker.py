@@ -4,16 +4,12 @@
 
 from typing import Any
 
-from vllm.platforms import current_platform
-from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from vllm_vtw.config import EXITS
 from vllm_vtw.worker.current_step import CurrentStep
-
-WORKERS = "vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker"
-PlatformWorker: Any = resolve_obj_by_qualname(WORKERS[0] if current_platform.is_cpu() else WORKERS[1])
+from vllm_vtw.worker.platform_worker import PlatformWorker
 
 
 class OutputWithExits(AsyncModelRunnerOutput):

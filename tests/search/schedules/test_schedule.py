@@ -5,7 +5,7 @@
 from itertools import combinations
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vllm_vtw.policy import Policy, Stage
@@ -23,31 +23,45 @@ def schedules(draw: st.DrawFn) -> list[float]:
 REQUEST = RequestTokens(100, 80, 20)
 
 
-def price(num_layers: int) -> Price:
-    return Price(num_layers, 12 * 64 * 64, 64, REQUEST)
+def price(num_layers: int, work_weight: float = 1.0) -> Price:
+    return Price(num_layers, 12 * 64 * 64, 64, REQUEST, work_weight)
+
+
+def every_policy(keeps: list[float], max_stages: int) -> set[Policy]:
+    return {
+        policy_at_borders(keeps, borders)
+        for count in range(max_stages)
+        for borders in combinations(range(1, len(keeps)), count)
+    }
 
 
 @given(schedules(), st.integers(1, 5))
-@example(keeps=[1.0, *[0.3] * 7, 0.1], max_stages=3)  # The best of width 1 need too many groups.
-def test_no_other_stages_cost_less(keeps: list[float], max_stages: int):
+def test_no_other_stages_of_few_layers_cost_less(keeps: list[float], max_stages: int):
     policy = merge_stages(keeps, max_stages, price(len(keeps)))
     assert len(policy.stages) < max_stages
     given_by_layer = keeps_by_layer(policy, len(keeps))
     assert all(given >= needed for given, needed in zip(given_by_layer, keeps, strict=True))
-    others = [
-        policy_at_borders(keeps, borders)
-        for count in range(max_stages)
-        for borders in combinations(range(1, len(keeps)), count)
-    ]
     cost = price(len(keeps)).cost
-    assert cost(policy) == pytest.approx(min(map(cost, others)))
+    assert cost(policy) == pytest.approx(min(map(cost, every_policy(keeps, max_stages))))
 
 
-def test_stages_of_their_own_for_a_layer_or_two_are_not_worth_their_padding():
-    keeps = [1.0] * 5 + [0.95] * 5 + [0.6, 0.0]
-    policy = merge_stages(keeps, 4, price(12))
-    assert len(policy.stages) < 3
-    assert price(12).kv_share(policy) < 1 < price(12).kv_share(policy_at_borders(keeps, range(12)))
+# The worst of 1500 random ones is 1.1% off.
+@given(st.lists(st.integers(0, 64), min_size=31, max_size=31), st.sampled_from([1e-3, 0.1, 1.0]))
+@example(parts=[64] * 21 + [61, 7] + [0] * 8, work_weight=0.1)
+@settings(max_examples=5)
+def test_no_other_stages_of_many_layers_cost_much_less(parts: list[int], work_weight: float):
+    keeps = [1.0, *(part / 64 for part in sorted(parts, reverse=True))]
+    cost = price(32, work_weight).cost
+    least = min(map(cost, every_policy(keeps, 3)))
+    assert least <= cost(merge_stages(keeps, 3, price(32, work_weight))) < 1.02 * least
+
+
+def test_a_border_moves_to_where_groups_waste_less():
+    for_memory = Price(32, 12 * 64 * 64, 64, RequestTokens(100, 800, 100), work_weight=1e-3)
+    assert for_memory.kv_share(Policy.withdraw_at(25, 32)) > 1
+    policy = merge_stages([1.0] * 25 + [0.0] * 7, 4, for_memory)
+    assert policy.stages[0].layer > 25
+    assert for_memory.kv_share(policy) < 1
 
 
 def test_a_schedule_of_few_steps_stays_as_it_is():

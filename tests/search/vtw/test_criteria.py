@@ -110,7 +110,7 @@ def test_flops_are_the_published_ones():
     st.integers(0, 500),
     st.sampled_from([16, 32]),
 )
-def test_kv_memory_is_the_limit_and_padding(layer, visual, text, output, num_layers):
+def test_kv_memory_is_the_limit_and_what_groups_waste(layer, visual, text, output, num_layers):
     layer = min(layer, num_layers)
     price = Price(num_layers, 1, 1, RequestTokens(visual, text, output))
     found = price.kv_share(Policy.withdraw_at(layer, num_layers))
@@ -124,11 +124,14 @@ def test_kv_memory_is_the_limit_and_padding(layer, visual, text, output, num_lay
 
 
 @pytest.mark.parametrize(
-    ("layer", "num_layers", "room", "whole"),
-    # KV-cache groups of 15 + 17, 10 + 10 + 12 and 4 + 4 + 3 + 1 layers, each in the room of the largest.
-    [(15, 32, 17, 1), (20, 32, 12, 2), (11, 12, 4, 3)],
+    ("layer", "tokens"),
+    [
+        # Groups of 10, 10, 10 and 2 layers. A block holds five pages of the last one, so nothing is wasted.
+        (20, 20 * 1000 + 12 * 900),
+        # Groups of 25 and 7 layers. A block holds three pages of the latter: it has memory for 21 layers.
+        (25, 25 * (1000 + 900 / 3)),
+    ],
 )
-def test_padding_is_paid(layer, num_layers, room, whole):
-    price = Price(num_layers, 1, 1, RequestTokens(visual=576, text=64, output=128))
-    found = price.kv_share(Policy.withdraw_at(layer, num_layers))
-    assert found == pytest.approx(room * (whole * 768 + 192) / (num_layers * 768))
+def test_what_groups_waste_is_paid(layer, tokens):
+    price = Price(32, 1, 1, RequestTokens(visual=100, text=800, output=100))
+    assert price.kv_share(Policy.withdraw_at(layer, 32)) == pytest.approx(tokens / 32000)

@@ -22,6 +22,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 from vllm.v1.request import Request
 
 from tests.unit.strategies import Prompt
+from vllm_vtw.capacity import LayerGroup, LayerGroups
 from vllm_vtw.kv.cache_manager import StagedKVCacheManager
 from vllm_vtw.kv.spec import StageSpec
 from vllm_vtw.kv.stage_block_manager import StagedBlockHashes
@@ -35,8 +36,9 @@ MAX_MODEL_LEN = 400
 ALL = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32)
 
 
-def of_stage(stage: int, pages: int = 1) -> StageSpec:
-    return StageSpec.like(ALL, stage, pages, width=4)
+def of_stage(stage: int, pages: int = 1, rank: int = 0) -> StageSpec:
+    group = LayerGroup(stage, 4 // pages, pages, rank)
+    return StageSpec.like(ALL, LayerGroups((LayerGroup(0, 4, 1), LayerGroup(2, 4, 1, 1), group)), group)
 
 
 # A stage may be several groups; each has blocks of its own.
@@ -45,6 +47,7 @@ SPECS: dict[str, tuple[AttentionSpec, ...]] = {
     "pages": (ALL, of_stage(1), of_stage(1, 3), of_stage(2, 2)),
     "pages in stage 0": (ALL, of_stage(0, 2), of_stage(1, 4), of_stage(2)),
     "pages in all of stage 0": (of_stage(0, 3), of_stage(1), of_stage(1, 2), of_stage(2, 2)),
+    "two ranks": (of_stage(0), of_stage(0, 2, 1), of_stage(1, 1, 1), of_stage(2, 4, 1)),
 }
 LAYOUTS = pytest.mark.parametrize("layout", SPECS)
 
@@ -127,6 +130,10 @@ def stage_of(manager: SingleTypeKVCacheManager) -> int:
     return getattr(manager.kv_cache_spec, "stage", 0)
 
 
+def rank_of(manager: SingleTypeKVCacheManager) -> int:
+    return getattr(manager.kv_cache_spec, "rank", 0)
+
+
 class Course(RuleBasedStateMachine):
     """Requests come, run in chunks, several in a step, grow, are preempted, come back, end."""
 
@@ -142,8 +149,8 @@ class Course(RuleBasedStateMachine):
         for stage in self.manager.stage_managers:
             stage.retentions = self.retentions
         self.requests: dict[str, tuple[Request, Prompt]] = {}
-        self.cells: dict[tuple[int, int], object] = {}
-        """What the KV cache holds, by block and place in the block."""
+        self.cells: dict[tuple[int, int, int], object] = {}
+        """What the KV cache holds, by pipeline rank, block and place in the block."""
         self.slots: dict[str, int] = {}
         """By request: the most tokens that it was given slots for since it last had none."""
         self.arrived = 0
@@ -172,7 +179,7 @@ class Course(RuleBasedStateMachine):
             for rank, position in enumerate(held):
                 seen = [picture for picture in pictures if picture[1] <= position]
                 block, place = divmod(rank, BLOCK_SIZE * pages_of(m))
-                cell = (m.req_to_blocks[request.request_id][block].block_id, place)
+                cell = (rank_of(m), m.req_to_blocks[request.request_id][block].block_id, place)
                 yield position, cell, (group, tokens[: position + 1], seen, list(held[: rank + 1]))
 
     @precondition(lambda self: self.requests)
@@ -202,10 +209,10 @@ class Course(RuleBasedStateMachine):
             del starts[preempted]
         copies, retained = self.manager.take_kv_cache_block_copies()
         copied = {
-            (copy.dst_block_id, place): content
+            (rank, copy.dst_block_id, place): content
             for copy in copies
-            for (block, place), content in self.cells.items()
-            if block == copy.src_block_id
+            for (rank, block, place), content in self.cells.items()
+            if (rank, block) == (copy.rank, copy.src_block_id)
         }
         self.cells |= copied
         for stage in self.manager.stage_managers:
@@ -225,9 +232,9 @@ class Course(RuleBasedStateMachine):
         if request.num_computed_tokens == 0:
             computed, num_computed, _ = self.manager.get_computed_blocks(request)
         chunk = min(chunk, request.num_tokens - request.num_computed_tokens - num_computed)
-        before = self.manager.block_pool.get_num_free_blocks()
+        before = self.free_blocks()
         if self.manager.allocate_slots(request, chunk, num_computed, computed, drafts) is None:
-            assert self.manager.block_pool.get_num_free_blocks() == before
+            assert self.free_blocks() == before
             return None
         start = request.num_computed_tokens + num_computed
         request.num_computed_tokens = start + chunk
@@ -235,6 +242,9 @@ class Course(RuleBasedStateMachine):
         slots = min(request.num_computed_tokens + drafts, MAX_MODEL_LEN)
         self.slots[request.request_id] = max(slots, self.slots.get(request.request_id, 0))
         return start
+
+    def free_blocks(self) -> list[int]:
+        return [pool.get_num_free_blocks() for pool in dict.fromkeys(m.block_pool for m in self.managers())]
 
     def preempt(self, request: Request):
         self.manager.free(request)
@@ -280,13 +290,17 @@ class Course(RuleBasedStateMachine):
     def a_block_has_as_many_owners_as_it_counts_and_none_is_lost(self):
         if not hasattr(self, "requests"):
             return
-        owners = Counter(
-            block.block_id for m in self.managers() for blocks in m.req_to_blocks.values() for block in blocks
-        )
-        pool = self.manager.block_pool
-        assert all(count == pool.blocks[block_id].ref_cnt for block_id, count in owners.items())
-        # vLLM keeps one block, the null block, for itself.
-        assert self.manager.block_pool.get_num_free_blocks() + len(owners) == NUM_BLOCKS - 1
+        for pool in {m.block_pool for m in self.managers()}:
+            owners = Counter(
+                block.block_id
+                for m in self.managers()
+                for blocks in m.req_to_blocks.values()
+                for block in blocks
+                if m.block_pool is pool
+            )
+            assert all(count == pool.blocks[block_id].ref_cnt for block_id, count in owners.items())
+            # vLLM keeps one block, the null block, for itself.
+            assert pool.get_num_free_blocks() + len(owners) == NUM_BLOCKS - 1
 
     @invariant()
     def the_counts_are_those_of_the_rows(self):
@@ -306,7 +320,8 @@ class Course(RuleBasedStateMachine):
     def teardown(self):
         for request, _ in getattr(self, "requests", {}).values():
             self.manager.free(request)
-        assert self.manager.block_pool.get_num_free_blocks() == NUM_BLOCKS - 1
+        if hasattr(self, "requests"):
+            assert set(self.free_blocks()) == {NUM_BLOCKS - 1}
 
 
 COURSES = st.lists(asks(most=8), min_size=2, max_size=8)
@@ -430,7 +445,9 @@ def test_withdrawing_by_tokens_serves_what_lies_on_borders_of_blocks(layout: str
 @pytest.mark.parametrize("align_to", [1, BLOCK_SIZE])
 @LAYOUTS
 @given(ask=asks())
-def test_a_request_that_goes_on_finds_what_the_one_before_says_it_shared(layout: str, align_to: int, ask: Ask):
+def test_a_request_that_goes_on_finds_what_the_one_before_says_it_shared(
+    layout: str, align_to: int, ask: Ask
+):
     """What usage says was written to the cache, in prompt tokens."""
     first, second = ask, Ask((*ask.pieces, ("question", BLOCK_SIZE)))
     vtw = manager(True, SPECS[layout], num_blocks=4000)

@@ -3,34 +3,25 @@
 """What the scheduler counts, with made-up numbers of blocks that are held."""
 
 from collections import Counter
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
-from vllm_vtw.kv.spec import StageSpec
 from vllm_vtw.kv.statistics import Statistics
 from vllm_vtw.retention import Retention
 
-ALL = FullAttentionSpec(block_size=8, num_kv_heads=1, head_size=32, dtype=torch.float32)
 
-
-STAGE = StageSpec.like(ALL, 1)
-
-
-def statistics(layers: list[int], groups: Sequence[tuple[KVCacheSpec, int]], **held: int) -> Statistics:
-    """Of groups with a spec and a number of layers each, and the blocks that are held, by stage."""
-    made = [SimpleNamespace(kv_cache_spec=spec, layer_names=range(count)) for spec, count in groups]
-    counts = Counter({int(stage.removeprefix("stage")): blocks for stage, blocks in held.items()})
-    manager: Any = SimpleNamespace(held_blocks=lambda: counts)
-    return Statistics(layers, SimpleNamespace(kv_cache_groups=made), manager)
+def statistics(layers: list[int], width: int, held: dict[int, int], pages_of_stage_0: int) -> Statistics:
+    """Of blocks with memory for `width` layers, of which each stage holds so many."""
+    manager: Any = SimpleNamespace(
+        held_blocks=lambda: Counter(held), pages_of_stage_0=lambda: pages_of_stage_0
+    )
+    return Statistics(layers, width, manager)
 
 
 def test_requests_by_the_layer_that_first_withdraws():
-    counting = statistics([4, 6, 8], [(ALL, 4), (STAGE, 4)], stage0=0, stage1=0)
+    counting = statistics([4, 6, 8], 4, {0: 0, 1: 0}, 0)
     keeps, leaves = Retention(), Retention([(2, 12)])
     for retentions in ([keeps, keeps], [keeps, leaves], [leaves, leaves], [leaves, leaves]):
         counting.count_request(retentions)
@@ -45,27 +36,23 @@ def test_requests_by_the_layer_that_first_withdraws():
 
 
 @pytest.mark.parametrize(
-    ("layers", "saved"),
+    ("width", "held", "pages_of_stage_0", "saved"),
     [
-        # Groups in the room of 4 layers: stock's 9 blocks of 8 layers are 18 of them, and 13 are held.
-        ((4, 4), 5),
-        # In the room of 5: 9 x 8 / 5, cut off.
-        ((5, 3), 1),
+        # Stock's 9 blocks of 8 layers have the memory of 18 blocks of 4 layers, and 13 are held.
+        (4, {0: 9, 1: 4}, 9, 5),
+        # In blocks of 5 layers: 9 * 8 / 5, cut off.
+        (5, {0: 9, 1: 4}, 9, 1),
+        # Stage 0 has two groups of 2 layers, so every page takes it two blocks.
+        (2, {0: 12, 1: 2}, 6, 6 * 4 - 14),
+        # Stage 0 has 2 layers with 3 pages in a block: 3 blocks hold 8 pages, the last of them not full.
+        (6, {0: 3, 1: 1}, 8, 8 * 8 // 6 - 4),
+        # Nothing is withdrawn of a text, and blocks are not full.
+        (4, {0: 1, 1: 2}, 1, -1),
     ],
 )
-def test_blocks(layers, saved):
-    groups = list(zip((ALL, STAGE), layers, strict=True))
-    assert statistics([4, 8], groups, stage0=9, stage1=4).take() == {
-        "kv_blocks/0": 9,
-        "kv_blocks/1": 4,
+def test_blocks(width: int, held: dict[int, int], pages_of_stage_0: int, saved: int):
+    assert statistics([4, 8], width, held, pages_of_stage_0).take() == {
+        "kv_blocks/0": held[0],
+        "kv_blocks/1": held[1],
         "saved/": saved,
-    }
-
-
-def test_a_stage_of_several_groups():
-    groups = [(ALL, 2), (ALL, 2), (STAGE, 2)]
-    assert statistics([4, 6], groups, stage0=12, stage1=2).take() == {
-        "kv_blocks/0": 12,
-        "kv_blocks/1": 2,
-        "saved/": 6 * 3 - 14,
     }

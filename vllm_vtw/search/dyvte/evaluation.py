@@ -30,7 +30,7 @@ def exit_stages(margins: npt.NDArray[np.float32], thresholds: Sequence[float]) -
 def kv_share(policy: Policy, price: Price, exit_stage: int | None) -> float:
     """The KV memory of a request under a policy with gates, as a share of stock vLLM's.
 
-    The padding of KV-cache groups is included. Rounding up to whole blocks is not.
+    Memory that KV-cache groups waste is included. Rounding up to whole blocks is not.
 
     Args:
         policy: A policy with gates.

@@ -117,7 +117,7 @@ def notes(result: dict[str, Any], criterion: str, tasks_without_sample: Collecti
         said.append(f"The difference at K = {layers[-1]}, the largest measured: {'; '.join(deepest)}.")
     elif result["kv_share"][layers.index(layer)] >= 1:
         said.append(
-            f"At K = {layer} the padding of vLLM's KV-cache groups takes more memory than withdrawal saves: "
+            f"At K = {layer} KV-cache groups waste at least as much memory as withdrawal saves: "
             f"{raise_budget} to allow a smaller K, or serve without withdrawal."
         )
     said += data_notes(result, most, tasks_without_sample)

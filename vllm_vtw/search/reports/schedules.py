@@ -57,8 +57,7 @@ def notes(result: dict[str, Any], tasks_without_sample: Collection[str]) -> list
             if result["method"] == "gsearch"
             else "lower --budget, or limit memory with --kv-budget"
         )
-        padding = "The padding of vLLM's KV-cache groups takes more memory than withdrawal saves"
-        said.append(f"{padding}: {remedy}.")
+        said.append(f"KV-cache groups waste at least as much memory as withdrawal saves: {remedy}.")
     return said + data_notes(result, result["made"].get("max_token_change"), tasks_without_sample)
 
 

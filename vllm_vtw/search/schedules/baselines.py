@@ -29,8 +29,8 @@ def baselines(policy: Policy, num_layers: int, share: Callable[[Policy], float])
     most = share(policy)
     vtw = [Policy.withdraw_at(layer, num_layers) for layer in range(1, num_layers)]
     fastv = [Policy((Stage(FASTV_LAYER, part / GRID),)) for part in range(1, GRID)]
-    # The last policy that fits disturbs answers least. It need not cost most: padding of KV-cache groups can
-    # make a policy that keeps more take less memory.
+    # The last policy that fits disturbs answers least. It need not cost most: KV-cache groups can
+    # waste so much less memory that a policy that keeps more takes less.
     best = [last for method in (vtw, fastv) for last in [one for one in method if share(one) <= most][-1:]]
     published = Policy((Stage(FASTV_LAYER, FASTV_KEEP),))
     return {_name(one): one for one in best if one != published} | {

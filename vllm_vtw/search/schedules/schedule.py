@@ -7,10 +7,8 @@ Layers are counted from 0, as everywhere in the plugin. The paper (arXiv 2412.00
 
 from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
+from math import inf
 
-import numpy as np
-
-from vllm_vtw.capacity import max_groups
 from vllm_vtw.policy import Policy, Stage
 from vllm_vtw.search.price import Price
 
@@ -22,11 +20,12 @@ GRID = 64
 
 
 def merge_stages(keeps: Sequence[float], max_stages: int, price: Price) -> Policy:
-    """Returns the cheapest policy of few stages that gives each layer at least the fraction that it needs.
+    """Returns a cheap policy of few stages that gives each layer at least the fraction that it needs.
 
-    A stage keeps the fraction that its first layer needs. The cost of a policy includes the padding of
-    KV-cache groups, which have the same width (number of layers) in all stages. Therefore the best stages are
-    found for each width, and then the cheapest of these policies is taken.
+    A stage keeps the fraction that its first layer needs. For each number of stages, the search starts from
+    those that are cheapest if KV-cache groups waste no memory. It then moves one border at a time by one
+    layer, as long as that makes the policy cheaper, the memory that groups waste included. In decoders of up
+    to 40 layers, no policy was found that costs 2% less.
 
     For example, layers that need the fractions 1, 1, 1, 0.5, 0.5, 0.1 get 1, 1, 1, 0.5, 0.5, 0.5 if the
     stages begin at layers 0 and 3.
@@ -39,11 +38,10 @@ def merge_stages(keeps: Sequence[float], max_stages: int, price: Price) -> Polic
     """
     assert keeps[0] == 1
     assert all(later <= earlier for earlier, later in pairwise(keeps))
-    found = {
-        policy_at_borders(keeps, borders)
-        for width in range(1, len(keeps) + 1)
-        for borders in _borders(keeps, max_stages, price, width)
-    }
+    found = (
+        _with_moved_borders(policy_at_borders(keeps, borders), keeps, price)
+        for borders in _ideal_borders(keeps, max_stages, price)
+    )
     return min(found, key=price.cost)
 
 
@@ -74,63 +72,42 @@ def keeps_by_layer(policy: Policy, num_layers: int) -> list[float]:
     ]
 
 
-def _borders(keeps: Sequence[float], max_stages: int, price: Price, width: int) -> Iterator[set[int]]:
-    """For each number of stages, finds the cheapest ones under the assumption that all groups have one width.
-
-    This is dynamic programming. Its state is the layer at which the last stage ends and the number of groups
-    used so far, of which there may be at most `max_groups`.
+def _ideal_borders(keeps: Sequence[float], max_stages: int, price: Price) -> Iterator[tuple[int, ...]]:
+    """For each number of stages, finds the cheapest ones if KV-cache groups waste no memory.
 
     Yields:
-        The first layers of the cheapest stages, stage 0 included.
+        The first layers of the stages, stage 0 included.
     """
-    num_layers = len(keeps)
-    layers = np.arange(num_layers + 1)
-    # sizes[start, stop] and groups[start, stop]: the layers and KV-cache groups of a stage that begins with
-    # layer `start` and ends before layer `stop`.
-    sizes = layers - layers[:, None]
-    groups = -(-sizes // width)
-    # Cost of one layer by the stage's first layer, as a column. The 0 at the end fills the row for
-    # `num_layers`, where no stage begins.
-    work, held = (
-        np.array([*(of_layer(keep) / (num_layers * of_layer(1)) for keep in keeps), 0])[:, None]
-        for of_layer in (price.layer_flops, price.layer_held)
-    )
-    # cost[start, stop]: the cost of the stage. A stage has to end before a layer that needs less than the
-    # stage gives. Other stages, and empty ones, are ruled out.
-    cost = price.work_weight * sizes * work + groups * width * held
-    needed = np.array([*keeps, -1])
-    cost[(sizes <= 0) | (needed >= needed[:, None])] = np.inf
-    # least[used, stop]: the least cost of the layers before `stop` in the present number of stages, which
-    # have `used` groups together.
-    used = np.arange(max_groups(max_stages) + 1)
-    least = np.where((used[:, None] == 0) & (layers == 0), 0, np.inf)
-    used_before = used[:, None, None] - groups
-    begins = []
-    for num_stages in range(1, max_stages + 1):
-        before = least[used_before.clip(0, used[-1]), layers[:, None]]
-        in_one_more = np.where(used_before >= 0, before, np.inf) + cost
-        begins.append(in_one_more.argmin(1))
-        least = in_one_more.min(1)
-        whole = least[: max_groups(num_stages) + 1, num_layers]
-        if np.isfinite(whole).any():
-            yield _trace_back(begins, groups, int(whole.argmin()))
+    layer_costs = [
+        price.work_weight * price.layer_flops(keep) / price.layer_flops(1)
+        + price.layer_held(keep) / price.layer_held(1)
+        for keep in keeps
+    ]
+    # least[stop]: the cheapest stages of the layers before `stop`, in the present number of stages: their
+    # cost and first layers.
+    nothing: tuple[float, tuple[int, ...]] = (inf, ())
+    least = [(0.0, ()), *[nothing] * len(keeps)]
+    for _ in range(max_stages):
+        least = [
+            min(
+                (
+                    (cost + (stop - start) * layer_costs[start], (*borders, start))
+                    for start, (cost, borders) in enumerate(least[:stop])
+                ),
+                default=nothing,
+            )
+            for stop in range(len(keeps) + 1)
+        ]
+        yield least[-1][1]
 
 
-def _trace_back(begins: Sequence[np.ndarray], groups: np.ndarray, used: int) -> set[int]:
-    """Follows the choices of `_borders` back from the last layer.
-
-    Args:
-        begins: For each number of stages, the first layer of the last stage, by groups used and by `stop`.
-        groups: The number of groups of a stage, by its first layer and `stop`.
-        used: The number of groups that all stages use together.
-
-    Returns:
-        The first layers of the stages.
-    """
-    stop, borders = len(groups) - 1, set()
-    for begin in reversed(begins):
-        start = int(begin[used, stop])
-        borders.add(start)
-        used -= groups[start, stop]
-        stop = start
-    return borders
+def _with_moved_borders(policy: Policy, keeps: Sequence[float], price: Price) -> Policy:
+    """Moves the borders of a schedule's policy, one at a time by one layer, as long as it gets cheaper."""
+    layers = [stage.layer for stage in policy.stages]
+    moved = [
+        policy_at_borders(keeps, [*layers[:stage], layer + step, *layers[stage + 1 :]])
+        for stage, layer in enumerate(layers)
+        for step in (-1, 1)
+    ]
+    best = min([policy, *moved], key=price.cost)
+    return policy if best == policy else _with_moved_borders(best, keeps, price)
