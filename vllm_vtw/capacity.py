@@ -13,8 +13,9 @@ from vllm_vtw.policy import Policy
 MAX_GROUPS_PER_STAGE = 2
 """The limit for the average over a decoder's stages. Every group has block tables and attention metadata of
 its own, which every step has to prepare."""
-MAX_TEXT_SHARE = 1.05
-"""The most memory that a request without images may take, as a share of stock vLLM's."""
+MAX_SHARE = 1.05
+"""The most memory that a request may take, as a share of what its tokens need. Groups with which it takes more
+are chosen only if there are no others."""
 TYPICAL_VISUAL, TYPICAL_TEXT, TYPICAL_BLOCK = 576, 96, 16
 """The request and the tokens of a block that groups are chosen for: an image of LLaVA-1.5, and a question
 with its answer."""
@@ -211,9 +212,11 @@ def best_partition(
     splits = [_evenly(range(num_hidden_layers), num_ranks)]
     for stage in policy.stages:
         before, after = range(stage.layer), range(stage.layer, num_hidden_layers)
-        for first in range(1, num_ranks):
-            if len(before) >= first and len(after) >= num_ranks - first:
-                splits.append([*_evenly(before, first), *_evenly(after, num_ranks - first)])
+        splits += [
+            [*_evenly(before, first), *_evenly(after, num_ranks - first)]
+            for first in range(1, num_ranks)
+            if len(before) >= first and len(after) >= num_ranks - first
+        ]
     return min(splits, key=lambda split: LayerGroups.of(policy, num_hidden_layers, split).layer_tokens(held))
 
 
@@ -257,19 +260,21 @@ def _cheapest_groups(ranks: tuple[tuple[int, ...], ...], cases: tuple[tuple[floa
                 ]
                 candidates.add(LayerGroups(tuple(groups)))
 
-    def ratio(groups: LayerGroups, keeps: Sequence[float]) -> float:
-        """The memory of a request beside what its tokens need. Half a block of each group is lost."""
+    def ratio(groups: LayerGroups, keeps: Sequence[float], lost: float) -> float:
+        """The memory of a request beside what its tokens need, if groups lose so many tokens by rounding."""
         held = [TYPICAL_TEXT + keep * TYPICAL_VISUAL for keep in keeps]
         needed = sum(size * tokens for sizes in ranks for size, tokens in zip(sizes, held, strict=True))
-        lost = TYPICAL_BLOCK / 2
         taken = groups.layer_tokens(held) + len(groups.groups) * groups.width * lost
         return taken / (needed + groups.num_layers * lost)
 
-    def cost(groups: LayerGroups) -> tuple[float, float, int, float]:
+    def cost(groups: LayerGroups) -> tuple[float, float, float, int, float]:
         of_text = groups.layer_tokens([1] * len(text)) / (len(ranks) * widest)
-        worst = max(ratio(groups, keeps) for keeps in cases)
+        unrounded = max(ratio(groups, keeps, 0) for keeps in cases)
+        # On average, half a block of each group is lost.
+        worst = max(ratio(groups, keeps, TYPICAL_BLOCK / 2) for keeps in cases)
         # A group takes time in every step, which less than a percent of the memory is not worth.
-        return max(MAX_TEXT_SHARE, of_text), round(worst, 2), len(groups.groups), worst
+        limits = max(MAX_SHARE, of_text), max(MAX_SHARE, unrounded)
+        return *limits, round(worst, 2), len(groups.groups), worst
 
     return min(candidates, key=cost)
 

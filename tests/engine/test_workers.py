@@ -8,8 +8,9 @@ import pytest
 from vllm import SamplingParams
 
 from benchmarks.small_llava import SmallLlava
-from tests.engine.engines import SHAPES, assert_follows, logprobs_of, running
+from tests.engine.engines import BLOCK_SIZE, SHAPES, assert_follows, logprobs_of, running
 from tests.engine.test_gated import assert_gated, dividing
+from tests.engine.test_prefix_cache import ENGINE, Setting, serve
 from tests.engine.test_ranked import assert_ranked, written
 from vllm_vtw.models.decoder import StagedDecoder
 
@@ -114,3 +115,31 @@ def test_gates_on_two_workers_decide_alike(checkpoint, reference, tmp_path):
         outputs = llm.generate([ask.to_vllm(oracle) for ask in SHAPES], short, use_tqdm=False)
     exits = [assert_gated(oracle, *told, gates, MODEL) for told in zip(SHAPES, outputs, strict=True)]
     assert set(exits) == {1, 3, LAYERS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", [2, 4, 7])
+def test_pipeline_ranks_hold_as_much_text_as_in_stock(checkpoint, layer):
+    """Each rank has blocks of its own, so the deep layers' blocks take no memory of the first rank."""
+    folder = checkpoint(SmallLlava())
+    fits = []
+    for vtw in (None, {"layer": layer}):
+        with running(folder, vtw, **PIPELINE) as llm:
+            fits.append(llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens)
+    in_stock, with_plugin = fits
+    assert with_plugin == pytest.approx(in_stock, rel=0.01)
+
+
+@pytest.mark.slow
+def test_pipeline_ranks_copy_their_own_blocks(checkpoint, reference):
+    """At K = 7, one layer of each of two ranks has three pages a block, and hits end inside blocks."""
+    folder = checkpoint(SmallLlava())
+    setting = Setting(folder, reference(folder))
+    course = setting.course[:12]
+    with running(setting.folder, {"layer": 7, "align": True}, **ENGINE, **PIPELINE) as llm:
+        served = [serve(llm, turn) for turn in course]
+    assert [one.cached for one in served] == [
+        one.cached for one in setting.in_stock(BLOCK_SIZE)[: len(course)]
+    ]
+    for one in served:
+        one.assert_right(setting.oracle, BLOCK_SIZE, 7)

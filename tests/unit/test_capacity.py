@@ -7,7 +7,7 @@ from fractions import Fraction
 from itertools import product
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.unit.strategies import Prompt
@@ -83,7 +83,6 @@ def test_a_request_takes_what_its_tokens_need_wherever_they_leave(num_layers: in
         assert taken <= MOST * (layer * (VISUAL + TEXT) + (num_layers - layer) * TEXT)
 
 
-@settings(deadline=None)  # The first search for groups in a deep decoder takes longer than later ones.
 @given(policies(st.sampled_from(DECODERS), fewest=2))
 @example((gated(1, 16), 32))
 @example((gated(4, 15, 18), 32))

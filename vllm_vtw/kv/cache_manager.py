@@ -35,7 +35,7 @@ class StagedKVCacheManager(KVCacheManager):
         held: Counter[int] = Counter()
         for manager in self.stage_managers:
             held[manager.stage] += manager.num_held_blocks
-        held[0] += self._held_by_others()
+        held[0] += self._held_as_in_stock()
         return held
 
     def pages_of_stage_0(self) -> int:
@@ -43,12 +43,20 @@ class StagedKVCacheManager(KVCacheManager):
 
         If all blocks of stage 0 hold several pages, unused ones count, too.
         """
-        others = len(self.coordinator.single_type_managers) - len(self.stage_managers)
-        if others:
-            return self._held_by_others() // others
+        managers = len(self.coordinator.single_type_managers) - len(self.stage_managers)
+        if managers:
+            return self._held_as_in_stock() // managers
         return min(
             manager.num_held_blocks * manager.pages for manager in self.stage_managers if not manager.stage
         )
+
+    def _held_as_in_stock(self) -> int:
+        """The blocks that requests hold in groups whose manager is vLLM's own."""
+        if len(self.stage_managers) == len(self.coordinator.single_type_managers):
+            return 0
+        # vLLM keeps one block of the pool, the null block, for itself.
+        in_use = self.block_pool.num_gpu_blocks - 1 - self.block_pool.get_num_free_blocks()
+        return in_use - sum(manager.num_held_blocks for manager in self.stage_managers)
 
     @property
     def usage(self) -> float:
@@ -67,12 +75,6 @@ class StagedKVCacheManager(KVCacheManager):
                 copies.append(copy)
         _, retained = super().take_kv_cache_block_copies()
         return copies, retained
-
-    def _held_by_others(self) -> int:
-        """The blocks that requests hold in groups whose manager is vLLM's own."""
-        # vLLM keeps one block of the pool, the null block, for itself.
-        in_use = self.block_pool.num_gpu_blocks - 1 - self.block_pool.get_num_free_blocks()
-        return in_use - sum(manager.num_held_blocks for manager in self.stage_managers)
 
     def estimate_cached_tokens(self, request: Request) -> int:
         """How many tokens of the prompt another request that begins with the same tokens would find cached.

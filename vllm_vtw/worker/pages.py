@@ -18,7 +18,8 @@ class PagedCache(NamedTuple):
 
     Attributes:
         view: The layer's KV cache, shape `(at least pages, heads, page_size, 2 * head_size)`.
-        block_stride: How far apart the first pages of two neighbouring blocks are in `view`.
+        block_stride: How far apart the first pages of two neighbouring blocks are in `view`. 1 if a block has
+            only one page.
         page_stride: How far apart two neighbouring pages of a block are in `view`. Page j of block b is
             `view[b * block_stride + j * page_stride]`.
     """
@@ -41,6 +42,8 @@ class PagedCache(NamedTuple):
         Raises:
             ValueError: The layout stores heads of several layers between those of one layer.
         """
+        if pages == 1:
+            return cls(kv_cache, 1, 1)
         num_blocks, *of_page = kv_cache.shape
         block, page = kv_cache.stride(0), kv_cache[0].numel()
         # The next layer's page follows after the page if blocks are outermost, and after all blocks if not.
@@ -50,7 +53,7 @@ class PagedCache(NamedTuple):
         if block > page and last >= page:
             raise ValueError(
                 "--model-impl vtw cannot store several pages in a block in this KV cache layout: set "
-                "VLLM_KV_CACHE_LAYOUT to LBNHC, LBHNC, BLNHC or BLHNC"
+                "VLLM_KV_CACHE_LAYOUT to LBNHC, LBHNC, LHBNC, BLNHC or BLHNC"
             )
         step = min(block, layer)
         view = kv_cache.as_strided(

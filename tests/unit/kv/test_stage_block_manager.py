@@ -192,21 +192,16 @@ class Course(RuleBasedStateMachine):
     )
     def runs(self, data: st.DataObject, together: int, chunk: int, drafts: int, steps: int):
         requests = {(request := self.pick(data)).request_id: request for _ in range(together)}
-        preempted = data.draw(st.none() | st.sampled_from(sorted(requests)))
         for _ in range(steps):
             self.step(list(requests.values()), chunk, drafts)
-        self.step(list(requests.values()), chunk, drafts, preempted)
 
-    def step(self, requests: list[Request], chunk: int, drafts: int, preempted: str | None = None):
-        """Schedules a step, preempts one of its requests, and computes the step."""
+    def step(self, requests: list[Request], chunk: int, drafts: int):
+        """Schedules a step and computes it."""
         starts: dict[str, int] = {}
         for request in requests:
             start = self.schedule(request, chunk, drafts)
             if start is not None:
                 starts[request.request_id] = start
-        if preempted in starts:
-            self.preempt(self.requests[preempted][0])
-            del starts[preempted]
         copies, retained = self.manager.take_kv_cache_block_copies()
         copied = {
             (rank, copy.dst_block_id, place): content
@@ -370,6 +365,19 @@ def test_part_of_a_block_is_shared_from_the_step_on_that_follows_the_one_that_co
     course.every_block_holds_what_its_owners_would_have_written()
     course.a_block_has_as_many_owners_as_it_counts_and_none_is_lost()
     course.teardown()
+
+
+def test_a_request_that_is_preempted_before_its_step_runs_offers_no_part_of_a_block():
+    course = Course()
+    course.start(enable_caching=True, align_to=BLOCK_SIZE, layout="pages")
+    for _ in range(2):
+        course.arrives(Ask((("text", 20),)))
+    first, second = (request for request, _ in course.requests.values())
+    course.schedule(first, 60, 0)
+    course.preempt(first)
+    for stage in course.manager.stage_managers:
+        stage.offer_parts()
+    assert course.manager.get_computed_blocks(second)[1] == 0
 
 
 @LAYOUTS
