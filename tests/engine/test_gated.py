@@ -37,6 +37,7 @@ from tests.engine.engines import (
     step_until,
 )
 from tests.engine.reference import Reference
+from vllm_vtw.kv.spec import StageSpec
 
 LAYERS = (2, 4, 6)
 ALWAYS, NEVER = -1e9, 1e9
@@ -166,6 +167,26 @@ def test_every_request_shape(checkpoint, reference, tmp_path):
         exits[number] = assert_gated(oracle, ask, batched, gates)
     assert set(exits.values()) == {*LAYERS, MODEL.layers}, "the requests did not divide"
     assert told == {number: exits[number] for number, ask in enumerate(SHAPES) if ask in ASKED}
+
+
+def test_gates_over_blocks_of_several_pages(checkpoint, reference, tmp_path):
+    """Blocks of stages 0 and 2 hold two and four pages."""
+    model = SmallLlava(layers=12)
+    folder = checkpoint(model)
+    oracle = reference(folder)
+    gates = dividing(tmp_path, oracle, model=model, layers=(3, 11))
+    with running(folder, gates.options, max_num_batched_tokens=640) as llm:
+        all_free = free_blocks(llm)
+        groups = scheduler_of(llm).kv_cache_config.kv_cache_groups
+        outputs = llm.generate([ask.to_vllm(oracle) for ask in SHAPES], GREEDY, use_tqdm=False)
+        assert free_blocks(llm) == all_free
+    assert [group.kv_cache_spec.pages for group in groups if isinstance(group.kv_cache_spec, StageSpec)] == [
+        *(2, 4),
+        *(1, 1),
+        4,
+    ]
+    exits = [assert_gated(oracle, *told, gates, model) for told in zip(SHAPES, outputs, strict=True)]
+    assert set(exits) == {3, 11, 12}
 
 
 @pytest.mark.parametrize(("threshold", "layer"), [(ALWAYS, LAYERS[0]), (NEVER, MODEL.layers)])

@@ -49,7 +49,8 @@ def refused(folder: Path, *options: str) -> str:
     return err
 
 
-@pytest.mark.parametrize(("layer", "caching"), [(2, False), (4, True)])
+# Blocks hold several pages at K = 5 and 7.
+@pytest.mark.parametrize(("layer", "caching"), [(2, False), (4, True), (5, False), (7, True)])
 def test_an_engine_holds_what_was_planned(checkpoint, reference, layer, caching):
     folder = checkpoint(MODEL)
     oracle = reference(folder)
@@ -126,13 +127,15 @@ def test_gates_are_planned_for_every_exit(checkpoint, tmp_path):
     assert [stage["tokens_held"] for stage in plan["stages"]] == [388, 188, 188]
     first, second, never = plan["exits"]
     assert first["kv_bytes_per_request"] == plan["kv_bytes_per_request"]["vtw"]
-    blocks = -(-388 // 16), -(-188 // 16)
-    block_bytes = plan["kv_bytes_per_request"]["vtw"] / (
-        sum(blocks[group["stage"] > 0] for group in plan["groups"])
-    )
-    for found, stage in ((second, 2), (never, 3)):
-        held = sum(blocks[group["stage"] >= stage] for group in plan["groups"])
-        assert found["kv_bytes_per_request"] == held * block_bytes
+
+    def blocks(exit_stage: int) -> int:
+        """The blocks of all groups if visual tokens leave at this stage."""
+        held = [(388 if group["stage"] < exit_stage else 188, group["pages"]) for group in plan["groups"]]
+        return sum(-(-tokens // (16 * pages)) for tokens, pages in held)
+
+    for found, stage in ((first, 1), (second, 2), (never, 3)):
+        expected = plan["kv_bytes_per_request"]["vtw"] * blocks(stage) / blocks(1)
+        assert found["kv_bytes_per_request"] == pytest.approx(expected)
     said = vtw_plan(str(folder), "--policy", str(file), *options)[1]
     assert "every visual token at layer 2, if the gate there says so" in said
     assert f"If they stay: {never['kv_bytes_per_request'] / 2**20:.1f} MiB" in said

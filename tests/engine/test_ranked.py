@@ -39,6 +39,8 @@ SCHEDULES: dict[str, Schedule] = {
     "none in the end": {1: 0.7, 4: 0.0},
     "four stages": {2: 0.9, 4: 0.31, 6: 0.1},
     "twice the same": {1: 0.5, 3: 0.5, 5: 0.25, 7: 0.0},
+    # Some blocks of stages 0 and 1 hold three pages.
+    "pages": {1: 0.6, 5: 0.05},
 }
 
 

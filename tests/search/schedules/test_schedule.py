@@ -45,7 +45,7 @@ def test_no_other_stages_of_few_layers_cost_less(keeps: list[float], max_stages:
     assert cost(policy) == pytest.approx(min(map(cost, every_policy(keeps, max_stages))))
 
 
-# The worst of 1500 random ones is 1.1% off.
+# Of 1500 random schedules, the worst was 1.4% off.
 @given(st.lists(st.integers(0, 64), min_size=31, max_size=31), st.sampled_from([1e-3, 0.1, 1.0]))
 @example(parts=[64] * 21 + [61, 7] + [0] * 8, work_weight=0.1)
 @settings(max_examples=5)

@@ -13,6 +13,7 @@ from vllm_vtw.config import ModelShape
 from vllm_vtw.policy import Policy
 from vllm_vtw.search.divergence import AnswerDivergence, TaskDivergence
 from vllm_vtw.search.price import Price, RequestTokens
+from vllm_vtw.search.reports.calibration import notes
 from vllm_vtw.search.vtw.criteria import answer_layer, default_eta, first_token_layer
 
 LOGITS = st.floats(-8, 8, width=32)
@@ -135,3 +136,17 @@ def test_kv_memory_is_the_limit_and_what_groups_waste(layer, visual, text, outpu
 def test_what_groups_waste_is_paid(layer, tokens):
     price = Price(32, 1, 1, RequestTokens(visual=100, text=800, output=100))
     assert price.kv_share(Policy.withdraw_at(layer, 32)) == pytest.approx(tokens / 32000)
+
+
+def test_a_k_with_which_groups_waste_what_is_saved_is_told():
+    price = Price(32, 1, 1, RequestTokens(visual=100, text=800, output=100))
+    result = {
+        "layers": [24, 25],
+        "kv_share": [price.kv_share(Policy.withdraw_at(layer, 32)) for layer in (24, 25)],
+        "budget": {"max_token_change": 0.01},
+        "model": {"model_type": "llava", "num_hidden_layers": 32},
+        "tasks": {},
+    }
+    saves, wastes = (notes(result | {"layer": {"answer": layer}}, "answer", ()) for layer in (24, 25))
+    assert wastes[1:] == saves
+    assert wastes[0].startswith("At K = 25 KV-cache groups waste at least as much memory as withdrawal saves")
