@@ -4,7 +4,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -14,11 +14,17 @@ MAX_GROUPS_PER_STAGE = 2
 """The limit for the average over a decoder's stages. Every group has block tables and attention metadata of
 its own, which every step has to prepare."""
 MAX_SHARE = 1.05
-"""The most memory that a request may take, as a share of what its tokens need. Groups with which it takes more
-are chosen only if there are no others."""
+"""The most memory that a request may take, as a share of what its tokens need. Groups with which it takes
+more are chosen only if there are no others."""
 TYPICAL_VISUAL, TYPICAL_TEXT, TYPICAL_BLOCK = 576, 96, 16
 """The request and the tokens of a block that groups are chosen for: an image of LLaVA-1.5, and a question
 with its answer."""
+
+GROUP_SHARE = 0.015
+"""How much more memory a request may take to save a group, as a share of what its tokens need. A group takes
+time in every step."""
+CACHED_POLICIES = 4096
+"""The number of policies whose groups are remembered. A search asks for thousands of them."""
 
 
 def max_groups(num_stages: int) -> int:
@@ -239,7 +245,7 @@ def _possible_keeps(policy: Policy) -> Iterator[tuple[float, ...]]:
         yield tuple(float(stage < exit_stage) for stage in stages)
 
 
-@cache
+@lru_cache(CACHED_POLICIES)
 def _cheapest_groups(ranks: tuple[tuple[int, ...], ...], cases: tuple[tuple[float, ...], ...]) -> LayerGroups:
     """As `LayerGroups.of`.
 
@@ -251,7 +257,7 @@ def _cheapest_groups(ranks: tuple[tuple[int, ...], ...], cases: tuple[tuple[floa
     text = (0.0,) * len(ranks[0])
     mean = tuple(sum(keeps) / len(cases) for keeps in zip(*cases, strict=True))
     candidates = set()
-    for width in range(1, widest + 1):
+    for width in range(1, max(map(max, ranks)) + 1):
         for keeps in (mean, text):
             by_rank = [_groups_of_rank(sizes, keeps, width) for sizes in ranks]
             if None not in by_rank:
@@ -267,19 +273,18 @@ def _cheapest_groups(ranks: tuple[tuple[int, ...], ...], cases: tuple[tuple[floa
         taken = groups.layer_tokens(held) + len(groups.groups) * groups.width * lost
         return taken / (needed + groups.num_layers * lost)
 
-    def cost(groups: LayerGroups) -> tuple[float, float, float, int, float]:
+    def cost(groups: LayerGroups) -> tuple[float, float, float]:
         of_text = groups.layer_tokens([1] * len(text)) / (len(ranks) * widest)
         unrounded = max(ratio(groups, keeps, 0) for keeps in cases)
         # On average, half a block of each group is lost.
         worst = max(ratio(groups, keeps, TYPICAL_BLOCK / 2) for keeps in cases)
-        # A group takes time in every step, which less than a percent of the memory is not worth.
         limits = max(MAX_SHARE, of_text), max(MAX_SHARE, unrounded)
-        return *limits, round(worst, 2), len(groups.groups), worst
+        return *limits, worst + GROUP_SHARE * len(groups.groups)
 
     return min(candidates, key=cost)
 
 
-@cache
+@lru_cache(CACHED_POLICIES)
 def _groups_of_rank(
     sizes: tuple[int, ...], keeps: tuple[float, ...], width: int
 ) -> tuple[LayerGroup, ...] | None:

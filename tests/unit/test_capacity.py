@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.unit.strategies import Prompt
 from vllm_vtw.capacity import (
     MAX_GROUPS_PER_STAGE,
+    LayerGroup,
     LayerGroups,
     blocks_per_page,
     pages_of_groups,
@@ -147,10 +148,10 @@ def split(layer: int, num_layers: int = 32) -> list[tuple[int, int, int]]:
 
 def test_known_splits():
     assert split(16) == [(0, 16, 1), (1, 16, 1)]
-    assert split(24) == [(0, 8, 1), (0, 8, 1), (0, 8, 1), (1, 8, 1)]
+    assert split(24) == [(0, 24, 1), (1, 8, 3)]
     assert split(28) == [(0, 28, 1), (1, 4, 7)]
-    assert split(20) == [(0, 10, 1), (0, 10, 1), (1, 10, 1), (1, 2, 5)]
-    assert split(4) == [(0, 4, 3), (1, 12, 1), (1, 12, 1), (1, 4, 3)]
+    assert split(20) == [(0, 20, 1), (1, 10, 2), (1, 2, 10)]
+    assert split(4) == [(0, 4, 7), (1, 28, 1)]
     assert split(2) == [(0, 2, 5), (1, 10, 1), (1, 10, 1), (1, 10, 1)]
     assert split(17) == [(0, 15, 1), (0, 2, 7), (1, 15, 1)]
     assert split(32) == [(0, 32, 1)]
@@ -184,10 +185,9 @@ def test_what_ranked_stages_hold():
 
 
 def test_blocks_of_a_request():
-    groups = LayerGroups.of(Policy.withdraw_at(24, 32), 32)
-    assert groups.blocks([100, 30], block_size=16) == 3 * 7 + 2
-    # 10 + 10 layers with one page in a block, then 10 with one page and 2 with five pages.
-    groups = LayerGroups.of(Policy.withdraw_at(20, 32), 32)
+    groups = LayerGroups(
+        (LayerGroup(0, 10, 1), LayerGroup(0, 10, 1), LayerGroup(1, 10, 1), LayerGroup(1, 2, 5))
+    )
     assert groups.blocks([100, 80], block_size=16) == 2 * 7 + 5 + 1
     assert groups.blocks([100, 81], block_size=16) == 2 * 7 + 6 + 2
     assert groups.blocks([0, 0], block_size=16) == 0

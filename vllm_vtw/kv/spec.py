@@ -73,7 +73,7 @@ class StageSpec(AttentionSpec):
         return self.block_size * self.pages
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
-        """Whether layers with these specs could be one group. Stages could not: they hold different tokens."""
+        """Whether layers with these specs could be one group. Stages could not: their tokens differ."""
         return all(spec == self for spec in kv_cache_specs.values())
 
     @property

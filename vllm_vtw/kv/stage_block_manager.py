@@ -2,9 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Allocates and shares the KV blocks of one group of a stage's layers.
 
-A block of the pool holds one or more *pages*, and a page the keys and values of `page_size` retained tokens; see
-`vllm_vtw.capacity`. Requests share pages: a row may begin with blocks that are shared as a whole, followed by
-one that is shared up to the end of one of its pages. That last block is copied before it is written to.
+A block of the pool holds one or more *pages*, and a page the keys and values of `page_size` retained tokens;
+see `vllm_vtw.capacity`. Requests share pages: a row may begin with blocks that are shared as a whole, and
+then one that is shared up to the end of one of its pages. That last block is copied before it is written to.
 """
 
 from collections import Counter, defaultdict
@@ -25,7 +25,7 @@ from vllm_vtw.retention import Retention, of_stage
 
 Found = TypeVar("Found")
 Offer = tuple[BlockHashWithGroupId, KVCacheBlock, int]
-"""The hash of a row up to the end of a page, the block that holds the page, and the number of its tokens in the
+"""The hash of a row up to the end of a page, the block that holds the page, and the number of tokens of the
 row up to there."""
 
 
@@ -154,7 +154,7 @@ class StageManager(SingleTypeKVCacheManager):
             request_id, new_computed_blocks, retained, num_external_computed_tokens
         )
         whole_blocks = retained // self.block_size
-        # `allocate_new_blocks` replaces a block that is shared in part by a copy, whose pages are offered, too.
+        # `allocate_new_blocks` replaces a block that is shared in part by a copy. Its pages are offered, too.
         self._hold(new_computed_blocks[:whole_blocks])
         self.num_cached_block[request_id] = whole_blocks * self.pages
 

@@ -25,8 +25,8 @@ def log_startup(
 ) -> None:
     """Logs what is withdrawn, the KV-cache groups, and the KV memory of one image, also that in stock vLLM.
 
-    It warns if the configuration saves little or no memory, and names a split of the layers over pipeline ranks
-    that saves more.
+    It warns if the configuration saves little or no memory, and names a split of the layers over pipeline
+    ranks that saves more.
     """
     policy, stages = config.policy, config.policy.stages
     budget = MultiModalBudget(vllm_config, MULTIMODAL_REGISTRY)
@@ -66,7 +66,7 @@ def log_startup(
 
 
 def _log_better_partition(groups: LayerGroups, visual_held: Sequence[int], policy: Policy) -> None:
-    """Names the split of the layers over pipeline ranks with which an image takes less memory, if one does."""
+    """Names the split of the layers over pipeline ranks with which an image takes less memory."""
     layers = best_partition(policy, groups.num_layers, len(groups.ranks), visual_held)
     better = LayerGroups.of(policy, groups.num_layers, layers)
     share = better.layer_tokens(visual_held) / groups.layer_tokens(visual_held)

@@ -80,6 +80,8 @@ class PageTable:
         self._offsets = torch.arange(pages, dtype=torch.int32, device=block_table.device) * cache.page_stride
         self._block_stride = cache.block_stride
         self._pages = pages
+        self._views: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._viewed: tuple[int, int, int] | None = None
 
     def write(self, block_table: torch.Tensor, num_pages: int) -> torch.Tensor:
         """Writes the pages of blocks.
@@ -91,12 +93,15 @@ class PageTable:
         Returns:
             The block table of pages, int32, shape `(rows, at least num_pages)`.
         """
-        table = self._whole[: len(block_table)]
-        blocks = min(-(-num_pages // self._pages), table.shape[1] // self._pages)
-        torch.add(
-            self._offsets,
-            block_table[:, :blocks, None],
-            alpha=self._block_stride,
-            out=table[:, : blocks * self._pages].unflatten(1, (blocks, self._pages)),
-        )
+        rows = block_table.shape[0]
+        blocks = min(-(-num_pages // self._pages), self._whole.shape[1] // self._pages)
+        # Most steps have the same views as the step before. Making them takes as long as the addition.
+        views = (block_table.data_ptr(), rows, blocks)
+        if self._views is None or views != self._viewed:
+            table = self._whole[:rows]
+            written = table[:, : blocks * self._pages].unflatten(1, (blocks, self._pages))
+            self._views = table, written, block_table[:, :blocks, None]
+            self._viewed = views
+        table, written, read = self._views
+        torch.add(self._offsets, read, alpha=self._block_stride, out=written)
         return table
