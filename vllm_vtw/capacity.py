@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """How much KV cache requests take: how layers are split into groups, and how many tokens each stage holds."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -168,24 +169,23 @@ class LayerGroups:
         return sum(group.layers for group in self.groups)
 
     @property
+    def most_groups(self) -> int:
+        """The number of groups on the pipeline rank that has the most."""
+        return max(Counter(group.rank for group in self.groups).values())
+
+    @property
     def num_stages(self) -> int:
         """The number of stages."""
         return 1 + max(group.stage for group in self.groups)
-
-    @property
-    def limiting_rank(self) -> int:
-        """The pipeline rank on which a request without images takes the most blocks."""
-        of_text = self.rank_tokens([1] * self.num_stages)
-        return of_text.index(max(of_text))
 
     @property
     def padding_fraction(self) -> float:
         """The fraction of the memory of a request without images that no layer uses."""
         return 1 - self.num_layers / self.layer_tokens([1] * self.num_stages)
 
-    def takes_more_than_stock(self, policy: Policy) -> bool:
-        """Whether requests take more memory than in stock vLLM, if half of all tokens are visual."""
-        return self.layer_tokens([1 + keep for keep in policy.keeps]) > 2 * self.num_layers
+    def saves_nothing(self, policy: Policy) -> bool:
+        """Whether requests take no less memory than in stock vLLM, if half of all tokens are visual."""
+        return self.layer_tokens([1 + keep for keep in policy.keeps]) >= 2 * self.num_layers
 
     def blocks(self, held: Sequence[int], block_size: int) -> int:
         """The number of KV blocks that a request takes on the pipeline rank where it takes the most.
@@ -205,9 +205,8 @@ def best_partition(
 ) -> list[range]:
     """The split of layers over pipeline ranks with which a request takes the least memory.
 
-    Splits are considered in which the layers before one of the stages are spread evenly over some of the
-    ranks and the others over the rest. For example, if all visual tokens leave at layer 8 of 32, two ranks
-    can have 8 and 24 layers.
+    Splits are considered that cut the layers in two and spread either part evenly over some of the ranks.
+    For example, two ranks can have 8 and 24 layers.
 
     Args:
         policy: What is withdrawn.
@@ -216,13 +215,12 @@ def best_partition(
         held: The number of the request's tokens that each stage holds.
     """
     splits = [_evenly(range(num_hidden_layers), num_ranks)]
-    for stage in policy.stages:
-        before, after = range(stage.layer), range(stage.layer, num_hidden_layers)
-        splits += [
-            [*_evenly(before, first), *_evenly(after, num_ranks - first)]
-            for first in range(1, num_ranks)
-            if len(before) >= first and len(after) >= num_ranks - first
-        ]
+    splits += [
+        [*_evenly(range(cut), first), *_evenly(range(cut, num_hidden_layers), num_ranks - first)]
+        for cut in range(1, num_hidden_layers)
+        for first in range(1, num_ranks)
+        if cut >= first and num_hidden_layers - cut >= num_ranks - first
+    ]
     return min(splits, key=lambda split: LayerGroups.of(policy, num_hidden_layers, split).layer_tokens(held))
 
 
@@ -270,7 +268,7 @@ def _cheapest_groups(ranks: tuple[tuple[int, ...], ...], cases: tuple[tuple[floa
         """The memory of a request beside what its tokens need, if groups lose so many tokens by rounding."""
         held = [TYPICAL_TEXT + keep * TYPICAL_VISUAL for keep in keeps]
         needed = sum(size * tokens for sizes in ranks for size, tokens in zip(sizes, held, strict=True))
-        taken = groups.layer_tokens(held) + len(groups.groups) * groups.width * lost
+        taken = groups.layer_tokens(held) + len(ranks) * groups.most_groups * groups.width * lost
         return taken / (needed + groups.num_layers * lost)
 
     def cost(groups: LayerGroups) -> tuple[float, float, float]:
@@ -279,7 +277,7 @@ def _cheapest_groups(ranks: tuple[tuple[int, ...], ...], cases: tuple[tuple[floa
         # On average, half a block of each group is lost.
         worst = max(ratio(groups, keeps, TYPICAL_BLOCK / 2) for keeps in cases)
         limits = max(MAX_SHARE, of_text), max(MAX_SHARE, unrounded)
-        return *limits, worst + GROUP_SHARE * len(groups.groups)
+        return *limits, worst + GROUP_SHARE * groups.most_groups
 
     return min(candidates, key=cost)
 

@@ -66,8 +66,9 @@ class VTWModelConfig(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Refuses what cannot be served correctly, and sets the options that the plugin needs.
 
-        It sets the scheduler and, for policies with gates and for pipeline ranks, the worker. It replaces the user's `"vtw"` options
-        by resolved ones, which mean the same in every process. vLLM calls this before the engine starts.
+        It sets the scheduler and, for policies with gates and for pipeline ranks, the worker. It replaces the
+        user's `"vtw"` options by resolved ones, which mean the same in every process. vLLM calls this before
+        the engine starts.
 
         Raises:
             ValueError: An option is not supported, or the policy or its gates cannot be used.
@@ -213,4 +214,4 @@ def _worker_refusals(vllm_config: VllmConfig, what: str, worker: str) -> Iterato
     if chosen not in ("auto", worker):
         yield f"{what} needs the plugin's own worker: remove --worker-cls {chosen}"
     if not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
-        yield f"the plugin has no worker for {current_platform.device_name}: use CUDA, ROCm or the CPU for {what}"
+        yield f"{what} on {current_platform.device_name}: the plugin has workers for CUDA, ROCm and the CPU"

@@ -66,11 +66,11 @@ def trained(data: Path, number: int, out: Path) -> dict[str, Any]:
     return result
 
 
-def served(policy: dict[str, Any], asked: Sequence[Sample]) -> tuple[list[Answer], list[int]]:
+def served(policy_file: Path, asked: Sequence[Sample]) -> tuple[list[Answer], list[int]]:
     """Serves a policy with gates in an engine in this process.
 
     Args:
-        policy: The content of the policy file.
+        policy_file: The policy file, in the folder of its gates.
         asked: The images and questions.
 
     Returns:
@@ -78,11 +78,8 @@ def served(policy: dict[str, Any], asked: Sequence[Sample]) -> tuple[list[Answer
     """
     from vllm import LLM
 
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / "policy.json"
-        file.write_text(json.dumps(policy))
-        plugin: dict[str, Any] = {"model_impl": "vtw", "additional_config": {"vtw": {"policy": str(file)}}}
-        llm = LLM(model=str(CHECKPOINT), **OPTIONS, **plugin)
+    plugin: dict[str, Any] = {"model_impl": "vtw", "additional_config": {"vtw": {"policy": str(policy_file)}}}
+    llm = LLM(model=str(CHECKPOINT), **OPTIONS, **plugin)
     # An engine configures logging when it starts, so exits can be read only after that.
     with logged_exits() as logged:
         given = answers(llm, asked)
@@ -253,9 +250,11 @@ def main() -> None:
         seconds = round(time.monotonic() - started, 1)
         gate = json.loads((out / "policy.json").read_text())["gate"]
         for borders, threshold in product(BORDERS, THRESHOLDS):
-            weights = Gate(str(out / gate["weights"]), gate["sha256"], (threshold,) * len(borders))
+            weights = Gate(gate["weights"], gate["sha256"], (threshold,) * len(borders))
             policy = Policy(tuple(Stage(layer, 0.0) for layer in borders), weights)
-            answered = engines.submit(served, policy.to_json(model.as_dict()), asked).result()
+            file = out / "served.json"
+            file.write_text(json.dumps(policy.to_json(model.as_dict())))
+            answered = engines.submit(served, file, asked).result()
             request_prices = prices(answered[0], config.image_token_id, parameters, model.hidden_size)
             rows = rows or vtw_rows(request_prices)
             rows.append(gated_row(policy, asked, answered, request_prices, options.check))

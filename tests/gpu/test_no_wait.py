@@ -9,7 +9,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_vtw.retention import Retention
 from vllm_vtw.worker.current_step import CurrentStep
-from vllm_vtw.worker.pages import PagedCache, PageTable
+from vllm_vtw.worker.pages import PageStrides, PageTable
 from vllm_vtw.worker.step_buffers import SlotMapping, StepBuffer
 from vllm_vtw.worker.step_plan import Batch, BatchRetentions
 
@@ -31,7 +31,7 @@ def test_decode(waiting_fails):
         StepBuffer(torch.zeros(ROWS, dtype=torch.int32, device=device)),
     )
     blocks = torch.zeros(ROWS, BLOCKS, dtype=torch.int32, device=device)
-    table = PageTable(blocks, ROWS, PagedCache(blocks, block_stride=2, page_stride=1), pages=2)
+    table = PageTable(blocks, ROWS, PageStrides(block=2, page=1), pages=2)
     starts = np.arange(ROWS + 1)
     first, second = (BatchRetentions.of([(Retention([(2, 2 + length)]),)] * ROWS) for length in (10, 20))
     for rows, position in ((first, 60), (first, 61), (second, 70)):

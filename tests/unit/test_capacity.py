@@ -4,7 +4,7 @@
 
 from collections.abc import Iterator
 from fractions import Fraction
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import example, given
@@ -15,6 +15,7 @@ from vllm_vtw.capacity import (
     MAX_GROUPS_PER_STAGE,
     LayerGroup,
     LayerGroups,
+    best_partition,
     blocks_per_page,
     pages_of_groups,
     visual_tokens_held,
@@ -166,15 +167,15 @@ def test_an_image_withdraws_at_least_what_is_said(tokens: int, align_to: int, st
 
 @pytest.mark.parametrize("num_layers", DECODERS)
 def test_withdrawal_saves_more_than_groups_waste(num_layers: int):
-    policies = [Policy.withdraw_at(layer, num_layers) for layer in range(1, num_layers + 1)]
-    assert not any(LayerGroups.of(policy, num_layers).takes_more_than_stock(policy) for policy in policies)
+    policies = [Policy.withdraw_at(layer, num_layers) for layer in range(1, num_layers)]
+    assert not any(LayerGroups.of(policy, num_layers).saves_nothing(policy) for policy in policies)
 
 
 def test_groups_waste_more_than_a_little_withdrawal_saves():
     keeps_most = ranked([25], [0.95])
-    assert LayerGroups.of(keeps_most, 32).takes_more_than_stock(keeps_most)
+    assert LayerGroups.of(keeps_most, 32).saves_nothing(keeps_most)
     keeps_less = ranked([25], [0.5])
-    assert not LayerGroups.of(keeps_less, 32).takes_more_than_stock(keeps_less)
+    assert not LayerGroups.of(keeps_less, 32).saves_nothing(keeps_less)
 
 
 def test_what_ranked_stages_hold():
@@ -201,3 +202,35 @@ def test_memory_of_a_request():
     groups = LayerGroups.of(Policy.withdraw_at(11, 32), 32)
     assert groups.layer_tokens([100, 10]) == 11 * 100 + 22 * 10
     assert groups.padding_fraction == pytest.approx(1 / 33)
+
+
+@given(st.integers(2, 4), st.integers(8, 40), st.data())
+def test_pipeline_ranks_have_groups_of_their_own(num_ranks: int, num_layers: int, data: st.DataObject):
+    layer = data.draw(st.integers(1, num_layers - 1))
+    policy = Policy.withdraw_at(layer, num_layers)
+    borders = sorted(data.draw(st.sets(st.integers(1, num_layers - 1), min_size=1, max_size=num_ranks - 1)))
+    ranks = [range(*ends) for ends in pairwise([0, *borders, num_layers])]
+    groups = LayerGroups.of(policy, num_layers, ranks)
+    for rank, layers in enumerate(ranks):
+        of_rank = [group for group in groups.groups if group.rank == rank]
+        assert sum(group.layers for group in of_rank) == len(layers)
+        assert all(group.layers * group.pages <= groups.width_of(rank) for group in of_rank)
+        assert [group.stage for group in groups.by_layer()[layers.start : layers.stop]] == [
+            int(index >= layer) for index in layers
+        ]
+    # In stock vLLM, the rank with the most layers has the fewest blocks.
+    in_stock = len(ranks) * max(map(len, ranks))
+    assert groups.layer_tokens([1, 1]) <= 1.05 * in_stock + 1e-9
+
+
+def test_the_best_split_over_ranks():
+    """Two ranks of 16 layers save nothing at K = 16: the first one holds all tokens in all of its layers."""
+    policy = Policy.withdraw_at(16, 32)
+    even = LayerGroups.of(policy, 32, [range(16), range(16, 32)])
+    assert even.saves_nothing(policy)
+    assert even.layer_tokens([1, 1]) == 32
+    best = best_partition(policy, 32, 2, [672, 96])
+    taken = LayerGroups.of(policy, 32, best).layer_tokens([672, 96])
+    assert taken < 0.8 * even.layer_tokens([672, 96])
+    others = [LayerGroups.of(policy, 32, [range(cut), range(cut, 32)]) for cut in range(1, 32)]
+    assert taken == min(other.layer_tokens([672, 96]) for other in others)

@@ -26,7 +26,7 @@ class StagedKVCacheManager(KVCacheManager):
 
     @property
     def stage_managers(self) -> list[StageManager]:
-        """The managers of all groups but those of stage 0 whose blocks hold one page, as in stock vLLM."""
+        """The managers of all groups but those of stage 0 that are stored as in stock vLLM."""
         managers = self.coordinator.single_type_managers
         return [manager for manager in managers if isinstance(manager, StageManager)]
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""The KV-cache spec of a stage past the first.
+"""The KV-cache spec of a stage's layers.
 
 Importing this module registers the spec and its manager with vLLM. A process imports it at the latest when it
 unpickles such a spec.
@@ -33,14 +33,14 @@ class StageSpec(AttentionSpec):
         pages: The number of pages of each layer that a block holds.
         width: The number of layers that a block has memory for.
         rank: The pipeline rank that has the layers. Every rank has blocks of its own.
-        limits: Whether a request without images takes at least as many blocks on this rank as on any other.
+        rank_pages: For every pipeline rank, the pages of each of its groups.
     """
 
     stage: int
     pages: int = 1
     width: int
     rank: int = 0
-    limits: bool = True
+    rank_pages: tuple[tuple[int, ...], ...]
 
     @classmethod
     def like(cls, spec: FullAttentionSpec, groups: LayerGroups, group: LayerGroup) -> "StageSpec":
@@ -54,7 +54,9 @@ class StageSpec(AttentionSpec):
             pages=group.pages,
             width=groups.width_of(group.rank),
             rank=group.rank,
-            limits=group.rank == groups.limiting_rank,
+            rank_pages=tuple(
+                tuple(other.pages for other in groups.groups if other.rank == rank) for rank in groups.ranks
+            ),
         )
 
     @staticmethod
@@ -85,11 +87,17 @@ class StageSpec(AttentionSpec):
         """Bytes that a layer needs for the largest request: one without images, which retains all tokens.
 
         vLLM divides them by the size of a page and adds up the blocks of all groups, as if they shared their
-        blocks. Only the groups of one pipeline rank do, so the groups of all others are not counted.
+        blocks. With several pipeline ranks, each has blocks of its own. The groups of the first rank then
+        stand for those of the rank where the request takes the most, and the others are not counted.
         """
-        if not self.limits:
+        if self.rank > 0:
             return 0
-        return cdiv(vllm_config.model_config.max_model_len, self.tokens_per_block) * self.page_size_bytes
+        tokens = vllm_config.model_config.max_model_len
+        of_rank = [
+            sum(cdiv(tokens, self.block_size * pages) for pages in of_groups) for of_groups in self.rank_pages
+        ]
+        more_on_other_rank = cdiv(max(of_rank) - of_rank[0], len(self.rank_pages[0]))
+        return (cdiv(tokens, self.tokens_per_block) + more_on_other_rank) * self.page_size_bytes
 
 
 # vLLM adds its own specs to the registry only if it is empty, so they have to be added first.

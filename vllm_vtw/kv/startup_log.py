@@ -10,7 +10,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.encoder_budget import MultiModalBudget
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from vllm_vtw.capacity import LayerGroup, LayerGroups, best_partition, visual_tokens_held
+from vllm_vtw.capacity import TYPICAL_TEXT, LayerGroup, LayerGroups, best_partition, visual_tokens_held
 from vllm_vtw.config import VTWConfig
 from vllm_vtw.policy import Policy
 
@@ -49,9 +49,9 @@ def log_startup(
         groups.num_layers * tokens * layer_token / 2**20,
         ", on each rank" if vllm_config.parallel_config.tensor_parallel_size > 1 else "",
     )
-    if stages and groups.takes_more_than_stock(policy):
+    if stages and groups.saves_nothing(policy):
         logger.warning(
-            "vtw: with these layers, requests may take more memory than in stock vLLM: "
+            "vtw: with these layers, requests take as much memory as in stock vLLM, or more: "
             "`vtw plan MODEL --layer K` shows how much memory other layers take"
         )
     if stages and len(groups.ranks) > 1:
@@ -67,13 +67,14 @@ def log_startup(
 
 def _log_better_partition(groups: LayerGroups, visual_held: Sequence[int], policy: Policy) -> None:
     """Names the split of the layers over pipeline ranks with which an image takes less memory."""
-    layers = best_partition(policy, groups.num_layers, len(groups.ranks), visual_held)
+    request = [visual + TYPICAL_TEXT for visual in visual_held]
+    layers = best_partition(policy, groups.num_layers, len(groups.ranks), request)
     better = LayerGroups.of(policy, groups.num_layers, layers)
     share = better.layer_tokens(visual_held) / groups.layer_tokens(visual_held)
     text = [1] * groups.num_stages
     if share < WORTH_TELLING:
         logger.info(
-            "vtw: with VLLM_PP_LAYER_PARTITION=%s, an image takes %.2f of this memory, and a text token %.2f; "
+            "vtw: with VLLM_PP_LAYER_PARTITION=%s, an image takes %.2f of this memory and a text token %.2f; "
             "the rank with the most layers then takes the most time to decode",
             ",".join(str(len(of_rank)) for of_rank in layers),
             share,

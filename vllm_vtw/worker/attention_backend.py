@@ -21,7 +21,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm_vtw.capacity import LayerGroup, LayerGroups
 from vllm_vtw.kv.spec import StageSpec
 from vllm_vtw.worker.current_step import CurrentStep
-from vllm_vtw.worker.pages import PagedCache, PageTable
+from vllm_vtw.worker.pages import PagedCache, PageStrides, PageTable
 from vllm_vtw.worker.step_buffers import SlotMapping, StepBuffer
 
 # Backends whose kernels accept rows without a query in the middle of a batch.
@@ -119,7 +119,7 @@ def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
             if self.pages == 1:
                 return block_table
             if self.page_table is None:
-                self.page_table = PageTable(block_table, self.max_rows, self.layer.paged_cache, self.pages)
+                self.page_table = PageTable(block_table, self.max_rows, self.layer.page_strides, self.pages)
             return self.page_table.write(block_table, -(-batch.max_seq_len // self.kv_cache_spec.block_size))
 
     assert issubclass(StageBuilder, AttentionMetadataBuilder)
@@ -129,20 +129,20 @@ def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
 class StageAttention(Attention):
     """An attention layer of a stage, with its own backend and KV-cache spec.
 
-    Layers past stage 0 are such layers, and those of stage 0 that are not stored as in stock vLLM: if their KV
-    blocks hold several pages, or if there are several pipeline ranks.
+    Layers past stage 0 are such layers, and those of stage 0 that are not stored as in stock vLLM: if their
+    KV blocks hold several pages, or if there are several pipeline ranks.
 
     Attributes:
         groups: The model's KV-cache groups.
         group: The group that the layer belongs to.
         step: The worker's current step.
-        paged_cache: Where the layer's pages lie. It exists once vLLM has bound the KV cache.
+        page_strides: Where the layer's pages lie in its KV cache. It exists once vLLM has bound the KV cache.
     """
 
     groups: LayerGroups
     group: LayerGroup
     step: CurrentStep
-    paged_cache: PagedCache
+    page_strides: PageStrides
 
     @classmethod
     def adopt(cls, attention: Attention, groups: LayerGroups, group: LayerGroup, step: CurrentStep) -> None:
@@ -180,5 +180,6 @@ class StageAttention(Attention):
         return StageSpec.like(spec, self.groups, self.group)
 
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
-        self.paged_cache = PagedCache.of(kv_cache, self.group.pages)
-        super().bind_kv_cache(self.paged_cache.view)
+        # The view is kept in `kv_cache` only, which vLLM resets to release the memory.
+        view, self.page_strides = PagedCache.of(kv_cache, self.group.pages)
+        super().bind_kv_cache(view)

@@ -30,7 +30,7 @@ class CurrentStep:
     Attributes:
         stages: For each stage past the first, its tokens. None in a dummy run, which computes every token in
             every stage and stores nothing.
-        stage_0: The same for layers of stage 0 whose KV blocks hold several pages.
+        stage_0: The same for layers of stage 0 that are not stored as in stock vLLM.
         seq_lens: By stage, the buffer that the lengths of its rows are in.
         metadata: By stage, the attention metadata that one of its KV-cache groups has built for this step.
         slots: By layer name, the KV slots of the layer's tokens.

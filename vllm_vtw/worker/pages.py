@@ -3,9 +3,9 @@
 """Several KV pages of a layer in one block of the pool, as attention kernels see them.
 
 A block of the pool has memory for one page of each layer of the widest KV-cache group. In a group of fewer
-layers, layer m takes the memory of layers `m * pages` to `(m + 1) * pages - 1` of the widest group, one page in
-each. Kernels know nothing of this: they get a view of the KV cache in which every page is a block of its own, and
-a block table that names pages.
+layers, layer m takes the memory of layers `m * pages` to `(m + 1) * pages - 1` of the widest group, one page
+in each. Kernels know nothing of this: they get a view of the KV cache in which every page is a block of its
+own, and a block table that names pages.
 """
 
 from typing import NamedTuple
@@ -13,20 +13,28 @@ from typing import NamedTuple
 import torch
 
 
+class PageStrides(NamedTuple):
+    """Where pages lie in a layer's KV cache: page j of block b is `view[b * block + j * page]`.
+
+    Attributes:
+        block: How far apart the first pages of two neighbouring blocks are. 1 if a block has only one page.
+        page: How far apart two neighbouring pages of a block are.
+    """
+
+    block: int
+    page: int
+
+
 class PagedCache(NamedTuple):
     """The pages of one layer.
 
     Attributes:
         view: The layer's KV cache, shape `(at least pages, heads, page_size, 2 * head_size)`.
-        block_stride: How far apart the first pages of two neighbouring blocks are in `view`. 1 if a block has
-            only one page.
-        page_stride: How far apart two neighbouring pages of a block are in `view`. Page j of block b is
-            `view[b * block_stride + j * page_stride]`.
+        strides: Where pages lie in it.
     """
 
     view: torch.Tensor
-    block_stride: int
-    page_stride: int
+    strides: PageStrides
 
     @classmethod
     def of(cls, kv_cache: torch.Tensor, pages: int) -> "PagedCache":
@@ -43,7 +51,7 @@ class PagedCache(NamedTuple):
             ValueError: The layout stores heads of several layers between those of one layer.
         """
         if pages == 1:
-            return cls(kv_cache, 1, 1)
+            return cls(kv_cache, PageStrides(1, 1))
         num_blocks, *of_page = kv_cache.shape
         block, page = kv_cache.stride(0), kv_cache[0].numel()
         # The next layer's page follows after the page if blocks are outermost, and after all blocks if not.
@@ -61,7 +69,8 @@ class PagedCache(NamedTuple):
             (step, *strides),
             kv_cache.storage_offset() * pages,
         )
-        return cls(view, block // step, layer // step)
+        assert block % step == layer % step == 0, "blocks are not a whole number of pages apart"
+        return cls(view, PageStrides(block // step, layer // step))
 
 
 class PageTable:
@@ -70,15 +79,15 @@ class PageTable:
     Args:
         block_table: A block table of blocks, int32, shape `(rows, blocks)`. Its shape and device are used.
         max_rows: The largest number of rows.
-        cache: Where pages lie.
+        strides: Where pages lie in the KV cache.
         pages: The number of pages of a block.
     """
 
-    def __init__(self, block_table: torch.Tensor, max_rows: int, cache: PagedCache, pages: int) -> None:
+    def __init__(self, block_table: torch.Tensor, max_rows: int, strides: PageStrides, pages: int) -> None:
         blocks = -(-block_table.shape[1] // pages)
         self._whole = block_table.new_zeros(max_rows, blocks * pages)
-        self._offsets = torch.arange(pages, dtype=torch.int32, device=block_table.device) * cache.page_stride
-        self._block_stride = cache.block_stride
+        self._offsets = torch.arange(pages, dtype=torch.int32, device=block_table.device) * strides.page
+        self._block_stride = strides.block
         self._pages = pages
         self._views: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._viewed: tuple[int, int, int] | None = None

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from vllm_vtw.capacity import LayerGroup, LayerGroups
 from vllm_vtw.kv.cache_manager import StagedKVCacheManager
 from vllm_vtw.kv.spec import StageSpec
 from vllm_vtw.kv.stage_block_manager import StagedBlockHashes
+from vllm_vtw.policy import Policy
 from vllm_vtw.retention import Retention
 
 init_none_hash(sha256)
@@ -478,3 +480,20 @@ def test_a_request_that_goes_on_finds_what_the_one_before_says_it_shared(
 
 Course.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 test_course = Course.TestCase
+
+
+@given(st.integers(2, 32), st.integers(1, 5000), st.data())
+def test_memory_of_the_largest_request_is_that_of_the_rank_that_needs_the_most(
+    num_layers: int, tokens: int, data: st.DataObject
+):
+    """vLLM adds up the groups of all ranks. No more than a block a group is counted too much."""
+    policy = Policy.withdraw_at(data.draw(st.integers(1, num_layers - 1)), num_layers)
+    cut = data.draw(st.integers(1, num_layers - 1))
+    groups = LayerGroups.of(policy, num_layers, [range(cut), range(cut, num_layers)])
+    config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=tokens))
+    counted = 0
+    for group in groups.groups:
+        spec = StageSpec.like(ALL, groups, group)
+        counted += -(-spec.max_memory_usage_bytes(config) // spec.page_size_bytes)
+    needed = groups.blocks([tokens] * groups.num_stages, BLOCK_SIZE)
+    assert needed <= counted < needed + groups.most_groups

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """What a stage's metadata builder hands to the builder of the model's own backend."""
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +27,7 @@ from vllm_vtw.kv.spec import StageSpec
 from vllm_vtw.retention import OneStepPrefill, Retention
 from vllm_vtw.worker.attention_backend import StageAttention, stage_backend
 from vllm_vtw.worker.current_step import CurrentStep
-from vllm_vtw.worker.pages import PagedCache
+from vllm_vtw.worker.pages import PageStrides
 from vllm_vtw.worker.step_buffers import SlotMapping, StepBuffer
 from vllm_vtw.worker.step_plan import Batch, BatchRetentions
 
@@ -37,7 +38,7 @@ ROWS = BatchRetentions.of([(Retention([(2, 10)]),), (Retention(),)])
 BLOCK_TABLE = torch.tensor([[7, 8, 0], [3, 5, 0], [0, 0, 0]], dtype=torch.int32)
 GROUPS = LayerGroups((LayerGroup(0, 7, 1), LayerGroup(1, 2, 3)))
 # In groups with several pages, page j of block b has number b + 100 * j.
-PAGES = PagedCache(torch.empty(0), block_stride=1, page_stride=100)
+PAGES = PageStrides(block=1, page=100)
 
 
 class Builder(AttentionMetadataBuilder):
@@ -78,7 +79,7 @@ def make_builder(step):
     def make(layer_name: str, stage: int = 1, pages: int = 1, step: CurrentStep = step):
         layer = StageAttention.__new__(StageAttention)
         torch.nn.Module.__init__(layer)
-        layer.step, layer.paged_cache = step, PAGES
+        layer.step, layer.page_strides = step, PAGES
         config = SimpleNamespace(
             compilation_config=SimpleNamespace(static_forward_context={layer_name: layer}),
             scheduler_config=SimpleNamespace(max_num_seqs=MAX_SEQS, max_num_batched_tokens=MAX_TOKENS),
@@ -345,9 +346,22 @@ def test_a_layer_of_a_stage_knows_its_pages(step, monkeypatch):
     # Five blocks of layer 0, in a layout with all blocks of seven layers one after the other.
     cache = torch.zeros(7, 5, 1, BLOCK_SIZE, 2)
     attention.bind_kv_cache(cache[0])
-    assert attention.bound is attention.paged_cache.view
+    assert attention.page_strides == (1, 5)
     attention.bound[4 + 2 * 5] = 1.0
     assert cache.sum((2, 3, 4)).nonzero().tolist() == [[2, 4]]
+
+
+def test_only_kv_cache_keeps_the_memory_of_the_kv_cache(step):
+    """vLLM releases it by resetting that attribute, after it has measured CUDA graphs and at shutdown."""
+    attention = Attention.__new__(Attention)
+    torch.nn.Module.__init__(attention)
+    attention.attn_backend = SimpleNamespace(get_name=lambda: "CPU_ATTN")
+    StageAttention.adopt(attention, GROUPS, GROUPS.groups[1], step)
+    memory = torch.zeros(7, 5, 1, BLOCK_SIZE, 2)
+    attention.bind_kv_cache(memory[0])
+    released = weakref.ref(attention.kv_cache)
+    attention.kv_cache = torch.tensor([])
+    assert released() is None
 
 
 class Leaving:

@@ -16,7 +16,7 @@ from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
 from vllm_vtw.capacity import LayerGroup, LayerGroups
 from vllm_vtw.kv.spec import StageSpec
-from vllm_vtw.worker.pages import PagedCache, PageTable
+from vllm_vtw.worker.pages import PagedCache, PageStrides, PageTable
 
 NUM_BLOCKS = 3
 PAGE_SIZE = 4
@@ -72,7 +72,7 @@ class Memory:
         """What a block holds in the narrow group, by layer and page."""
         of_kernels = range(block * self.kernel_blocks, (block + 1) * self.kernel_blocks)
         return [
-            cache.view[at * cache.block_stride + page * cache.page_stride].clone()
+            cache.view[at * cache.strides.block + page * cache.strides.page].clone()
             for cache in self.layers
             for at in of_kernels
             for page in range(self.pages)
@@ -128,8 +128,8 @@ def test_a_layout_that_mixes_layers_within_a_page_is_refused():
 
 def page_table(blocks: list[list[int]], pages: int) -> PageTable:
     """For blocks whose first pages are 2 apart, with 50 between two pages of a block."""
-    cache = PagedCache(torch.empty(0), block_stride=2, page_stride=50)
-    return PageTable(torch.tensor(blocks, dtype=torch.int32), 4, cache, pages)
+    strides = PageStrides(block=2, page=50)
+    return PageTable(torch.tensor(blocks, dtype=torch.int32), 4, strides, pages)
 
 
 def test_a_page_table():
