@@ -23,7 +23,7 @@ from tests.engine.test_gated import assert_gated, dividing
 from tests.engine.test_ranked import assert_ranked, written
 from vllm_vtw.models.graph_inputs import GraphInputs
 
-# Some blocks of both stages hold two pages.
+# Blocks of the last layer hold five pages.
 LAYERS, LAYER = 6, 5
 MODEL = SmallLlava(layers=LAYERS)
 ENGINE = {"enforce_eager": False, "max_num_batched_tokens": 128, "max_num_seqs": 8}

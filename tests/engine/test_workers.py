@@ -69,7 +69,7 @@ def test_the_second_rank_computes_retained_tokens_only(checkpoint, reference, mo
 @pytest.mark.parametrize(
     ("layer", "options"),
     [
-        # At K = 5, some blocks hold two pages.
+        # At K = 5, blocks of the last layer hold five pages.
         pytest.param(5, {"tensor_parallel_size": 2}, id="tensor", marks=pytest.mark.slow),
         pytest.param(1, PIPELINE, id="pipeline, inside the first rank", marks=pytest.mark.slow),
         pytest.param(3, PIPELINE, id="pipeline, between the ranks"),
