@@ -10,33 +10,31 @@ from pathlib import Path
 import pytest
 
 from benchmarks.small_llava import SmallLlava
-from tests.engine.engines import GREEDY, MODEL, SHAPES, held_blocks, running, step_until
+from tests.engine.engines import GREEDY, MODEL, SHAPES, held_blocks, running, scheduler_of, step_until
 
 TEXTS = [ask for ask in SHAPES if not ask.images]
 
 
 def run(folder, reference, asks, vtw=None, **options):
-    """Every answer, and the numbers of layer-blocks that each request held, step by step."""
+    """Every answer, and after every step the blocks of each request in each group, with the group's pages."""
     held = []
     with running(folder, vtw, max_num_batched_tokens=128, **options) as llm:
         for number, ask in enumerate(asks):
             llm.llm_engine.add_request(str(number), ask.to_vllm(reference), GREEDY)
+        groups = scheduler_of(llm).kv_cache_config.kv_cache_groups
+        pages = [getattr(group.kv_cache_spec, "pages", 1) for group in groups]
 
         def note_blocks():
-            layers = [
-                len(group.layer_names)
-                for group in llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
-            ]
             held.append(
                 {
-                    request: sum(len(ids) * count for ids, count in zip(groups, layers, strict=True))
-                    for request, groups in held_blocks(llm).items()
+                    int(request.split("-")[0]): list(zip(map(len, rows), pages, strict=True))
+                    for request, rows in held_blocks(llm).items()
                 }
             )
 
         outputs = step_until(llm, lambda: not llm.llm_engine.has_unfinished_requests(), note_blocks)
     answers = [outputs[str(number)].outputs[0].token_ids for number in range(len(asks))]
-    return answers, [sorted(step.values()) for step in held]
+    return answers, held
 
 
 @pytest.mark.parametrize("model", [MODEL, SmallLlava(layers=6, kv_heads=1, backbone="qwen2")])
@@ -53,8 +51,14 @@ def test_no_layer_left_without_pictures_is_stock(checkpoint, reference, model, p
 def test_texts_are_stock_at_every_layer(checkpoint, reference, layer):
     folder = checkpoint(MODEL)
     asks = TEXTS * 3
-    stock = run(folder, reference(folder), asks)
-    assert run(folder, reference(folder), asks, {"layer": layer}) == stock
+    answers, in_stock = run(folder, reference(folder), asks)
+    with_plugin, held = run(folder, reference(folder), asks, {"layer": layer})
+    assert with_plugin == answers
+    for ours, theirs in zip(held, in_stock, strict=True):
+        assert ours.keys() == theirs.keys()
+        for request, groups in ours.items():
+            ((blocks, _),) = theirs[request]
+            assert all(number == -(-blocks // pages) for number, pages in groups)
 
 
 WITHOUT_FLAG = """
