@@ -104,7 +104,7 @@ class LayerGroups:
     def of(
         cls, policy: Policy, num_hidden_layers: int, rank_layers: Sequence[range] | None = None
     ) -> "LayerGroups":
-        """The groups with which requests under a policy take the least memory.
+        """The groups with which requests under a policy take little memory, and as few groups as that allows.
 
         They are chosen for a request of LLaVA-1.5's lengths, among those with which a request without images
         takes little more than in stock vLLM. With gates, the exit that takes the most in comparison counts.

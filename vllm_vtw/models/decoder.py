@@ -60,8 +60,7 @@ class StagedDecoder:
             self.segments[stage] = compiled_segment(vllm_config, stage, own, norm)
         if policy.stages:
             groups = layer_groups(vllm_config, policy)
-            for index in range(start, end):
-                group = groups.by_layer()[index]
+            for index, group in list(enumerate(groups.by_layer()))[start:end]:
                 if group.stage > 0 or group.pages > 1 or len(groups.ranks) > 1:
                     StageAttention.adopt(text_model.layers[index].self_attn.attn, groups, group, step)
         if policy.ranking is not None:

@@ -34,7 +34,7 @@ def stage_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
     model_builder: Any = backend.get_builder_cls()
 
     class StageBuilder(model_builder):
-        # What vLLM would share between the KV-cache groups of a stage is shared below, page tables included.
+        # `build` shares metadata between the groups of a stage. vLLM would not know of their page tables.
         supports_update_block_table = False
 
         def __init__(
