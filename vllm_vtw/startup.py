@@ -5,7 +5,7 @@
 from collections.abc import Iterator
 
 from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
-from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
+from vllm.config import CompilationMode, VllmConfig
 from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
@@ -146,11 +146,6 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
         )
     if vllm_config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE:
         yield "compilation mode 1 compiles the whole model at once: remove -cc.mode=1, vLLM's default is 3"
-    mode = vllm_config.compilation_config.cudagraph_mode
-    if parallel.pipeline_parallel_size > 1 and mode is not None and mode.mixed_mode() == CUDAGraphMode.FULL:
-        # A rank that holds only layers of stage 0 would run prefills in this mode, in steps of a fixed shape,
-        # from which no stage can withdraw tokens.
-        yield f"CUDA graph mode {mode.name} with pipeline parallelism: use FULL_AND_PIECEWISE"
     if parallel.pipeline_parallel_size > 1:
         yield from _worker_refusals(vllm_config, "pipeline parallelism", PIPELINE_WORKER)
     if is_breakable_cudagraph_enabled():

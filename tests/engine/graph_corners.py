@@ -19,12 +19,13 @@ from tests.engine.engines import (
     running,
     scheduler_of,
 )
-from tests.engine.test_gated import assert_gated, dividing
+from tests.engine.gates import assert_gated, dividing
 from tests.engine.test_ranked import assert_ranked, written
 from vllm_vtw.models.graph_inputs import GraphInputs
 
-# Blocks of the last layer hold five pages.
-LAYERS, LAYER = 6, 5
+# Stage 0 is a group of four layers with one page a block and one of a layer with four pages. The blocks of
+# stage 1, of two layers, have two pages.
+LAYERS, LAYER = 7, 5
 MODEL = SmallLlava(layers=LAYERS)
 ENGINE = {"enforce_eager": False, "max_num_batched_tokens": 128, "max_num_seqs": 8}
 NGRAM = {"num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}

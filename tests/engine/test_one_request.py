@@ -23,8 +23,8 @@ from tests.engine.engines import (
     scheduler_of,
     step_until,
 )
+from tests.engine.gates import assert_gated, dividing
 from tests.engine.reference import Reference
-from tests.engine.test_gated import assert_gated, dividing
 from tests.engine.test_ranked import SCHEDULES, assert_ranked, written
 from vllm_vtw.config import EXITS
 from vllm_vtw.kv.prefill_turns import PATIENCE

@@ -12,15 +12,11 @@ from vllm.config import CompilationMode, ECTransferConfig, KVEventsConfig, KVTra
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.engine.engines import MODEL
-from tests.engine.test_gated import LAYERS, gated, random_gates
+from tests.engine.gates import LAYERS, gated, random_gates
 
 OPTIONS = [
     ({"enable_lora": True}, "LoRA .* remove --enable-lora"),
     ({"compilation_config": {"mode": 1}, "enforce_eager": False}, "compilation mode 1 .* remove -cc.mode=1"),
-    (
-        {"pipeline_parallel_size": 2, "compilation_config": {"cudagraph_mode": "FULL"}},
-        "CUDA graph mode FULL with pipeline parallelism: use FULL_AND_PIECEWISE",
-    ),
     (
         {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
         "decode context parallelism: remove --decode-context-parallel-size",

@@ -11,7 +11,7 @@ import torch
 from vllm.config import CUDAGraphMode
 
 from tests.engine.engines import GREEDY, MODEL, SHAPES, running
-from tests.engine.test_gated import assert_gated, dividing
+from tests.engine.gates import assert_gated, dividing
 from vllm_vtw.models.graph_inputs import GraphInputs
 
 

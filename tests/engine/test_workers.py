@@ -9,7 +9,7 @@ from vllm import SamplingParams
 
 from benchmarks.small_llava import SmallLlava
 from tests.engine.engines import BLOCK_SIZE, SHAPES, assert_follows, logprobs_of, running
-from tests.engine.test_gated import assert_gated, dividing
+from tests.engine.gates import assert_gated, dividing
 from tests.engine.test_prefix_cache import ENGINE, Setting, serve
 from tests.engine.test_ranked import assert_ranked, written
 from vllm_vtw.models.decoder import StagedDecoder

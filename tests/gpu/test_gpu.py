@@ -16,7 +16,7 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 
 from benchmarks.small_llava import TEXT_CONFIGS, SmallLlava
 from tests.engine.engines import GREEDY, SHAPES, assert_follows, free_blocks, running, worst_choice
-from tests.engine.test_gated import assert_gated, dividing
+from tests.engine.gates import assert_gated, dividing
 
 BLOCK_SIZE = 16
 # FlashAttention takes heads of 64.

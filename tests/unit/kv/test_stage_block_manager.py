@@ -3,125 +3,26 @@
 """vLLM's KV cache manager over stages, against the obvious model, through any course of requests."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
-from types import SimpleNamespace
 
-import pytest
-import torch
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
-from vllm.sampling_params import SamplingParams
-from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
+from tests.unit.kv.managers import (
+    BLOCK_SIZE,
+    LAYOUTS,
+    MAX_MODEL_LEN,
+    NUM_BLOCKS,
+    SPECS,
+    TEXT,
+    Ask,
+    asks,
+    manager,
+)
 from tests.unit.strategies import Prompt
-from vllm_vtw.capacity import LayerGroup, LayerGroups
-from vllm_vtw.kv.cache_manager import StagedKVCacheManager
-from vllm_vtw.kv.spec import StageSpec
-from vllm_vtw.kv.stage_block_manager import StagedBlockHashes
-from vllm_vtw.policy import Policy
 from vllm_vtw.retention import Retention
-
-init_none_hash(sha256)
-
-BLOCK_SIZE = 8
-NUM_BLOCKS = 60
-MAX_MODEL_LEN = 400
-ALL = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32)
-
-
-def of_stage(stage: int, pages: int = 1, rank: int = 0) -> StageSpec:
-    group = LayerGroup(stage, 4 // pages, pages, rank)
-    return StageSpec.like(ALL, LayerGroups((LayerGroup(0, 4, 1), LayerGroup(2, 4, 1, 1), group)), group)
-
-
-# A stage may be several groups; each has blocks of its own.
-SPECS: dict[str, tuple[AttentionSpec, ...]] = {
-    "one page": (ALL, of_stage(1), of_stage(1), of_stage(2)),
-    "pages": (ALL, of_stage(1), of_stage(1, 3), of_stage(2, 2)),
-    "pages in stage 0": (ALL, of_stage(0, 2), of_stage(1, 4), of_stage(2)),
-    "pages in all of stage 0": (of_stage(0, 3), of_stage(1), of_stage(1, 2), of_stage(2, 2)),
-    "two ranks": (of_stage(0), of_stage(0, 2, 1), of_stage(1, 1, 1), of_stage(2, 4, 1)),
-}
-LAYOUTS = pytest.mark.parametrize("layout", SPECS)
-
-TEXT = 4
-"""The token of texts, which answers are made of too: a prompt may go on as another was answered."""
-TOKENS = {"text": TEXT, "question": 5, "cat": 9, "dog": 9}
-PIECES = [(kind, size) for kind in TOKENS for size in (3, 8, 20)]
-"""Few, so that many prompts begin alike."""
-
-
-@dataclass(frozen=True)
-class Ask:
-    """A prompt of texts and pictures."""
-
-    pieces: tuple[tuple[str, int], ...]
-
-    @property
-    def starts(self) -> list[int]:
-        return list(accumulate((size for _, size in self.pieces), initial=0))
-
-    @property
-    def pictures(self) -> list[tuple[str, int, int]]:
-        """What each shows, its start and its length."""
-        placed = zip(self.pieces, self.starts[:-1], strict=True)
-        return [(kind, start, size) for (kind, size), start in placed if kind in ("cat", "dog")]
-
-    @property
-    def prompt(self) -> Prompt:
-        return Prompt(self.starts[-1], tuple((start, start + size) for _, start, size in self.pictures))
-
-    def in_blocks_of(self, block_size: int) -> "Ask":
-        """The same with every piece as long beside a block as it is beside one of `BLOCK_SIZE`."""
-        return Ask(tuple((kind, size * block_size // BLOCK_SIZE) for kind, size in self.pieces))
-
-    def request(
-        self, request_id: str, retentions: tuple[Retention, ...] | None, block_size: int = BLOCK_SIZE
-    ) -> Request:
-        request = Request(
-            request_id,
-            prompt_token_ids=[TOKENS[kind] for kind, size in self.pieces for _ in range(size)],
-            sampling_params=SamplingParams(max_tokens=50),
-            pooling_params=None,
-            mm_features=[
-                MultiModalFeatureSpec(None, "image", f"{kind}{size}", PlaceholderRange(start, size))
-                for kind, start, size in self.pictures
-            ],
-            block_hasher=get_request_block_hasher(block_size, sha256),
-        )
-        if retentions is not None:
-            request.block_hashes = StagedBlockHashes(request.block_hashes, retentions)
-        return request
-
-
-def asks(most: int = 6) -> st.SearchStrategy[Ask]:
-    return st.builds(Ask, st.lists(st.sampled_from(PIECES), min_size=1, max_size=most).map(tuple))
-
-
-def manager(
-    enable_caching: bool, specs: Sequence[AttentionSpec], num_blocks: int = NUM_BLOCKS
-) -> StagedKVCacheManager:
-    block_size = specs[0].block_size
-    groups = [KVCacheGroupSpec([f"layer.{index}"], spec) for index, spec in enumerate(specs)]
-    config = KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
-    made = KVCacheManager(
-        config,
-        max_model_len=MAX_MODEL_LEN * block_size // BLOCK_SIZE,
-        scheduler_block_size=block_size,
-        hash_block_size=block_size,
-        enable_caching=enable_caching,
-    )
-    StagedKVCacheManager.adopt(made)
-    return made
 
 
 def pages_of(manager: SingleTypeKVCacheManager) -> int:
@@ -321,35 +222,6 @@ class Course(RuleBasedStateMachine):
             assert set(self.free_blocks()) == {NUM_BLOCKS - 1}
 
 
-COURSES = st.lists(asks(most=8), min_size=2, max_size=8)
-
-
-def hits(manager: KVCacheManager, requests: Iterable[Request]) -> list[int]:
-    """Tokens of each request that were served from the cache, each computed and decoded to its end."""
-    served = []
-    for request in requests:
-        computed, num_computed, _ = manager.get_computed_blocks(request)
-        served.append(num_computed)
-        tokens = request.num_tokens - num_computed
-        assert manager.allocate_slots(request, tokens, num_computed, computed) is not None
-        ends_step(manager)
-        request.num_computed_tokens = request.num_tokens
-        for _ in range(2 * BLOCK_SIZE):
-            request.append_output_token_ids(1)
-            manager.allocate_slots(request, 1)
-            ends_step(manager)
-            request.num_computed_tokens += 1
-        manager.free(request)
-    return served
-
-
-def ends_step(manager: KVCacheManager) -> None:
-    for stage in getattr(manager, "stage_managers", ()):
-        stage.offer_parts()
-    _, retained = manager.take_kv_cache_block_copies()
-    manager.block_pool.free_blocks(retained)
-
-
 @LAYOUTS
 def test_part_of_a_block_is_shared_from_the_step_on_that_follows_the_one_that_computes_it(layout: str):
     """A copy in the same step would be made before there is anything to copy."""
@@ -403,97 +275,7 @@ def test_what_follows_a_kept_picture_is_neither_offered_nor_taken(layout: str):
         course.teardown()
 
 
-def specs(layout: str, block_size: int = BLOCK_SIZE) -> list[AttentionSpec]:
-    return [replace(spec, block_size=block_size) for spec in SPECS[layout]]
-
-
-def in_stock(course: list[Ask], block_size: int = BLOCK_SIZE) -> list[int]:
-    requests = [ask.request(str(i), None, block_size) for i, ask in enumerate(course)]
-    return hits(manager(True, [replace(ALL, block_size=block_size)], 4000), requests)
-
-
-def withdrawing(layout: str, course: list[Ask], align_to: int, block_size: int = BLOCK_SIZE) -> list[int]:
-    requests = [
-        ask.request(str(i), (ask.prompt.retention(align_to),) * 2, block_size) for i, ask in enumerate(course)
-    ]
-    vtw = manager(True, specs(layout, block_size), 4000)
-    for stage in vtw.stage_managers:
-        stage.retentions = {request.request_id: request.block_hashes.retentions for request in requests}
-    return hits(vtw, requests)
-
-
-@pytest.mark.parametrize("block_size", [8, 16, 32])
-@LAYOUTS
-@given(COURSES)
-def test_withdrawing_by_blocks_serves_as_much_from_the_cache_as_stock(
-    layout: str, block_size: int, course: list[Ask]
-):
-    course = [ask.in_blocks_of(block_size) for ask in course]
-    assert withdrawing(layout, course, block_size, block_size) == in_stock(course, block_size)
-
-
-@LAYOUTS
-@given(COURSES)
-def test_withdrawing_by_tokens_serves_what_lies_on_borders_of_blocks(layout: str, course: list[Ask]):
-    """Up to the last border of stock's blocks where the pages of every row ended on such a border, and all
-    whole blocks of the row did."""
-    pages = [spec.pages for spec in SPECS[layout] if isinstance(spec, StageSpec) and spec.stage]
-
-    def is_border(ask: Ask, num_tokens: int) -> bool:
-        held = ask.prompt.held(num_tokens, align_to=1)
-        ends = [position + 1 for position in held[BLOCK_SIZE - 1 :: BLOCK_SIZE]]
-        needed = {end for number in pages for end in [*ends[number - 1 :: number], *ends[-1:]]}
-        return len(held) % BLOCK_SIZE == 0 and all(end % BLOCK_SIZE == 0 for end in needed)
-
-    allowed = [
-        max(border for border in range(0, hit + 1, BLOCK_SIZE) if is_border(ask, border))
-        for ask, hit in zip(course, in_stock(course), strict=True)
-    ]
-    assert withdrawing(layout, course, 1) == allowed
-
-
-@pytest.mark.parametrize("align_to", [1, BLOCK_SIZE])
-@LAYOUTS
-@given(ask=asks())
-def test_a_request_that_goes_on_finds_what_the_one_before_says_it_shared(
-    layout: str, align_to: int, ask: Ask
-):
-    """What usage says was written to the cache, in prompt tokens."""
-    first, second = ask, Ask((*ask.pieces, ("question", BLOCK_SIZE)))
-    vtw = manager(True, SPECS[layout], num_blocks=4000)
-    requests = [
-        one.request(str(i), (one.prompt.retention(align_to),) * 2) for i, one in enumerate((first, second))
-    ]
-    for stage in vtw.stage_managers:
-        stage.retentions = {request.request_id: request.block_hashes.retentions for request in requests}
-    shared = []
-    for request in requests:
-        computed, found, _ = vtw.get_computed_blocks(request)
-        assert vtw.allocate_slots(request, request.num_tokens - found, found, computed) is not None
-        ends_step(vtw)
-        shared.append((found, vtw.estimate_cached_tokens(request)))
-    assert shared[0][0] == 0
-    # A prompt that goes on behind a picture withdraws that picture's end too, and needs less to be there.
-    ends_in_picture = first.pieces[-1][0] in ("cat", "dog")
-    assert shared[1][0] == shared[0][1] or (ends_in_picture and shared[1][0] > shared[0][1])
-
-
 Course.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+
+
 test_course = Course.TestCase
-
-
-@given(st.integers(2, 32), st.integers(1, 5000), st.data())
-def test_memory_of_the_largest_request_is_that_of_the_rank_that_needs_the_most(
-    num_layers: int, tokens: int, data: st.DataObject
-):
-    """vLLM adds up the groups of all ranks. No more than a block a group is counted too much."""
-    policy = Policy.withdraw_at(data.draw(st.integers(1, num_layers - 1)), num_layers)
-    cut = data.draw(st.integers(1, num_layers - 1))
-    groups = LayerGroups.of(policy, num_layers, [range(cut), range(cut, num_layers)])
-    config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=tokens))
-    counted = 0
-    for group in groups.groups:
-        spec = StageSpec.like(ALL, groups, group)
-        counted += -(-spec.max_memory_usage_bytes(config) // spec.page_size_bytes)
-    needed = groups.blocks([tokens] * groups.num_stages, BLOCK_SIZE)
-    assert needed <= counted < needed + groups.most_groups
