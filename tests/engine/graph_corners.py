@@ -19,7 +19,7 @@ from tests.engine.engines import (
     running,
     scheduler_of,
 )
-from tests.engine.gates import assert_gated, dividing
+from tests.engine.gates import ASKED, assert_gated, dividing
 from tests.engine.test_ranked import assert_ranked, written
 from vllm_vtw.models.graph_inputs import GraphInputs
 
@@ -27,6 +27,9 @@ from vllm_vtw.models.graph_inputs import GraphInputs
 # stage 1, of two layers, have two pages.
 LAYERS, LAYER = 7, 5
 MODEL = SmallLlava(layers=LAYERS)
+ONE_STEP = [ask for ask in SHAPES if ask.name != "several apart"]
+"""Those that fit into a step of 240 tokens."""
+DECIDED = [ask for ask in ONE_STEP if ask in ASKED]
 ENGINE = {"enforce_eager": False, "max_num_batched_tokens": 128, "max_num_seqs": 8}
 NGRAM = {"num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
 
@@ -101,13 +104,12 @@ def test_ranked_prompts_choose_between_graphs(checkpoint, reference, taken, tmp_
 def test_gates_decide_between_graphs(checkpoint, reference, taken, tmp_path):
     folder = checkpoint(MODEL)
     oracle = reference(folder)
-    gates = dividing(tmp_path, oracle, model=MODEL, layers=(1, 3))
-    asks = [ask for ask in SHAPES if ask.name != "several apart"]
+    gates = dividing(tmp_path, oracle, DECIDED, MODEL, layers=(1, 3))
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     options = ENGINE | {"max_num_batched_tokens": 240}
     with running(folder, gates.options, **options) as llm:
-        outputs = llm.generate([ask.to_vllm(oracle) for ask in asks], params, use_tqdm=False)
-    exits = [assert_gated(oracle, *told, gates, MODEL) for told in zip(asks, outputs, strict=True)]
+        outputs = llm.generate([ask.to_vllm(oracle) for ask in ONE_STEP], params, use_tqdm=False)
+    exits = [assert_gated(oracle, *told, gates, MODEL) for told in zip(ONE_STEP, outputs, strict=True)]
     assert set(exits) == {1, 3, LAYERS}
     assert static_graphs.replays["FULL", 8] > 0
     # What stays of a prompt may have a graph where the prompt has none.
@@ -147,13 +149,12 @@ def test_ngram_speculation(checkpoint, reference, method, async_scheduling):
 def test_gates_with_ngram_speculation(checkpoint, reference, tmp_path, method, async_scheduling):
     folder = checkpoint(MODEL)
     oracle = reference(folder)
-    gates = dividing(tmp_path, oracle, model=MODEL, layers=(1, 3))
-    asks = [ask for ask in SHAPES if ask.name != "several apart"]
+    gates = dividing(tmp_path, oracle, DECIDED, MODEL, layers=(1, 3))
     options = ENGINE | {"max_num_batched_tokens": 240, "async_scheduling": async_scheduling}
     options["speculative_config"] = NGRAM | {"method": method}
     with running(folder, gates.options, **options) as llm:
         all_free = free_blocks(llm)
-        outputs = llm.generate([ask.to_vllm(oracle) for ask in asks], GREEDY, use_tqdm=False)
+        outputs = llm.generate([ask.to_vllm(oracle) for ask in ONE_STEP], GREEDY, use_tqdm=False)
         assert free_blocks(llm) == all_free
-    for told in zip(asks, outputs, strict=True):
+    for told in zip(ONE_STEP, outputs, strict=True):
         assert_gated(oracle, *told, gates, MODEL)
