@@ -27,9 +27,8 @@ from vllm_vtw.models.graph_inputs import GraphInputs
 # stage 1, of two layers, have two pages.
 LAYERS, LAYER = 7, 5
 MODEL = SmallLlava(layers=LAYERS)
-ONE_STEP = [ask for ask in SHAPES if ask.name != "several apart"]
-"""Those that fit into a step of 240 tokens."""
-DECIDED = [ask for ask in ONE_STEP if ask in ASKED]
+ONE_STEP = [ask for ask in ASKED if ask.name != "several apart"]
+"""Those that gates decide about in a step of 240 tokens."""
 ENGINE = {"enforce_eager": False, "max_num_batched_tokens": 128, "max_num_seqs": 8}
 NGRAM = {"num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
 
@@ -104,7 +103,7 @@ def test_ranked_prompts_choose_between_graphs(checkpoint, reference, taken, tmp_
 def test_gates_decide_between_graphs(checkpoint, reference, taken, tmp_path):
     folder = checkpoint(MODEL)
     oracle = reference(folder)
-    gates = dividing(tmp_path, oracle, DECIDED, MODEL, layers=(1, 3))
+    gates = dividing(tmp_path, oracle, ONE_STEP, MODEL, layers=(1, 3))
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     options = ENGINE | {"max_num_batched_tokens": 240}
     with running(folder, gates.options, **options) as llm:
@@ -149,7 +148,7 @@ def test_ngram_speculation(checkpoint, reference, method, async_scheduling):
 def test_gates_with_ngram_speculation(checkpoint, reference, tmp_path, method, async_scheduling):
     folder = checkpoint(MODEL)
     oracle = reference(folder)
-    gates = dividing(tmp_path, oracle, DECIDED, MODEL, layers=(1, 3))
+    gates = dividing(tmp_path, oracle, ONE_STEP, MODEL, layers=(1, 3))
     options = ENGINE | {"max_num_batched_tokens": 240, "async_scheduling": async_scheduling}
     options["speculative_config"] = NGRAM | {"method": method}
     with running(folder, gates.options, **options) as llm:

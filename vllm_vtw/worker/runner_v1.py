@@ -64,6 +64,8 @@ class V1Batches:
         self.config = config
         self.step = step
         step.record_exits = self._record_exits
+        # Asking a tensor's device for its type takes 14 microseconds in every step.
+        self.on_cpu = step.device.type == "cpu"
         self.made_for: SamplingMetadata | None = None
         """The sampling metadata of the step before. The runner makes new ones whenever a request joins,
         leaves or moves to another row, also if a new request has the id of an old one."""
@@ -90,7 +92,7 @@ class V1Batches:
         if num_scheduled_tokens is None:
             self.step.begin(None)
             return
-        if runner.device.type == "cpu":
+        if self.on_cpu:
             make_rewindable(runner, num_reqs)
         if runner.input_batch.sampling_metadata is not self.made_for:
             self.made_for = runner.input_batch.sampling_metadata
