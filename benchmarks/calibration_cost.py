@@ -25,6 +25,7 @@ from benchmarks.machine import measured_on
 from benchmarks.small_llava import SmallLlava
 from tests.search.plain import dropping
 from vllm_vtw.search.checkpoint import read_config
+from vllm_vtw.search.data.prompts import ModelInputs
 from vllm_vtw.search.data.sample import Sample
 from vllm_vtw.search.divergence import AnswerDivergence
 from vllm_vtw.search.model import HFModel, Placement
@@ -57,7 +58,7 @@ def plain(llava: HFModel, inputs: Any) -> list[float]:
     return found
 
 
-def ours(llava: HFModel, inputs: Any, answer_tokens: int) -> list[float]:
+def ours(llava: HFModel, inputs: ModelInputs, answer_tokens: int) -> list[float]:
     """The same as `plain`, as `vtw calibrate` computes it for answers of at most `answer_tokens` tokens."""
     answered = llava.answer(inputs, answer_tokens)
     rows = llava.withdrawn_logits(answered, LAYERS)
@@ -84,13 +85,14 @@ def main() -> None:
         llava = HFModel(name, config, Placement.of("cpu", "float32", config))
         side = MODEL.image_side * 14
         Image.effect_noise((side, side), 80).convert("RGB").save(f"{folder}/noise.png")
-        inputs = llava.encode(Sample("", ("noise.png",), PROMPT, folder=Path(folder)), ANSWER)
+        encoded = llava.encode(Sample("", ("noise.png",), PROMPT, folder=Path(folder)), ANSWER)
+    inputs = encoded.tensors
     lengths = inputs["input_ids"].shape[1]
     visual = int((inputs["input_ids"] == llava.config.image_token_index).sum())
     searches: dict[str, Callable[[], list[float]]] = {
         "plain": lambda: plain(llava, inputs),
-        "first token": lambda: ours(llava, inputs, 1),
-        "whole answer": lambda: ours(llava, inputs, ANSWER),
+        "first token": lambda: ours(llava, encoded, 1),
+        "whole answer": lambda: ours(llava, encoded, ANSWER),
     }
     for run in searches.values():
         run()

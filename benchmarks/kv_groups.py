@@ -10,7 +10,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from vllm_vtw.commands.plan import plan
 
 DEPTHS = (24, 28, 32, 36, 40, 64)
-TEXT, OUTPUT = 64, 128
+TEXT, VISUAL, OUTPUT = 64, 576, 128
 HEADER = """\
 # KV-cache groups at every withdrawal layer
 
@@ -45,6 +45,7 @@ def table(depth: int) -> str:
             kv_memory=8 << 30,
             text_tokens=TEXT,
             images=1,
+            visual_tokens=VISUAL,
             output_tokens=OUTPUT,
         )
         groups = " + ".join(
@@ -52,7 +53,7 @@ def table(depth: int) -> str:
             for group in result["groups"]
         )
         others = TEXT + OUTPUT
-        everything = result["request"]["tokens_per_image"] + others
+        everything = VISUAL + others
         ideal = (layer * everything + (depth - layer) * others) / (depth * everything)
         token, image, fit = (
             result[key] for key in ("kv_bytes_per_text_token", "kv_bytes_per_image", "max_sequences")

@@ -7,7 +7,7 @@ compute the same.
 """
 
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ class SmallLlava:
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             model = AutoModelForImageTextToText.from_config(self._config(tokenizer)).eval()
-            _randomize(model)
+            randomize(model)
         model.save_pretrained(folder)
         rename_vision_tower(folder / "model.safetensors")
         return folder
@@ -144,13 +144,16 @@ class SmallLlava:
         return LlavaNextConfig(**common, image_grid_pinpoints=tilings) if tilings else LlavaConfig(**common)
 
 
-def make_tokenizer(corpus: Iterable[str], vocab: int, words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    corpus: Iterable[str], vocab: int, words: Sequence[str] = (), named: Mapping[str, str] | None = None
+) -> PreTrainedTokenizerFast:
     """Makes a byte-level BPE tokenizer.
 
     Args:
         corpus: The text that it is trained on.
         vocab: The largest number of tokens, without those of `words`.
         words: Strings that are always one token each, wherever they occur.
+        named: By attribute of the tokenizer, further special tokens. The image token is always there.
     """
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -170,7 +173,7 @@ def make_tokenizer(corpus: Iterable[str], vocab: int, words: Sequence[str] = ())
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens={"image_token": "<image>", **(named or {})},
         chat_template=CHAT_TEMPLATE,
     )
 
@@ -207,7 +210,7 @@ def make_processor(
     )
 
 
-def _randomize(model: nn.Module) -> None:
+def randomize(model: nn.Module) -> None:
     """Draws weights that are so large that attention is not uniform and answers do not repeat one token."""
     with torch.no_grad():
         for module in model.modules():

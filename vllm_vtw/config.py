@@ -15,12 +15,11 @@ logger = logging.getLogger("vllm.vtw")
 PUBLISHED_LAYERS = {
     ("llava", "llama", 32, 4096): 16,
     ("llava", "llama", 40, 5120): 20,
+    ("llava_next", "llama", 32, 4096): 16,
+    ("llava_next", "llama", 40, 5120): 20,
 }
 """The withdrawal layers of arXiv 2405.05803, by model type, text model type, number of decoder layers and
 hidden size."""
-TEXT_MODELS = ("llama", "mistral", "qwen2")
-"""The supported text model types. vLLM calls their layers as `layer(positions, hidden_states, residual)`."""
-SERVED_MODEL_TYPES = ("llava",)
 KEYS = ("layer", "policy", "align")
 """The keys that the `"vtw"` object may have."""
 WHAT_IT_COSTS = (
@@ -45,12 +44,17 @@ requests that begin or resume in the step.
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The properties of a checkpoint that the configuration depends on."""
+    """The properties of a checkpoint that the configuration depends on.
+
+    Attributes:
+        bridge: As in `Family`.
+    """
 
     model_type: str
     text_model_type: str
     num_hidden_layers: int
     hidden_size: int
+    bridge: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """The `model` object of a policy file for this model."""
@@ -67,10 +71,12 @@ class Admission:
 
     Attributes:
         policy: What is withdrawn, and from which layers on.
+        bridge: As in `VTWConfig`.
         max_step_tokens: The largest number of tokens that a step computes (`--max-num-batched-tokens`).
     """
 
     policy: Policy
+    bridge: int
     max_step_tokens: int
 
 
@@ -82,10 +88,12 @@ class VTWConfig:
         policy: What is withdrawn, and from which layers on.
         align: Whether only whole KV blocks of visual tokens are withdrawn. If not, every visual token is, as
             published.
+        bridge: The largest gap within an image that is withdrawn with it, as in `Family`.
     """
 
     policy: Policy
     align: bool
+    bridge: int = 0
 
     @classmethod
     def parse(cls, options: Any, model: ModelShape, prefix_caching: bool) -> "VTWConfig":
@@ -113,7 +121,7 @@ class VTWConfig:
             raise _error("align", align, "has to be true or false")
         if align and policy.is_dynamic:
             raise _error("align", align, "has to be false for a policy that ranks visual tokens or has gates")
-        return cls(policy, align)
+        return cls(policy, align, model.bridge)
 
     def align_to(self, block_size: int) -> int:
         """How many tokens are withdrawn at once: a block of `block_size` tokens if `align` is set, else 1."""
@@ -144,19 +152,17 @@ def _policy(options: dict[str, Any], model: ModelShape) -> Policy:
     published = PUBLISHED_LAYERS.get((model.model_type, model.text_model_type, num_layers, model.hidden_size))
     if published is not None:
         logger.info(
-            "vtw: withdrawing visual tokens at layer %d, published for LLaVA-1.5 of this shape. %s",
+            "vtw: withdrawing visual tokens at layer %d, published for this model. %s",
             published,
             WHAT_IT_COSTS,
         )
         return Policy.withdraw_at(published, num_layers)
-    layer = max(1, num_layers // 2)
-    logger.warning(
-        "vtw: no withdrawal layer is published for this model: taking %d, half of its %d layers. %s",
-        layer,
-        num_layers,
-        WHAT_IT_COSTS,
+    raise ValueError(
+        '--additional-config ["vtw"]: no withdrawal layer is published for this model, so "layer" or '
+        '"policy" has to be set. `vtw calibrate MODEL --data FILE` finds a layer K for your own data, and '
+        f'--additional-config \'{{"vtw": {{"layer": K}}}}\' sets it, with K from 1 to {num_layers - 1}. The '
+        "larger K is, the fewer answers change"
     )
-    return Policy.withdraw_at(layer, num_layers)
 
 
 def _read_policy(source: Any, model: ModelShape) -> Policy:

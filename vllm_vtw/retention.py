@@ -139,18 +139,25 @@ def of_stage(retentions: Sequence[Retention], stage: int) -> Retention:
     return retentions[stage - 1] if stage else EVERYTHING
 
 
-def visual_spans(mm_features: Iterable[Any]) -> list[Span]:
+def visual_spans(mm_features: Iterable[Any], bridge: int) -> list[Span]:
     """The spans of a prompt whose embeddings come from an image or video encoder.
 
     Args:
         mm_features: The request's `MultiModalFeatureSpec`s.
+        bridge: Gaps of up to this many tokens between two spans of one image count as visual, too. For
+            example, with a bridge of 1 an image of rows at 5 to 8 and 10 to 13 has one span, 5 to 13. Gaps
+            in a video, which hold timestamps, never do.
     """
-    return [
-        (first, last + 1)
-        for feature in mm_features
-        if feature.modality in VISUAL
-        for first, last in feature.mm_position.extract_embeds_range()
-    ]
+    spans: list[Span] = []
+    for feature in mm_features:
+        if feature.modality not in VISUAL:
+            continue
+        of_feature: list[Span] = []
+        for start, last in feature.mm_position.extract_embeds_range():
+            is_bridged = of_feature and feature.modality == "image" and start - of_feature[-1][1] <= bridge
+            of_feature.append((of_feature.pop()[0] if is_bridged else start, last + 1))
+        spans += of_feature
+    return spans
 
 
 def prompt_retention(spans: Iterable[Span], num_prompt_tokens: int, align_to: int) -> Retention:
@@ -186,7 +193,7 @@ def prompt_retention(spans: Iterable[Span], num_prompt_tokens: int, align_to: in
 
 
 def request_retentions(
-    policy: Policy, mm_features: Iterable[Any], num_prompt_tokens: int, align_to: int
+    policy: Policy, mm_features: Iterable[Any], num_prompt_tokens: int, align_to: int, bridge: int
 ) -> tuple[Retention, ...]:
     """The retention of every stage past the first, for one request.
 
@@ -196,11 +203,12 @@ def request_retentions(
         num_prompt_tokens: Tokens of the original prompt, also when a preempted request is resumed.
         align_to: 1 to withdraw every visual token, the KV block size to withdraw whole blocks. Dynamic
             policies always withdraw by tokens.
+        bridge: As `visual_spans` takes it.
     """
     mm_features = list(mm_features)
     if policy.is_dynamic:
         align_to = 1
-    spans = visual_spans(mm_features)
+    spans = visual_spans(mm_features, bridge)
     all_withdrawn = prompt_retention(spans, num_prompt_tokens, align_to)
     if not policy.is_dynamic or not all_withdrawn.num_withdrawn:
         return (all_withdrawn,) * len(policy.stages)

@@ -17,11 +17,11 @@ from vllm_vtw.config import (
     KEYS,
     PIPELINE_WORKER,
     SCHEDULER,
-    TEXT_MODELS,
     Admission,
     ModelShape,
     VTWConfig,
 )
+from vllm_vtw.families import BY_ARCHITECTURE, DECODERS, text_refusal
 from vllm_vtw.gates import load_gates
 from vllm_vtw.policy import Policy
 
@@ -46,8 +46,13 @@ def vtw_config(vllm_config: VllmConfig) -> VTWConfig:
 def _model(vllm_config: VllmConfig) -> ModelShape:
     model_config = vllm_config.model_config
     text = model_config.hf_text_config
+    (family, *_) = (BY_ARCHITECTURE[name] for name in model_config.architectures if name in BY_ARCHITECTURE)
     return ModelShape(
-        model_config.hf_config.model_type, text.model_type, text.num_hidden_layers, text.hidden_size
+        model_config.hf_config.model_type,
+        text.model_type,
+        text.num_hidden_layers,
+        text.hidden_size,
+        family.bridge,
     )
 
 
@@ -85,7 +90,7 @@ class VTWModelConfig(VerifyAndUpdateConfig):
             hidden_size = vllm_config.model_config.get_hidden_size()
             load_gates(config.policy.gate, [stage.layer for stage in config.policy.stages], hidden_size)
         if config.policy.stages:
-            admission = Admission(config.policy, scheduler.max_num_batched_tokens)
+            admission = Admission(config.policy, config.bridge, scheduler.max_num_batched_tokens)
             setattr(vllm_config.model_config, ADMISSION, admission)
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             vllm_config.parallel_config.worker_cls = PIPELINE_WORKER
@@ -122,19 +127,7 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     scheduler, speculative = vllm_config.scheduler_config, vllm_config.speculative_config
 
-    text = model.hf_text_config.model_type
-    if text not in TEXT_MODELS:
-        yield (
-            f"the text model is {text!r}; supported are {', '.join(TEXT_MODELS)}: "
-            "serve this model without --model-impl vtw"
-        )
-    if getattr(model.hf_text_config, "sliding_window", None) is not None:
-        yield (
-            "the text model attends over a sliding window, which would count withdrawn tokens: "
-            'disable it with --hf-overrides \'{"text_config": {"sliding_window": null}}\' if the model allows'
-        )
-    if model.runner_type != "generate":
-        yield f"--runner {model.runner_type} pools the states of withdrawn tokens, too: use --runner generate"
+    yield from _model_refusals(vllm_config)
     if not isinstance(vllm_config.additional_config, dict | None):
         yield "--additional-config has to be a JSON object"
     if vllm_config.lora_config is not None:
@@ -168,8 +161,6 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
         yield "KV events would report withdrawn tokens as held by deep layers: remove --kv-events-config"
     if vllm_config.ec_transfer_config is not None:
         yield "encoder-cache connectors are untested: remove --ec-transfer-config"
-    if vllm_config.is_mm_encoder_only:
-        yield "--mm-encoder-only runs no decoder: serve this model without --model-impl vtw"
     if model.enable_prompt_embeds:
         yield "prompt embeddings do not say which positions are visual: remove --enable-prompt-embeds"
     if vllm_config.cache_config.kv_sharing_fast_prefill:
@@ -178,6 +169,33 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
         yield "each stage needs its own KV cache groups: remove --disable-hybrid-kv-cache-manager"
     if scheduler.scheduler_cls not in (None, SCHEDULER):
         yield f"the plugin brings its own scheduler: remove --scheduler-cls {scheduler.scheduler_cls}"
+
+
+def _model_refusals(vllm_config: VllmConfig) -> Iterator[str]:
+    """The reasons that lie in the model and in what is asked of it."""
+    model = vllm_config.model_config
+    text = model.hf_text_config
+    why_not = text_refusal(text.to_dict())
+    if why_not is not None:
+        remedy = "serve this model without --model-impl vtw"
+        if text.model_type in DECODERS:
+            override = '{"text_config": {"sliding_window": null}}'
+            remedy = f"disable it with --hf-overrides '{override}' if the model allows"
+        yield f"{why_not}: {remedy}"
+    if model.runner_type != "generate":
+        yield f"--runner {model.runner_type} pools the states of withdrawn tokens, too: use --runner generate"
+    if vllm_config.is_mm_encoder_only:
+        yield "--mm-encoder-only runs no decoder: serve this model without --model-impl vtw"
+    if model.is_moe and vllm_config.parallel_config.data_parallel_size > 1:
+        yield (
+            "data parallelism of a mixture of experts counts the tokens of the whole batch, not of a stage: "
+            "use --tensor-parallel-size, not --data-parallel-size"
+        )
+    if vllm_config.aux_output_config.enable_return_routed_experts:
+        yield (
+            "deep layers route no withdrawn tokens: remove enable_return_routed_experts from "
+            "--aux-output-config"
+        )
 
 
 def _dynamic_refusals(vllm_config: VllmConfig, policy: Policy) -> Iterator[str]:

@@ -236,7 +236,7 @@ def main() -> None:
     options = parser.parse_args()
     asked = [sample for task in TASKS for sample in islice(samples("test", task), options.samples)]
     config = read_config(str(CHECKPOINT))
-    model = supported_model(config, ("llava",))
+    model = supported_model(config)
     parameters = HFModel(str(CHECKPOINT), config, Placement.of("cpu", "float32", config)).layer_parameters
     rows: list[dict[str, Any]] = []
     fresh = multiprocessing.get_context("spawn")

@@ -15,6 +15,10 @@ from tests.engine.engines import MODEL
 from tests.engine.gates import LAYERS, gated, random_gates
 
 OPTIONS = [
+    (
+        {"aux_output_config": {"enable_return_routed_experts": True}},
+        "remove enable_return_routed_experts from --aux-output-config",
+    ),
     ({"enable_lora": True}, "LoRA .* remove --enable-lora"),
     ({"compilation_config": {"mode": 1}, "enforce_eager": False}, "compilation mode 1 .* remove -cc.mode=1"),
     (
@@ -72,6 +76,7 @@ WITH_GATES = [*WITH_QUESTION, ({"worker_cls": "elsewhere.Worker"}, "remove --wor
 
 def configure(folder: Path, **options):
     defaults = {"model_impl": "vtw", "dtype": "float32", "max_model_len": 512, "enforce_eager": True}
+    defaults["additional_config"] = {"vtw": {"layer": 3}}
     return EngineArgs(model=str(folder), **(defaults | options)).create_engine_config()
 
 
@@ -135,18 +140,23 @@ def test_a_text_model(altered):
         return config["text_config"] | {"architectures": ["LlamaForCausalLM"]}
 
     message = (
-        "--model-impl vtw does not support LlamaForCausalLM; supported are LlavaForConditionalGeneration"
+        "--model-impl vtw does not support LlamaForCausalLM: supported are LlavaForConditionalGeneration"
     )
     with pytest.raises(ValueError, match=message):
         configure(altered(text_only))
 
 
 def test_another_multimodal_model(altered):
-    def next_generation(config):
-        return config | {"model_type": "llava_next", "architectures": ["LlavaNextForConditionalGeneration"]}
+    def gemma(config):
+        return {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}
 
-    with pytest.raises(ValueError, match="does not support LlavaNextForConditionalGeneration"):
-        configure(altered(next_generation))
+    with pytest.raises(ValueError, match="Gemma3ForConditionalGeneration: its layers have sliding windows"):
+        configure(altered(gemma))
+
+
+def test_no_layer(checkpoint):
+    with pytest.raises(ValueError, match='so "layer" or "policy" has to be set'):
+        configure(checkpoint(MODEL), additional_config={})
 
 
 def test_another_text_backbone(altered):

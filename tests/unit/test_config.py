@@ -38,22 +38,26 @@ def test_layer_and_align():
     assert parse({"layer": 3, "align": False}, prefix_caching=True).align is False
 
 
+@pytest.mark.parametrize("model_type", ["llava", "llava_next"])
 @pytest.mark.parametrize(("layers", "hidden", "published"), [(32, 4096, 16), (40, 5120, 20)])
-def test_published_layers(layers, hidden, published, logged):
-    config = parse({}, ModelShape("llava", "llama", layers, hidden))
+def test_published_layers(model_type, layers, hidden, published, logged):
+    config = parse({}, ModelShape(model_type, "llama", layers, hidden))
     assert config.policy == Policy.withdraw_at(published, layers)
     (said,) = logged
     assert said.levelname == "INFO"
-    assert f"at layer {published}, published for LLaVA-1.5" in said.getMessage()
+    assert f"at layer {published}, published for this model" in said.getMessage()
     assert_says_what_it_costs(said.getMessage())
 
 
-def test_an_unknown_model_takes_half_and_says_so(logged):
-    assert parse({}).policy == Policy.withdraw_at(4, 8)
-    (said,) = logged
-    assert said.levelname == "WARNING"
-    assert "taking 4, half of its 8 layers" in said.getMessage()
-    assert_says_what_it_costs(said.getMessage())
+def test_a_model_without_a_published_layer_needs_one():
+    with pytest.raises(
+        ValueError, match='no withdrawal layer is published for this model, so "layer" or "pol'
+    ):
+        parse({})
+    with pytest.raises(
+        ValueError, match="`vtw calibrate MODEL --data FILE` finds a layer K for your own data"
+    ):
+        parse({"align": False}, ModelShape("llava_onevision", "qwen2", 24, 896))
 
 
 def assert_says_what_it_costs(message: str) -> None:
@@ -77,7 +81,9 @@ def test_a_policy_file(tmp_path):
     assert config.policy.segments(8) == [range(3), range(3, 5), range(5, 8)]
 
 
-@pytest.mark.parametrize("options", [{"layer": 3}, {"layer": 8}, {"align": True}, {"policy": POLICY}])
+@pytest.mark.parametrize(
+    "options", [{"layer": 3}, {"layer": 8}, {"layer": 3, "align": True}, {"policy": POLICY}]
+)
 def test_what_is_resolved_reads_the_same_elsewhere(options):
     config = parse(options)
     elsewhere = json.loads(json.dumps(config.resolved(SMALL)))
@@ -92,7 +98,7 @@ def test_what_is_resolved_reads_the_same_elsewhere(options):
         ({"layer": "4"}, '["vtw"]["layer"] = \'4\': has to be an integer from 1 to 8'),
         ({"layer": 4.0}, '["vtw"]["layer"] = 4.0: has to be an integer from 1 to 8'),
         ({"layer": True}, '["vtw"]["layer"] = True: has to be an integer from 1 to 8'),
-        ({"align": 1}, '["vtw"]["align"] = 1: has to be true or false'),
+        ({"layer": 3, "align": 1}, '["vtw"]["align"] = 1: has to be true or false'),
         ({"layers": 4}, '["vtw"]["layers"] = 4: unknown key; allowed are layer, policy, align'),
         ({"layer": 4, "policy": "p.json"}, 'give either "layer" or "policy", not both'),
         ({"policy": 4}, '["vtw"]["policy"] = 4: has to be the path of a policy file'),

@@ -18,29 +18,30 @@ ALLOWED = {
     "config": {"untrusted_files", "policy"},
     "retention": {"policy"},
     "capacity": {"policy"},
+    "families": set(),
     "untrusted_files": set(),
     "gates": {"untrusted_files", "policy"},
     "plugin": {"models"},
-    "startup": {"capacity", "config", "gates", "policy"},
+    "startup": {"capacity", "config", "families", "gates", "policy"},
     "metrics": {"config", "startup"},
     "rankings": set(),
     "kv": {"capacity", "config", "metrics", "policy", "retention", "startup"},
     "worker": {"capacity", "config", "gates", "kv.spec", "policy", "rankings", "retention", "startup"},
-    "models": {"config", "policy", "rankings", "retention", "startup", "worker"},
-    "search": {"capacity", "config", "policy"},
-    "search.data": {"search.checkpoint"},
+    "models": {"config", "families", "policy", "rankings", "retention", "startup", "worker"},
+    "search": {"capacity", "config", "families", "policy"},
+    "search.data": {"families", "search.checkpoint"},
     "search.vtw": {"config", "policy", "search", "search.data"},
     "search.schedules": {"policy", "search", "search.data"},
     "search.dyvte": {"capacity", "gates", "policy", "search", "search.data"},
-    "search.reports": {"config", "search.vtw.criteria"},
-    "commands": {"capacity", "config", "untrusted_files", "gates", "plugin", "policy", "search"}
+    "search.reports": {"search.vtw.criteria"},
+    "commands": {"capacity", "config", "families", "gates", "plugin", "policy", "search", "untrusted_files"}
     | {"search.data", "search.vtw", "search.schedules", "search.dyvte", "search.reports"},
 }
 """For each room, a folder or a file of the package: the rooms and single files that it may import."""
 
 MAY_ALSO = {
     "search.model": {"search.data.prompts", "search.data.sample"},
-    "search.resume": {"search.data.sample"},
+    "search.resume": {"search.data.prompts", "search.data.sample"},
     "commands.doctor": {"kv.groups", "worker.attention_backend", "worker.runner_v1", "worker.runner_v2"},
 }
 """For single files, what else they may import: the model encodes samples, `vtw doctor` tries the hooks."""
@@ -48,6 +49,7 @@ MAY_ALSO = {
 WITHOUT_HEAVY = (
     "policy",
     "config",
+    "families",
     "retention",
     "capacity",
     "untrusted_files",

@@ -17,8 +17,11 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
 import vllm_vtw
+from vllm_vtw.families import BY_ARCHITECTURE, DECODERS
 from vllm_vtw.kv.scheduler import VTWScheduler
 from vllm_vtw.models.admission import admission_processor
+from vllm_vtw.models.decoder import staged_text_model
+from vllm_vtw.models.served import served_model
 from vllm_vtw.worker.attention_backend import stage_backend
 from vllm_vtw.worker.ranking import ranking_impl
 
@@ -42,7 +45,6 @@ OVERRIDES = {
     },
     "StageSpec": {"is_uniform_with_collection", "max_memory_usage_bytes", "uses_slot_mapping"},
     "StagedKVCacheManager": {"estimate_cached_tokens", "take_kv_cache_block_copies", "usage"},
-    "VTWLlavaForConditionalGeneration": {"_processor_factory", "forward"},
     "VTWModelConfig": {"verify_and_update_config"},
     "VTWModelState": {"add_request", "initialize_kv_cache", "prepare_attn", "remove_request"},
     "VTWScheduler": {
@@ -57,6 +59,7 @@ OVERRIDES = {
     },
     "OutputWithExits": {"get_output"},
     "WithdrawalMetrics": {"log_engine_initialized", "record"},
+    **{f"VTW{architecture}": {"_processor_factory"} for architecture in BY_ARCHITECTURE},
 }
 """What each class means to override. If a test finds another name that a base has too, rename it, or add it
 here if the base's callers are meant to use the new one."""
@@ -67,11 +70,19 @@ def modules() -> Iterator[ModuleType]:
         yield importlib.import_module(info.name)
 
 
+def text_model(name: str) -> type:
+    module, _, cls = name.rpartition(".")
+    found: type = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), cls)
+    return found
+
+
 def subclasses() -> dict[str, type]:
     """All classes of the plugin that subclass one of vLLM's, including those made at run time."""
     made = [stage_backend(backend).get_builder_cls() for backend in BACKENDS]
     made += [ranking_impl(backend.get_impl_cls()) for backend in BACKENDS]
     made.append(admission_processor(LlavaMultiModalProcessor))
+    made += [served_model(architecture) for architecture in BY_ARCHITECTURE]
+    made += [staged_text_model(text_model(name)) for name in set(DECODERS.values())]
     for module in modules():
         made += [
             cls for _, cls in inspect.getmembers(module, inspect.isclass) if cls.__module__ == module.__name__

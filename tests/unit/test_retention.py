@@ -86,13 +86,21 @@ def test_only_images_and_videos_are_visual():
         feature("image", 10, 4, [False, True, True, False]),
         feature("video", 20, 5, [True, False, True, True, False]),
     ]
-    assert visual_spans(features) == [(11, 13), (20, 21), (22, 24)]
+    assert visual_spans(features, bridge=0) == [(11, 13), (20, 21), (22, 24)]
+
+
+def test_short_gaps_within_an_image_are_bridged():
+    """Gaps between two images, longer ones, and those of a video are not."""
+    rows = [True, True, False, True, False, False, True]
+    features = [feature("image", 10, 7, rows), feature("image", 17, 2), feature("video", 30, 7, rows)]
+    assert visual_spans(features, bridge=1) == [(10, 14), (16, 17), (17, 19), (30, 32), (33, 34), (36, 37)]
+    assert visual_spans(features, bridge=2) == [(10, 17), (17, 19), (30, 32), (33, 34), (36, 37)]
 
 
 def test_every_stage_past_the_first_has_a_retention():
     features = [feature("image", 2, 4)]
-    assert request_retentions(Policy(()), features, 10, 1) == ()
-    (only,) = request_retentions(Policy.withdraw_at(4, 8), features, 10, 1)
+    assert request_retentions(Policy(()), features, 10, 1, bridge=0) == ()
+    (only,) = request_retentions(Policy.withdraw_at(4, 8), features, 10, 1, bridge=0)
     assert only.keep_mask(0, 10).tolist() == [True] * 2 + [False] * 4 + [True] * 4
 
 
@@ -101,7 +109,7 @@ def test_gated_stages_hold_everything_until_gates_decide(prompt: Prompt, stages:
     gate = Gate("gates.safetensors", "", (0.0,) * stages)
     policy = Policy(tuple(Stage(layer, 0.0) for layer in range(1, stages + 1)), gate)
     features = [feature("image", start, stop - start) for start, stop in prompt.spans]
-    before = request_retentions(policy, features, prompt.length, 16)
+    before = request_retentions(policy, features, prompt.length, 16, bridge=0)
     for length in (prompt.length, prompt.length + 5):
         assert [retention.count(length) for retention in before] == [length] * stages
     held = prompt.held(prompt.length, 1)
@@ -125,7 +133,7 @@ def test_ranked_stages_promise_a_number(prompt: Prompt, keeps: list[float]):
     keeps.sort(reverse=True)
     policy = Policy(tuple(Stage(layer, keep) for layer, keep in enumerate([0.995, *keeps], 1)))
     features = [feature("image", start, stop - start) for start, stop in prompt.spans]
-    retentions = request_retentions(policy, features, prompt.length, 16)
+    retentions = request_retentions(policy, features, prompt.length, 16, bridge=0)
     leaving = prompt.length - len(prompt.held(prompt.length, 1))
     before = 0
     for stage, retention in zip(policy.stages, retentions, strict=True):

@@ -72,12 +72,12 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
 def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the calibration. Returns the content of `result.json`."""
     from vllm_vtw.search.data.random_order import draw_samples
-    from vllm_vtw.search.model import MODEL_TYPES, HFModel
+    from vllm_vtw.search.model import HFModel
     from vllm_vtw.search.reports.calibration import notes
     from vllm_vtw.search.vtw import calibration
     from vllm_vtw.search.vtw.calibration_journal import CalibrationJournal, CalibrationSettings
 
-    setup = SearchSetup.of(arguments, MODEL_TYPES)
+    setup = SearchSetup.of(arguments)
     shape = setup.shape
     skipped = setup.skipped
     layers = values_of_layer(arguments.layers, shape.num_hidden_layers)

@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from vllm_vtw.families import BY_ARCHITECTURE, refusal, text_refusal
 from vllm_vtw.plugin import SUPPORTED_VLLM
 
 MAX_ERROR_SHOWN = 300
@@ -51,21 +52,53 @@ def add_command(commands: Any) -> None:
         "doctor",
         help="check whether this environment can serve",
         description="Checks whether this environment can serve with --model-impl vtw, and says what to do if "
-        "not.",
+        "not. Given a model, it also says whether that model can be served.",
     )
+    parser.add_argument("model", nargs="?", help="name or folder of a checkpoint")
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> None:
     # Otherwise vLLM's start-up messages would fill the screen.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    model = arguments.model
+    of_model = [] if model is None else [check_model(model)]
     failed = False
-    for finding in findings():
+    for finding in (*findings(), *of_model):
         print(finding, flush=True)
         failed = failed or bool(finding.remedy)
+    if of_model and of_model[0].remedy:
+        sys.exit(f"\n{model} cannot be served with --model-impl vtw.")
     if failed:
         sys.exit("\nThis environment cannot serve with --model-impl vtw yet.")
-    print("\nThis environment can serve: vllm serve MODEL --model-impl vtw")
+    print(f"\nThis environment can serve: vllm serve {model or 'MODEL'} --model-impl vtw")
+
+
+def check_model(name: str) -> Finding:
+    """Whether a checkpoint's model can be served. It reads the configuration only.
+
+    Args:
+        name: The checkpoint's name on the Hugging Face Hub, or its folder.
+    """
+    from vllm_vtw.search.checkpoint import read_config_dict
+
+    elsewhere = "serve it without --model-impl vtw"
+    try:
+        config = read_config_dict(name)
+    except ValueError as error:
+        return Finding(str(error), remedy="check the name")
+    architecture = (config.get("architectures") or ["no architecture"])[0]
+    why_not = refusal(architecture)
+    if why_not is not None:
+        return Finding(why_not, remedy=elsewhere)
+    text = config.get("text_config") or config.get("llm_config") or {}
+    why_not = text_refusal(text)
+    if why_not is not None:
+        return Finding(f"{name}: {why_not}", remedy=elsewhere)
+    family = BY_ARCHITECTURE[architecture]
+    return Finding(
+        f"{name} is {family.name} over {text['model_type']}, with {text['num_hidden_layers']} layers"
+    )
 
 
 def findings() -> Iterator[Finding]:

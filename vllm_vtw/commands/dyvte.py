@@ -125,10 +125,9 @@ def _train(arguments: argparse.Namespace) -> None:
     from vllm_vtw.gates import save_gates
     from vllm_vtw.search.dyvte.exit_labels import ExitStore
     from vllm_vtw.search.dyvte.training import TrainingSettings, held_out, train
-    from vllm_vtw.search.model import MODEL_TYPES
     from vllm_vtw.search.reports import dyvte as dyvte_report
 
-    setup = SearchSetup.of(arguments, MODEL_TYPES)
+    setup = SearchSetup.of(arguments)
     shape = setup.shape
     layers = default_layers(shape.num_hidden_layers)
     if arguments.layers is not None:
@@ -187,11 +186,10 @@ def _eval(arguments: argparse.Namespace) -> None:
     from vllm_vtw.gates import leave_margins, load_gates
     from vllm_vtw.search.dyvte.evaluation import evaluate_gates
     from vllm_vtw.search.dyvte.exit_labels import ExitStore
-    from vllm_vtw.search.model import MODEL_TYPES
     from vllm_vtw.search.price import Price, RequestTokens
     from vllm_vtw.search.reports import dyvte as dyvte_report
 
-    setup = SearchSetup.of(arguments, MODEL_TYPES)
+    setup = SearchSetup.of(arguments)
     shape = setup.shape
     policy, training_data_sha256 = _read_gated_policy(arguments.policy, shape.as_dict())
     assert policy.gate is not None

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from vllm_vtw.capacity import LayerGroups, visual_tokens_held
-from vllm_vtw.config import SERVED_MODEL_TYPES, VTWConfig
+from vllm_vtw.config import VTWConfig
 from vllm_vtw.search.checkpoint import VISION_TOWERS, read_config, supported_model
 
 BYTES_PER_VALUE = {"auto": 2, "float16": 2, "bfloat16": 2, "float32": 4}
@@ -27,7 +27,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("model", help="name or folder of a checkpoint, or its config.json")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--layer", type=int, help="withdrawal layer K (default: the published layer, or half of the layers)"
+        "--layer", type=int, help="withdrawal layer K (default: the published layer, if there is one)"
     )
     what.add_argument("--policy", help="path of a policy file")
     numbers = (
@@ -39,6 +39,17 @@ def add_command(commands: Any) -> None:
     )
     for name, kind, default, meaning in numbers:
         parser.add_argument(name, type=kind, default=default, help=f"{meaning} (default: {default})")
+    parser.add_argument(
+        "--image-size",
+        type=_image_size,
+        default="1024x768",
+        help="width and height of an image in pixels (default: %(default)s). LLaVA-1.5 scales every image",
+    )
+    parser.add_argument(
+        "--visual-tokens",
+        type=_size,
+        help="number of visual tokens of an image or video, in place of --image-size",
+    )
     parser.add_argument(
         "--no-enable-prefix-caching",
         action="store_true",
@@ -66,6 +77,13 @@ def _size(text: str) -> int:
     return int(text)
 
 
+def _image_size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a width and height in pixels, like 1024x768")
+    return int(match[1]), int(match[2])
+
+
 def _memory(text: str) -> int:
     match = re.fullmatch(r"([0-9.]+) ?([KMGT]i?B)", text)
     if match is None or match[2] not in UNITS:
@@ -78,8 +96,12 @@ def _memory(text: str) -> int:
 def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     options = {"layer": arguments.layer, "policy": arguments.policy}
     try:
+        hf_config = read_config(arguments.model)
+        visual_tokens = arguments.visual_tokens
+        if visual_tokens is None:
+            visual_tokens = tokens_per_image(arguments.model, hf_config, arguments.image_size)
         result = plan(
-            read_config(arguments.model),
+            hf_config,
             {key: value for key, value in options.items() if value is not None},
             prefix_caching=not arguments.no_enable_prefix_caching,
             block_size=arguments.block_size,
@@ -87,11 +109,13 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
             kv_memory=arguments.kv_memory,
             text_tokens=arguments.prompt_tokens,
             images=arguments.images,
+            visual_tokens=visual_tokens,
             output_tokens=arguments.output_tokens,
         )
     except ValueError as error:
         # The command's own options have the names of the keys under "vtw".
         message = re.sub(r'^--additional-config \["vtw"\]\["(\w+)"\] =', r"--\1", str(error))
+        message = message.removeprefix('--additional-config ["vtw"]: ')
         parser.exit(2, f"{parser.prog}: error: {message}\n")
     print(json.dumps(result, indent=2) if arguments.json else describe(result))
 
@@ -106,6 +130,7 @@ def plan(
     kv_memory: int,
     text_tokens: int,
     images: int,
+    visual_tokens: int,
     output_tokens: int,
 ) -> dict[str, Any]:
     """How much KV cache a request takes, and how many requests fit, in stock vLLM and with withdrawal.
@@ -119,27 +144,26 @@ def plan(
         kv_memory: The memory of the KV cache, in bytes.
         text_tokens: The number of text tokens of the prompt.
         images: The number of images of the prompt.
+        visual_tokens: The number of visual tokens of an image.
         output_tokens: The number of tokens of the answer.
 
     Raises:
         ValueError: The model is not supported, or an option is wrong.
     """
-    model = supported_model(hf_config, SERVED_MODEL_TYPES)
+    model = supported_model(hf_config)
     text = hf_config.get_text_config()
-    tokens_per_image = _tokens_per_image(hf_config)
     num_layers = model.num_hidden_layers
     config = VTWConfig.parse(vtw, model, prefix_caching)
     groups = LayerGroups.of(config.policy, num_layers)
     align_to = config.align_to(block_size)
-    num_tokens = text_tokens + images * tokens_per_image + output_tokens
+    num_tokens = text_tokens + images * visual_tokens + output_tokens
     if num_tokens == 0:
         raise ValueError("a request without tokens takes no memory: give it text, an image or an answer")
     always_held = text_tokens + output_tokens
     held = [
-        always_held + visual
-        for visual in visual_tokens_held(config.policy, images, tokens_per_image, align_to)
+        always_held + visual for visual in visual_tokens_held(config.policy, images, visual_tokens, align_to)
     ]
-    held_of_image = visual_tokens_held(config.policy, 1, tokens_per_image, align_to)
+    held_of_image = visual_tokens_held(config.policy, 1, visual_tokens, align_to)
 
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     layer_token = 2 * text.num_key_value_heads * head_size * bytes_per_value
@@ -156,7 +180,7 @@ def plan(
     if config.policy.gate is not None:
         layers = [stage.layer for stage in config.policy.stages]
         for stage, layer in [*enumerate(layers, 1), (None, num_layers)]:
-            visual = visual_tokens_held(config.policy, images, tokens_per_image, align_to, stage)
+            visual = visual_tokens_held(config.policy, images, visual_tokens, align_to, stage)
             num_blocks = groups.blocks([always_held + tokens for tokens in visual], block_size)
             taken = num_blocks * block_bytes["vtw"]
             ratio = taken / request_bytes["stock"]
@@ -180,7 +204,7 @@ def plan(
         "request": {
             "text_tokens": text_tokens,
             "images": images,
-            "tokens_per_image": tokens_per_image,
+            "tokens_per_image": visual_tokens,
             "output_tokens": output_tokens,
         },
         "kv_memory_bytes": kv_memory,
@@ -189,7 +213,7 @@ def plan(
             "vtw": round(groups.layer_tokens([1] * len(held)) * layer_token),
         },
         "kv_bytes_per_image": {
-            "stock": num_layers * layer_token * tokens_per_image,
+            "stock": num_layers * layer_token * visual_tokens,
             "vtw": round(groups.layer_tokens(held_of_image) * layer_token),
         },
         "kv_bytes_per_request": request_bytes,
@@ -198,11 +222,36 @@ def plan(
     }
 
 
-def _tokens_per_image(hf_config: Any) -> int:
-    """The number of visual tokens of an image in LLaVA-1.5, counted as vLLM does."""
+def tokens_per_image(name: str, hf_config: Any, size: tuple[int, int]) -> int:
+    """The number of visual tokens of an image.
+
+    Args:
+        name: The checkpoint's name on the Hugging Face Hub, or its folder.
+        hf_config: The checkpoint's configuration, of transformers.
+        size: The image's width and height in pixels.
+
+    Raises:
+        ValueError: The model is not supported, or its processor cannot tell the number.
+    """
+    supported_model(hf_config)
     vision = hf_config.vision_config
-    tokens: int = (vision.image_size // vision.patch_size) ** 2 + VISION_TOWERS[vision.model_type]
-    return tokens - 1 if hf_config.vision_feature_select_strategy == "default" else tokens
+    if hf_config.model_type == "llava" and vision.model_type in VISION_TOWERS:
+        # As in vLLM, the number follows from the configuration alone.
+        tokens: int = (vision.image_size // vision.patch_size) ** 2 + VISION_TOWERS[vision.model_type]
+        return tokens - 1 if hf_config.vision_feature_select_strategy == "default" else tokens
+    try:
+        from PIL import Image
+        from transformers import AutoProcessor
+
+        from vllm_vtw.search.data.prompts import Prompts
+
+        prompts = Prompts(AutoProcessor.from_pretrained(name), hf_config)
+        return prompts.withdrawn_tokens(Image.new("RGB", size))
+    except Exception as error:  # A processor may raise anything.
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"the model's processor cannot tell how many tokens an image has ({reason}): give --visual-tokens"
+        ) from error
 
 
 def describe(result: dict[str, Any]) -> str:

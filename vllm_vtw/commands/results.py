@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_vtw.config import SERVED_MODEL_TYPES
-
 
 def save_results(
     arguments: argparse.Namespace,
@@ -38,8 +36,7 @@ def save_results(
     file.unlink(missing_ok=True)
     if policy is not None:
         file.write_text(_json(policy) + "\n")
-        if result["model"]["model_type"] in SERVED_MODEL_TYPES:
-            command = serve_command(arguments.model, file)
+        command = serve_command(arguments.model, file)
     write_report(arguments, result, html(result, command), [*table, "", *result["notes"]])
     if not arguments.json:
         if policy is not None:

@@ -140,14 +140,14 @@ def _search(method: str, arguments: argparse.Namespace, prepare: Prepare) -> tup
     """Runs a search. Returns the content of `result.json`, and the policy."""
     from tqdm import tqdm
 
-    from vllm_vtw.search.model import MODEL_TYPES, HFModel
+    from vllm_vtw.search.model import HFModel
     from vllm_vtw.search.price import Price
     from vllm_vtw.search.reports.schedules import notes
     from vllm_vtw.search.schedules.baselines import baselines
     from vllm_vtw.search.schedules.sample_at_layer import divergence_by_task
     from vllm_vtw.search.schedules.schedule import keeps_by_layer
 
-    setup = SearchSetup.of(arguments, MODEL_TYPES)
+    setup = SearchSetup.of(arguments)
     num_layers = setup.shape.num_hidden_layers
     search = prepare(arguments, setup.settings)
     model = HFModel(arguments.model, setup.config, setup.placement)

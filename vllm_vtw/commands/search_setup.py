@@ -4,7 +4,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -200,12 +200,11 @@ class SearchSetup:
         return skip_messages(self.data.bad)
 
     @classmethod
-    def of(cls, arguments: argparse.Namespace, model_types: Sequence[str]) -> "SearchSetup":
+    def of(cls, arguments: argparse.Namespace) -> "SearchSetup":
         """Reads the data and the model's configuration, and reports bad samples on stderr.
 
         Args:
             arguments: The options of `add_options`.
-            model_types: Model types that the search supports.
 
         Raises:
             ValueError: The data cannot be read, an option is wrong, the model is not supported, or there are
@@ -221,7 +220,7 @@ class SearchSetup:
         except OSError as error:
             raise ValueError(f"--data {arguments.data}: {error.strerror or error}") from error
         config = read_config(arguments.model)
-        shape = supported_model(config, model_types)
+        shape = supported_model(config)
         placement = Placement.of(arguments.device, arguments.dtype, config)
         settings = {
             "checkpoint": arguments.model,

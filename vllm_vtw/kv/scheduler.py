@@ -33,6 +33,7 @@ class VTWScheduler(Scheduler):
     Attributes:
         withdrawal_policy: What is withdrawn. (`policy` is vLLM's scheduling policy.)
         align_to: As `request_retentions` takes it.
+        bridge: As `request_retentions` takes it.
         retentions: By request id, the retention of every stage past the first.
         awaiting_gates: Ids of requests that gates have yet to decide about.
         exits: By request id, what gates decided: the first stage that runs without the request's visual
@@ -56,6 +57,7 @@ class VTWScheduler(Scheduler):
         if self.withdrawal_policy.is_dynamic:
             refuse_unsupported_dynamic(vllm_config, self.withdrawal_policy)
         self.align_to = config.align_to(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
+        self.bridge = config.bridge
         self.retentions: dict[str, tuple[Retention, ...]] = {}
         StagedKVCacheManager.adopt(self.kv_cache_manager)
         self.stage_managers = self.kv_cache_manager.stage_managers
@@ -74,7 +76,11 @@ class VTWScheduler(Scheduler):
         # A session with streaming input adds its id again for every piece of the prompt.
         if request.request_id not in self.requests:
             retentions = request_retentions(
-                self.withdrawal_policy, request.mm_features, request.num_prompt_tokens, self.align_to
+                self.withdrawal_policy,
+                request.mm_features,
+                request.num_prompt_tokens,
+                self.align_to,
+                self.bridge,
             )
             self.retentions[request.request_id] = retentions
             if awaits_gates(retentions):

@@ -30,19 +30,22 @@ def log_startup(
     """
     policy, stages = config.policy, config.policy.stages
     budget = MultiModalBudget(vllm_config, MULTIMODAL_REGISTRY)
-    tokens = budget.mm_max_toks_per_item.get("image", 0)
+    largest = budget.mm_max_toks_per_item
+    is_video = "video" in largest and "image" not in largest
+    what, tokens = ("a video", largest["video"]) if is_video else ("an image", largest.get("image", 0))
     block_size = vllm_config.cache_config.block_size
     by_stage = visual_tokens_held(policy, 1, tokens, config.align_to(block_size))
     layer_token = kv_cache_config.kv_cache_groups[0].kv_cache_spec.page_size_bytes / block_size
     logger.info(
         "vtw: withdrawing %s of L = %d; KV cache groups: %s; "
-        "an image of %d tokens takes %s %.2f MiB of KV cache, %.2f MiB in stock vLLM%s",
+        "%s of %d tokens takes %s %.2f MiB of KV cache, %.2f MiB in stock vLLM%s",
         _withdrawal(config, groups.num_layers),
         groups.num_layers,
         " | ".join(
             " + ".join(_described(policy, group) for group in groups.groups if group.rank == rank)
             for rank in groups.ranks
         ),
+        what,
         tokens,
         "about" if policy.gate is None else "at least",
         groups.layer_tokens(by_stage) * layer_token / 2**20,
@@ -54,14 +57,15 @@ def log_startup(
             "vtw: with these layers, requests take as much memory as in stock vLLM, or more: "
             "`vtw plan MODEL --layer K` shows how much memory other layers take"
         )
-    if stages and len(groups.ranks) > 1:
+    if stages and tokens and len(groups.ranks) > 1:
         _log_better_partition(groups, by_stage, policy)
     if stages and config.align and by_stage[-1] > tokens / 2:
         logger.warning(
-            "vtw: with KV blocks of %d tokens, few of the %d tokens of an image are withdrawn, because only "
+            "vtw: with KV blocks of %d tokens, few of the %d tokens of %s are withdrawn, because only "
             'whole blocks are: use a smaller --block-size, or set "align": false',
             block_size,
             tokens,
+            what,
         )
 
 

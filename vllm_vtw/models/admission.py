@@ -77,7 +77,11 @@ def admission_processor(processor: Any) -> type[BaseMultiModalProcessor]:
             # The KV block size may not be known yet. Prompts whose retention depends on their end with whole
             # blocks are among those whose retention depends on it with `align_to=1`.
             retentions = request_retentions(
-                admission.policy, list(mm_features(processed["mm_placeholders"])), length, align_to=1
+                admission.policy,
+                list(mm_features(processed["mm_placeholders"])),
+                length,
+                align_to=1,
+                bridge=admission.bridge,
             )
             one_step = retentions[0].one_step
             if one_step is not None and one_step.stop - one_step.start > admission.max_step_tokens:

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """A decoder cut into one segment for each stage. Each segment computes the tokens that its stage retains."""
 
+import functools
 from bisect import bisect_right
 from dataclasses import replace
 from typing import Any
@@ -12,9 +13,10 @@ from vllm.distributed import get_pp_group
 from vllm.forward_context import BatchDescriptor, get_forward_context, override_forward_context
 from vllm.sequence import IntermediateTensors
 
+from vllm_vtw.families import DECODERS
 from vllm_vtw.models.gather_scatter import TokenStates
 from vllm_vtw.models.graph_inputs import GraphInputs
-from vllm_vtw.models.segment import Segment, compiled_segment
+from vllm_vtw.models.segment import Segment, attention_of, compiled_segment
 from vllm_vtw.policy import Policy
 from vllm_vtw.rankings import RANKINGS
 from vllm_vtw.startup import layer_groups
@@ -32,8 +34,7 @@ class StagedDecoder:
 
     Args:
         vllm_config: vLLM's configuration.
-        text_model: vLLM's `LlamaModel`, or a model with the same `embed_input_ids`, `layers`, `start_layer`,
-            `end_layer` and `norm`.
+        text_model: vLLM's text model, of a class in `DECODERS`.
         policy: What is withdrawn, and from which layers on.
         step: What the current step computes in each stage.
 
@@ -62,14 +63,28 @@ class StagedDecoder:
             groups = layer_groups(vllm_config, policy)
             for index, group in list(enumerate(groups.by_layer()))[start:end]:
                 if group.stage > 0 or group.pages > 1 or len(groups.ranks) > 1:
-                    StageAttention.adopt(text_model.layers[index].self_attn.attn, groups, group, step)
+                    StageAttention.adopt(attention_of(text_model.layers[index]), groups, group, step)
         if policy.ranking is not None:
             ranking = RANKINGS[policy.ranking]()
             for stage, border in enumerate(borders, 1):
-                attach_ranking(text_model.layers[border - 1].self_attn.attn, stage, step, ranking)
+                attach_ranking(attention_of(text_model.layers[border - 1]), stage, step, ranking)
         if policy.gate is not None:
             step.gates = Gates(policy, vllm_config.model_config.get_hidden_size(), step.device)
         self.graph_inputs = GraphInputs(vllm_config, step.device)
+
+    @classmethod
+    def replace(
+        cls, vllm_config: VllmConfig, text_model: Any, policy: Policy, step: CurrentStep
+    ) -> "StagedDecoder":
+        """Makes a staged decoder that runs whenever the text model is called.
+
+        The model around it goes on as in stock vLLM. The arguments are those of the class.
+        """
+        decoder = cls(vllm_config, text_model, policy, step)
+        vllm_model: Any = type(text_model)
+        text_model.__class__ = staged_text_model(vllm_model)
+        text_model.staged_decoder = decoder
+        return decoder
 
     def __call__(
         self,
@@ -113,7 +128,7 @@ class StagedDecoder:
                 stage, steps[stage], positions, states.hidden, states.residual
             )
 
-        states.scatter(len(positions), self.text_model.norm if self.is_last_rank else None)
+        states.scatter(positions.shape[-1], self.text_model.norm if self.is_last_rank else None)
         if self.is_last_rank:
             return states.hidden
         assert states.residual is not None
@@ -160,9 +175,9 @@ class StagedDecoder:
         size = rows if piecewise else None
         if kept is not None:
             # The batch may be too large for any graph, and its kept tokens few enough for one.
-            if piecewise or self.graph_inputs.size(len(positions)) is None:
+            if piecewise or self.graph_inputs.size(positions.shape[-1]) is None:
                 size = self.graph_inputs.size(rows)
-            positions = positions[kept]
+            positions = positions[..., kept]
         if size is not None:
             positions, hidden, residual = self.graph_inputs.write(size, positions, hidden, residual)
             context = replace(
@@ -181,3 +196,52 @@ class StagedDecoder:
         if context.attn_metadata is not None:
             own = self.step.slots.keys() & segment.layer_names
             context.slot_mapping.update({name: self.step.slots[name].view(num_tokens) for name in own})
+
+
+def find_text_model(language_model: Any) -> Any:
+    """Finds the text model whose layers are staged.
+
+    Args:
+        language_model: vLLM's language model, which contains it.
+
+    Raises:
+        ValueError: There is none of a supported class, or its layers attend over a sliding window.
+    """
+    supported = {f"vllm.model_executor.models.{name}" for name in DECODERS.values()}
+    found = [
+        module
+        for module in language_model.modules()
+        if f"{type(module).__module__}.{type(module).__qualname__}" in supported
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"--model-impl vtw does not support the text model {type(language_model).__name__}; supported "
+            f"are {', '.join(DECODERS)}: serve this model without --model-impl vtw"
+        )
+    (text_model,) = found
+    for layer in text_model.layers[text_model.start_layer : text_model.end_layer]:
+        if attention_of(layer).sliding_window is not None:
+            raise ValueError(
+                "--model-impl vtw does not support layers that attend over a sliding window, which would "
+                "count withdrawn tokens: serve this model without --model-impl vtw"
+            )
+    return text_model
+
+
+@functools.cache
+def staged_text_model(text_model: Any) -> type:
+    """A subclass of a vLLM text model that runs a staged decoder in place of its own layers."""
+
+    class StagedTextModel(text_model):
+        staged_decoder: StagedDecoder
+
+        def __call__(
+            self,
+            input_ids: torch.Tensor | None,
+            positions: torch.Tensor,
+            intermediate_tensors: IntermediateTensors | None = None,
+            inputs_embeds: torch.Tensor | None = None,
+        ) -> torch.Tensor | IntermediateTensors:
+            return self.staged_decoder(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    return StagedTextModel

@@ -10,12 +10,11 @@ from typing import Any
 from vllm.config import ModelConfig
 from vllm.model_executor.models import ModelRegistry
 
+from vllm_vtw.families import BY_ARCHITECTURE, refusal
+
 MODEL_IMPL = "vtw"
-MODELS = {
-    "LlavaForConditionalGeneration": "vllm_vtw.models.llava:VTWLlavaForConditionalGeneration",
-}
-"""By supported architecture, the model class. The registry lists it under the architecture's name with the
-prefix "VTW"."""
+PREFIX = "VTW"
+"""The registry lists the plugin's model class for an architecture under its name with this prefix."""
 TARGETS = ("inspect_model_cls", "resolve_model_cls")
 EXTENSION_POINT = "register_model_impl"
 EXPECTED_PARAMETERS = ["self", "architectures", "model_config"]
@@ -85,15 +84,12 @@ def _resolve(guard: Guard, architectures: str | list[str], model_config: ModelCo
     guard()
     architectures = [architectures] if isinstance(architectures, str) else architectures
     _register()
-    supported = [f"VTW{name}" for name in architectures if name in MODELS]
+    supported = [f"{PREFIX}{name}" for name in architectures if name in BY_ARCHITECTURE]
     if supported:
         return supported
-    if _is_inner_model(model_config) or any(name.removeprefix("VTW") in MODELS for name in architectures):
+    if _is_inner_model(model_config) or any(map(_is_ours, architectures)):
         return list(architectures)
-    raise ValueError(
-        f"--model-impl vtw does not support {', '.join(architectures)}; supported are {', '.join(MODELS)}. "
-        "Serve this model without --model-impl vtw"
-    )
+    raise ValueError(f"{refusal(architectures[0])}. Serve this model without --model-impl vtw")
 
 
 def _is_inner_model(model_config: ModelConfig) -> bool:
@@ -101,7 +97,12 @@ def _is_inner_model(model_config: ModelConfig) -> bool:
 
     The configuration is then a copy of the outer model's, which still names the outer model's architecture.
     """
-    return getattr(model_config, "_architecture", "").removeprefix("VTW") in MODELS
+    return _is_ours(getattr(model_config, "_architecture", ""))
+
+
+def _is_ours(architecture: str) -> bool:
+    """Whether an architecture has the name of one of the plugin's model classes."""
+    return architecture.removeprefix(PREFIX) in BY_ARCHITECTURE
 
 
 def _register() -> None:
@@ -109,7 +110,8 @@ def _register() -> None:
 
     from vllm_vtw.startup import VTWModelConfig
 
-    for name, location in MODELS.items():
-        if f"VTW{name}" not in ModelRegistry.models:
-            ModelRegistry.register_model(f"VTW{name}", location)
-            MODELS_CONFIG_MAP[f"VTW{name}"] = VTWModelConfig
+    for architecture in BY_ARCHITECTURE:
+        name = f"{PREFIX}{architecture}"
+        if name not in ModelRegistry.models:
+            ModelRegistry.register_model(name, f"vllm_vtw.models.served:{name}")
+            MODELS_CONFIG_MAP[name] = VTWModelConfig

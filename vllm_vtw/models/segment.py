@@ -10,6 +10,7 @@ from torch import nn
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
 
 
 class Segment(nn.Module):
@@ -30,7 +31,7 @@ class Segment(nn.Module):
         super().__init__()
         self.layers = layers
         self.final = [norm]
-        self.layer_names = [layer.self_attn.attn.layer_name for layer in layers]
+        self.layer_names = [attention_of(layer).layer_name for layer in layers]
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
@@ -38,7 +39,7 @@ class Segment(nn.Module):
         """Runs the layers.
 
         Args:
-            positions: Position ids, shape `(tokens,)`.
+            positions: Position ids, tokens in the last dimension.
             hidden_states: Hidden states, shape `(tokens, hidden_size)`.
             residual: The residual stream, same shape. None before layer 0.
 
@@ -50,6 +51,12 @@ class Segment(nn.Module):
         if self.final[0] is None:
             return hidden_states, residual
         return self.final[0](hidden_states, residual)[0], None
+
+
+def attention_of(layer: nn.Module) -> Attention:
+    """The attention of a decoder layer. Text models have different names for it."""
+    (attention,) = (module for module in layer.modules() if isinstance(module, Attention))
+    return attention
 
 
 def compiled_segment(
@@ -73,7 +80,7 @@ def compiled_segment(
     forward.__annotations__ = Segment.forward.__annotations__
     tokens = {0: "tokens"}
     compiled = support_torch_compile(
-        dynamic_arg_dims={"positions": tokens, "hidden_states": tokens, "residual": tokens}
+        dynamic_arg_dims={"positions": {-1: "tokens"}, "hidden_states": tokens, "residual": tokens}
     )(type(name, (Segment,), {"forward": forward}))
     with set_model_tag(name.lower()):
         return compiled(vllm_config=vllm_config, layers=layers, norm=norm)

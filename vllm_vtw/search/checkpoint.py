@@ -4,11 +4,11 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_vtw.config import TEXT_MODELS, ModelShape
+from vllm_vtw.config import ModelShape
+from vllm_vtw.families import BY_MODEL_TYPE, refusal, text_refusal
 
 # By `model_type` of the vision tower: the number of tokens per image in addition to one for each patch. CLIP
 # has a class token.
@@ -45,6 +45,30 @@ def read_config(name: str) -> Any:
         raise ValueError(f"{failed}: {type(error).__name__}: {_first_line(error)}") from error
 
 
+def read_config_dict(name: str) -> dict[str, Any]:
+    """Returns a checkpoint's configuration as a dict, with defaults filled in where transformers has them.
+
+    Args:
+        name: The checkpoint's name on the Hugging Face Hub, or its folder.
+
+    Raises:
+        ValueError: There is no configuration that can be read. The message is one line.
+    """
+    from transformers import PretrainedConfig
+
+    try:
+        config: dict[str, Any] = read_config(name).to_dict()
+    except ValueError:
+        # The configuration of a model whose code is on the Hub can be read, but has no class here.
+        try:
+            config, _ = PretrainedConfig.get_config_dict(name)
+        except Exception:
+            config = {}
+        if not config.get("auto_map"):
+            raise
+    return config
+
+
 def _where_not_found(error: Exception) -> str:
     """Says where a checkpoint's name was looked up, and what to give instead."""
     offline = [f"{name}={os.environ[name]}" for name in OFFLINE_VARIABLES if os.environ.get(name, "0") != "0"]
@@ -61,30 +85,23 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".")
 
 
-def supported_model(hf_config: Any, model_types: Sequence[str]) -> ModelShape:
-    """Returns the shape of a checkpoint's model, if the model is supported.
+def supported_model(hf_config: Any) -> ModelShape:
+    """Returns the shape of a checkpoint's model, if the model can be served.
 
     Args:
         hf_config: The checkpoint's transformers configuration.
-        model_types: The supported `model_type`s, with any text model of `TEXT_MODELS` and any vision tower of
-            `VISION_TOWERS`.
 
     Raises:
-        ValueError: The model is not supported.
+        ValueError: The model cannot be served.
     """
+    if hf_config.model_type not in BY_MODEL_TYPE:
+        architecture = (hf_config.architectures or [f"models of type {hf_config.model_type!r}"])[0]
+        raise ValueError(refusal(architecture))
     text = hf_config.get_text_config()
-    text_type = getattr(text, "model_type", None)
-    if hf_config.model_type not in model_types or text_type not in TEXT_MODELS:
-        raise ValueError(
-            f"the model is {hf_config.model_type!r} with the text model {text_type!r}; supported: "
-            f"{' or '.join(map(repr, model_types))} with the text model {' or '.join(map(repr, TEXT_MODELS))}"
-        )
-    tower = hf_config.vision_config.model_type
-    if tower not in VISION_TOWERS:
-        raise ValueError(f"the vision tower is {tower!r}; supported: {' or '.join(map(repr, VISION_TOWERS))}")
-    if getattr(text, "sliding_window", None) is not None:
-        raise ValueError("the text model attends over a sliding window, which --model-impl vtw refuses")
-    return ModelShape(hf_config.model_type, text_type, text.num_hidden_layers, text.hidden_size)
+    why_not = text_refusal(text.to_dict())
+    if why_not is not None:
+        raise ValueError(why_not)
+    return ModelShape(hf_config.model_type, text.model_type, text.num_hidden_layers, text.hidden_size)
 
 
 def revision(name: str) -> str:

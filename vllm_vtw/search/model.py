@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""Runs a LLaVA model on transformers, with visual tokens in all layers or withdrawn from layer K on."""
+"""Runs a model on transformers, with visual tokens in all layers or withdrawn from layer K on."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache, GenerationConfig
 
-from vllm_vtw.search.data.prompts import Prompts
+from vllm_vtw.search.data.prompts import ModelInputs, Prompts
 from vllm_vtw.search.data.sample import Sample
-
-MODEL_TYPES = ("llava", "llava_next")
 
 
 @dataclass
@@ -92,7 +90,7 @@ class Placement:
 
 
 class HFModel:
-    """A LLaVA checkpoint on transformers, with its processor.
+    """A checkpoint on transformers, with its processor.
 
     Args:
         name: The checkpoint's name on the Hugging Face Hub, or its folder.
@@ -105,6 +103,7 @@ class HFModel:
         prompts: Makes the model's inputs of samples.
         hf_model: The transformers model.
         decoder: The text model within `hf_model`.
+        head: What computes logits from the decoder's output.
         eos_token_ids: Ids of the tokens that end an answer.
 
     Raises:
@@ -123,7 +122,8 @@ class HFModel:
             raise ValueError(f"cannot load {name}: {error}") from error
         self.prompts = Prompts(self.processor, config)
         self.hf_model: Any = model.to(placement.device).eval()
-        self.decoder: Any = self.hf_model.model.language_model
+        self.decoder: Any = self.hf_model.get_decoder()
+        self.head: Any = self.hf_model.get_output_embeddings()
         # A checkpoint's own generation configuration may set a repetition penalty, for example. The tokens of
         # an answer would then not be the most likely ones by its logits.
         own = self.hf_model.generation_config
@@ -137,16 +137,17 @@ class HFModel:
         """The number of parameters of one decoder layer."""
         return sum(parameter.numel() for parameter in self.decoder.layers[0].parameters())
 
-    def encode(self, sample: Sample, max_tokens: int) -> Mapping[str, torch.Tensor]:
+    def encode(self, sample: Sample, max_tokens: int) -> ModelInputs:
         """Makes the model's inputs of a sample, on the model's device and in its data type.
 
         Arguments and errors are those of `Prompts.inputs`.
         """
-        inputs = self.prompts.inputs(sample, max_tokens)
-        return inputs.to(self.hf_model.device, self.hf_model.dtype)
+        tensors, is_visual = self.prompts.inputs(sample, max_tokens)
+        moved = tensors.to(self.hf_model.device, self.hf_model.dtype)
+        return ModelInputs(moved, is_visual.to(self.hf_model.device))
 
     @torch.inference_mode()
-    def answer(self, inputs: Mapping[str, torch.Tensor], max_tokens: int) -> FullAnswer:
+    def answer(self, inputs: ModelInputs, max_tokens: int) -> FullAnswer:
         """Answers a sample by greedy decoding with all visual tokens.
 
         Args:
@@ -157,15 +158,15 @@ class HFModel:
             ValueError: The model's logits are not finite.
         """
         out = self.hf_model.generate(
-            **inputs,
+            **inputs.tensors,
             do_sample=False,
             max_new_tokens=max_tokens,
             output_logits=True,
             output_hidden_states=True,
             return_dict_in_generate=True,
         )
-        prompt = inputs["input_ids"][0]
-        is_text = prompt != self.config.image_token_id
+        prompt = inputs.tensors["input_ids"][0]
+        is_text = ~inputs.is_visual
         is_text[-1] = True
         prompt_states, *answer_states = out.hidden_states
         states = [
@@ -218,7 +219,7 @@ class HFModel:
         # One by one, because with a large vocabulary the logits of all K together take gigabytes.
         for sequence in sequences:
             hidden = sequence[-len(answered.tokens) :]
-            yield self.hf_model.lm_head(self.decoder.norm(hidden)).float()
+            yield self.head(self.decoder.norm(hidden)).float()
 
     @torch.inference_mode()
     def withdrawn_answer(self, answered: FullAnswer, layer: int, max_tokens: int) -> list[int]:
@@ -250,7 +251,7 @@ class HFModel:
                     position_embeddings=rotary,
                     past_key_values=cache,
                 )
-            tokens.append(int(self.hf_model.lm_head(self.decoder.norm(hidden[0, -1])).argmax()))
+            tokens.append(int(self.head(self.decoder.norm(hidden[0, -1])).argmax()))
             if tokens[-1] in self.eos_token_ids or len(tokens) == max_tokens:
                 return tokens
             hidden = self.decoder.embed_tokens(torch.tensor([tokens[-1:]], device=hidden.device))

@@ -9,10 +9,9 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from vllm_vtw.search.data.prompts import ModelInputs
 from vllm_vtw.search.data.sample import BadSampleError, Sample, Skipped
 from vllm_vtw.search.model import HFModel
-
-Inputs = Mapping[str, torch.Tensor]
 
 
 class JournaledSample(Protocol):
@@ -26,12 +25,12 @@ class JournaledSample(Protocol):
 S = TypeVar("S", bound=JournaledSample)
 
 
-def inputs_digest(inputs: Inputs) -> str:
+def inputs_digest(inputs: ModelInputs) -> str:
     """The SHA-256 of a model's inputs, as hexadecimal digits."""
     digest = hashlib.sha256()
-    for name in sorted(inputs):
+    for name in sorted(inputs.tensors):
         # Converted to float32 because numpy has no bfloat16.
-        digest.update(inputs[name].to("cpu", torch.float32).numpy().tobytes())
+        digest.update(inputs.tensors[name].to("cpu", torch.float32).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -42,7 +41,7 @@ def evaluate_samples(
     max_tokens: int,
     known: Mapping[str, S],
     file: Path,
-    evaluate: Callable[[Sample, Inputs, str], S],
+    evaluate: Callable[[Sample, ModelInputs, str], S],
 ) -> Iterator[Skipped | S]:
     """Evaluates samples in their order until `limit` of them could be evaluated.
 

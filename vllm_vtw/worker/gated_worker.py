@@ -32,7 +32,7 @@ class GatedWorker(PlatformWorker):
 
     @property
     def _step(self) -> CurrentStep:
-        step: CurrentStep = self.model_runner.get_model().step
+        step: CurrentStep = self.model_runner.get_model().vtw_step
         return step
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:

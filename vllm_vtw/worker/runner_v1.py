@@ -119,7 +119,11 @@ class V1Batches:
             block_size = runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
             align_to = self.config.align_to(block_size)
             retentions = request_retentions(
-                self.config.policy, request.mm_features, request.num_prompt_tokens, align_to
+                self.config.policy,
+                request.mm_features,
+                request.num_prompt_tokens,
+                align_to,
+                self.config.bridge,
             )
             if req_id in self.step.known_exits:
                 retentions = after_exit(retentions, self.step.known_exits[req_id])

@@ -51,7 +51,7 @@ class VTWModelState(DefaultModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         self.config: VTWConfig = vtw_config(vllm_config)
-        self.step: CurrentStep = model.step
+        self.step: CurrentStep = model.vtw_step
         self.step.record_exits = self._record_exits
         self.tracked: dict[str, TrackedRequest] = {}
         self.req_ids: list[str] = []
@@ -66,7 +66,7 @@ class VTWModelState(DefaultModelState):
         super().add_request(req_index, new_req_data)
         req_id, prompt_len = new_req_data.req_id, new_req_data.prompt_len
         retentions = request_retentions(
-            self.config.policy, new_req_data.mm_features, prompt_len, self.align_to
+            self.config.policy, new_req_data.mm_features, prompt_len, self.align_to, self.config.bridge
         )
         if req_id in self.step.known_exits:
             retentions = after_exit(retentions, self.step.known_exits[req_id])

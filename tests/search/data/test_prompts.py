@@ -128,7 +128,7 @@ class VLLM:
 
 
 def of_ours(prompts: Prompts, sample: Sample) -> tuple[list[int], torch.Tensor]:
-    inputs = prompts.inputs(sample, 8)
+    inputs = prompts.inputs(sample, 8).tensors
     return inputs["input_ids"][0].tolist(), inputs["pixel_values"]
 
 

@@ -64,7 +64,7 @@ def test_what_gates_read_and_what_leaving_does(pictures, tmp_path, prompt):
     store = ExitStore(tmp_path / "out", {"layers": layers}, 64, with_answers=True, resume=False)
     (seen,) = collect_exits(loaded, [sample(PROMPTS[prompt], pictures)], 8, layers, tokens, store)
     assert isinstance(seen, SampleExits)
-    inputs = loaded.encode(sample(PROMPTS[prompt], pictures), tokens)
+    inputs = loaded.encode(sample(PROMPTS[prompt], pictures), tokens).tensors
     last_picture = int((inputs["input_ids"][0] == plain.config.image_token_id).nonzero().max())
     with torch.no_grad():
         states = plain(**inputs, output_hidden_states=True).hidden_states

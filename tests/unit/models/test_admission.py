@@ -48,7 +48,7 @@ class Processor(BaseMultiModalProcessor):
 
 def processed(cache: Cache, policy: Policy, *pictures: str, prompt: str = "text") -> dict[str, Any]:
     processor = object.__new__(admission_processor(Processor))
-    model_config = SimpleNamespace(**{ADMISSION: Admission(policy, STEP)})
+    model_config = SimpleNamespace(**{ADMISSION: Admission(policy, 0, STEP)})
     processor.info = SimpleNamespace(ctx=SimpleNamespace(model_config=model_config))
     items: Any = pictures
     return processor.apply(ProcessorInputs(prompt, items, cache=cache))

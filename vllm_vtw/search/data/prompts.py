@@ -3,10 +3,28 @@
 """Makes a model's inputs of samples, with the same token ids as in vLLM."""
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
+import torch
+from PIL import Image
+
+from vllm_vtw.families import BY_MODEL_TYPE
 from vllm_vtw.search.checkpoint import VISION_TOWERS
+from vllm_vtw.search.data.chats import PLACEHOLDER
 from vllm_vtw.search.data.sample import BadSampleError, Message, Sample
+
+
+class ModelInputs(NamedTuple):
+    """A model's inputs for one sample.
+
+    Attributes:
+        tensors: By name, the tensors that the transformers model takes, as a `BatchFeature`.
+        is_visual: Whether each token of the prompt is withdrawn with the images, shape `(prompt tokens,)`.
+    """
+
+    tensors: Any
+    is_visual: torch.Tensor
 
 
 class Prompts:
@@ -22,11 +40,15 @@ class Prompts:
     """
 
     def __init__(self, processor: Any, config: Any) -> None:
-        # vLLM reads these from the model's configuration. Old processors' configurations lack some of them.
-        processor.patch_size = config.vision_config.patch_size
-        processor.num_additional_image_tokens = VISION_TOWERS[config.vision_config.model_type]
-        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        if config.vision_config.model_type in VISION_TOWERS and hasattr(processor, "patch_size"):
+            # vLLM reads these from the model's configuration. Old processors' configurations lack some.
+            processor.patch_size = config.vision_config.patch_size
+            processor.num_additional_image_tokens = VISION_TOWERS[config.vision_config.model_type]
+            processor.vision_feature_select_strategy = config.vision_feature_select_strategy
         self.processor = processor
+        ids = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
+        self.visual_ids = torch.tensor([token for token in ids if token is not None])
+        self.bridge = BY_MODEL_TYPE[config.model_type].bridge
         self.max_model_len = config.get_text_config().max_position_embeddings
         self.template = processor.chat_template or processor.tokenizer.chat_template
         self.template_takes_parts = self._takes_parts()
@@ -54,6 +76,7 @@ class Prompts:
                 kind = "the model's chat template refuses the chat"
                 raise BadSampleError(f"{kind}: {error}", kind) from error
         token = self.processor.image_token
+        text = text.replace(PLACEHOLDER, token)
         if text.count(token) != len(sample.images):
             raise BadSampleError(
                 f"the prompt has {token} {text.count(token)} times, and the number of images is "
@@ -61,7 +84,7 @@ class Prompts:
             )
         return text
 
-    def inputs(self, sample: Sample, max_tokens: int) -> Any:
+    def inputs(self, sample: Sample, max_tokens: int) -> ModelInputs:
         """Makes the model's inputs of a sample, on the CPU.
 
         As in vLLM, the tokenizer adds special tokens such as BOS to a whole prompt, but not to the text that
@@ -86,7 +109,8 @@ class Prompts:
         except Exception as error:  # A processor may raise anything.
             kind = "the model's processor refuses the sample"
             raise BadSampleError(f"{kind}: {error}", kind) from error
-        prompt = inputs["input_ids"][0].tolist()
+        ids = inputs["input_ids"][0]
+        prompt = ids.tolist()
         if len(prompt) + max_tokens > self.max_model_len:
             raise BadSampleError(
                 f"a prompt of {len(prompt)} and an answer of up to {max_tokens} tokens are together longer "
@@ -94,7 +118,34 @@ class Prompts:
                 "too long",
             )
         self._note_first_token(prompt, is_whole)
-        return inputs
+        return ModelInputs(inputs, self._is_visual(ids, images))
+
+    def _is_visual(self, ids: torch.Tensor, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Whether each token of a prompt is withdrawn with the images, as in the engine."""
+        is_visual = torch.isin(ids, self.visual_ids)
+        if self.bridge:
+            positions = is_visual.nonzero()[:, 0].tolist()
+            for image in images:
+                count = self._visual_tokens(image)
+                for left, right in pairwise(positions[:count]):
+                    if right - left - 1 <= self.bridge:
+                        is_visual[left:right] = True
+                positions = positions[count:]
+        return is_visual
+
+    def _visual_tokens(self, image: Image.Image) -> int:
+        """The number of visual tokens of an image."""
+        return int(torch.isin(self._image_alone(image), self.visual_ids).sum())
+
+    def withdrawn_tokens(self, image: Image.Image) -> int:
+        """The number of tokens that are withdrawn with an image."""
+        return int(self._is_visual(self._image_alone(image), [image]).sum())
+
+    def _image_alone(self, image: Image.Image) -> torch.Tensor:
+        """The token ids of a prompt that is an image."""
+        text = self.processor.image_token
+        ids: torch.Tensor = self.processor(images=[image], text=text, return_tensors="pt")["input_ids"][0]
+        return ids
 
     def _rendered(self, messages: Sequence[Message]) -> str:
         rendered: str = self.processor.tokenizer.apply_chat_template(

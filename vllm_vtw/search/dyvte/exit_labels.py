@@ -13,10 +13,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from vllm_vtw.gates import gate_features
+from vllm_vtw.search.data.prompts import ModelInputs
 from vllm_vtw.search.data.sample import BadSampleError, Sample, Skipped
 from vllm_vtw.search.journal import Journal
 from vllm_vtw.search.model import FullAnswer, HFModel
-from vllm_vtw.search.resume import Inputs, evaluate_samples
+from vllm_vtw.search.resume import evaluate_samples
 
 AGREEMENT, MOST_LOSS = 0.99, 1.03
 """As published: the share of answer tokens that have to stay the same, and the largest ratio of losses."""
@@ -160,8 +161,8 @@ def collect_exits(
             another image or prompt when it was stored.
     """
 
-    def evaluate(sample: Sample, inputs: Inputs, digest: str) -> SampleExits:
-        text_start = _text_start(model, inputs)
+    def evaluate(sample: Sample, inputs: ModelInputs, digest: str) -> SampleExits:
+        text_start = _text_start(inputs)
         answered = model.answer(inputs, max_tokens)
         exits = _sample_exits(model, sample, digest, answered, layers, max_tokens, store.with_answers)
         store.add(exits, _features(answered, layers, text_start))
@@ -170,15 +171,14 @@ def collect_exits(
     yield from evaluate_samples(model, samples, limit, max_tokens, store.seen, store.journal.file, evaluate)
 
 
-def _text_start(model: HFModel, inputs: Inputs) -> int:
+def _text_start(inputs: ModelInputs) -> int:
     """The position at which the text after a prompt's last image begins.
 
     Raises:
         BadSampleError: There are fewer than two tokens of text, which is too few for a gate.
     """
-    prompt = inputs["input_ids"][0]
-    start = int((prompt == model.config.image_token_id).nonzero()[-1]) + 1
-    if len(prompt) - start < 2:
+    start = int(inputs.is_visual.nonzero()[-1]) + 1
+    if len(inputs.is_visual) - start < 2:
         raise BadSampleError(
             "gates read the text after the last image and need at least two tokens of it: put text there"
         )

@@ -6,8 +6,6 @@ from collections.abc import Collection
 from math import ceil
 from typing import Any
 
-from vllm_vtw.config import SERVED_MODEL_TYPES
-
 
 def data_notes(
     result: dict[str, Any], most: float | None, tasks_without_sample: Collection[str]
@@ -37,6 +35,4 @@ def data_notes(
     cut = [f"{task} ({n['cut']} of {n['samples']})" for task, n in result["tasks"].items() if n["cut"]]
     if cut:
         said.append(f"Answers cut at --max-tokens {result['made']['max_tokens']}: {', '.join(cut)}.")
-    if result["model"]["model_type"] not in SERVED_MODEL_TYPES:
-        said.append(f"This version of --model-impl vtw does not serve {result['model']['model_type']} yet.")
     return said

@@ -12,11 +12,12 @@ import numpy as np
 
 from vllm_vtw.config import ModelShape
 from vllm_vtw.policy import Policy
+from vllm_vtw.search.data.prompts import ModelInputs
 from vllm_vtw.search.data.sample import Sample, Skipped
 from vllm_vtw.search.divergence import AnswerDivergence, TaskDivergence
 from vllm_vtw.search.model import HFModel
 from vllm_vtw.search.price import STOCK, Price, RequestTokens
-from vllm_vtw.search.resume import Inputs, evaluate_samples
+from vllm_vtw.search.resume import evaluate_samples
 from vllm_vtw.search.vtw.calibration_journal import CalibrationJournal, CalibrationSettings, MeasuredSample
 from vllm_vtw.search.vtw.criteria import answer_layer, first_token_layer
 
@@ -45,7 +46,7 @@ def measure(
             another image or prompt when it was measured.
     """
 
-    def evaluate(sample: Sample, inputs: Inputs, digest: str) -> MeasuredSample:
+    def evaluate(sample: Sample, inputs: ModelInputs, digest: str) -> MeasuredSample:
         measured = _measure_sample(model, sample, inputs, digest, settings)
         journal.add(measured)
         return measured
@@ -55,7 +56,7 @@ def measure(
 
 
 def _measure_sample(
-    model: HFModel, sample: Sample, inputs: Inputs, digest: str, settings: CalibrationSettings
+    model: HFModel, sample: Sample, inputs: ModelInputs, digest: str, settings: CalibrationSettings
 ) -> MeasuredSample:
     answered = model.answer(inputs, settings.max_tokens)
     return MeasuredSample(

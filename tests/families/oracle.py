@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
+"""The oracle of all families: transformers up to the decoder, then a loop over its layers that drops tokens.
+
+It shares no code with the package. What is visual it sees from token ids.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+
+class DecoderReachedError(Exception):
+    """Ends a forward pass of the whole model once the decoder has got its inputs."""
+
+
+@dataclass
+class Encoded:
+    """A prompt as the decoder gets it.
+
+    Attributes:
+        ids: The token ids.
+        embeds: The embeddings of text and visual tokens, shape `(tokens, hidden_size)`.
+        visual: The positions of visual tokens.
+        items: For each image in turn, then each video, the number of its visual tokens.
+        images: The number of images.
+    """
+
+    ids: list[int]
+    embeds: torch.Tensor
+    visual: list[int]
+    items: list[int]
+    images: int
+
+    def leaving(self, bridge: int, block_size: int) -> set[int]:
+        """The positions that leave: visual ones, and short gaps within an image.
+
+        The prompt's last token stays. Where `block_size` is more than 1, only whole blocks leave.
+        """
+        gone = set(self.visual)
+        start = 0
+        for number, size in enumerate(self.items):
+            mine = self.visual[start : start + size]
+            start += size
+            if number < self.images:
+                for left, right in pairwise(mine):
+                    if right - left - 1 <= bridge:
+                        gone.update(range(left, right))
+        gone.discard(len(self.ids) - 1)
+        blocks = (range(at, at + block_size) for at in range(0, len(self.ids), block_size))
+        return {position for block in blocks if gone.issuperset(block) for position in block}
+
+
+def _known(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers takes of a video's metadata."""
+    return {key: value for key, value in metadata.items() if key != "do_sample_frames"}
+
+
+class FamilyOracle:
+    """A float32 model of any family on transformers.
+
+    Args:
+        folder: The checkpoint. If transformers lacks the model, its twin is in the folder `twin` within it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if (folder / "twin").exists():
+            folder /= "twin"
+        self.model = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        self.processor = AutoProcessor.from_pretrained(folder)
+        self.decoder: Any = self.model.get_decoder()
+        config = self.model.config
+        self.visual_ids = {
+            getattr(config, name)
+            for name in ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+            if getattr(config, name, None) is not None
+        }
+
+    def encode(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Encoded:
+        """Runs the processor and everything before the decoder.
+
+        Args:
+            text: The prompt, with one placeholder for each image and video.
+            images: PIL images.
+            videos: For each video its frames and their metadata.
+        """
+        given: dict[str, Any] = {"text": text, "return_tensors": "pt"}
+        if images:
+            given["images"] = list(images)
+        if videos:
+            given |= {
+                "videos": [frames for frames, _ in videos],
+                "video_metadata": [_known(metadata) for _, metadata in videos],
+                "do_sample_frames": False,
+            }
+        inputs = self.processor(**given)
+        ids = inputs["input_ids"][0].tolist()
+        embeds = self._decoder_inputs(inputs)
+        visual = [position for position, token in enumerate(ids) if token in self.visual_ids]
+        alone = [self._visual_tokens(inputs, number, len(images)) for number in range(len(images))]
+        items = [*alone, *([len(visual) - sum(alone)] if videos else [])]
+        assert sum(items) == len(visual)
+        return Encoded(ids, embeds, visual, items, len(images))
+
+    def _visual_tokens(self, inputs: Mapping[str, Any], number: int, images: int) -> int:
+        """The number of visual tokens of an image. All images of these tests are of one size."""
+        count = sum(token == self._image_id() for token in inputs["input_ids"][0].tolist())
+        assert count % images == 0
+        return count // images
+
+    def _image_id(self) -> int:
+        config = self.model.config
+        return int(getattr(config, "image_token_id", None) or config.image_token_index)
+
+    def _decoder_inputs(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        caught: dict[str, Any] = {}
+
+        def catch(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            caught.update(kwargs)
+            raise DecoderReachedError
+
+        hook = self.decoder.register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                self.model(**inputs)
+        except DecoderReachedError:
+            pass
+        finally:
+            hook.remove()
+        embeds = caught["inputs_embeds"]
+        assert embeds is not None
+        return embeds[0]
+
+    @torch.no_grad()
+    def logits(self, encoded: Encoded, answer: Sequence[int], layer: int, leaving: set[int]) -> torch.Tensor:
+        """Logits of the prompt's last token and of each token of an answer but the last.
+
+        Args:
+            encoded: The prompt.
+            answer: Token ids of the answer.
+            layer: The layer before which positions leave.
+            leaving: These positions.
+        """
+        told = self.decoder.embed_tokens(torch.tensor(answer[:-1], dtype=torch.long))
+        hidden = torch.cat([encoded.embeds, told])
+        positions = torch.arange(len(hidden))
+        kept = torch.tensor([position not in leaving for position in range(len(hidden))])
+        for index, block in enumerate(self.decoder.layers):
+            if index == layer:
+                hidden, positions = hidden[kept], positions[kept]
+            mask = torch.full((len(hidden), len(hidden)), float("-inf")).triu(1)
+            out = block(
+                hidden[None],
+                attention_mask=mask[None, None],
+                position_ids=positions[None],
+                position_embeddings=self.decoder.rotary_emb(hidden[None], positions[None]),
+            )
+            hidden = (out[0] if isinstance(out, tuple) else out)[0]
+        return self.model.lm_head(self.decoder.norm(hidden[-len(answer) :]))

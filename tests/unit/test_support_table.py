@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
+"""README's table of models is the one that the plugin uses, and tests keep what it promises."""
+
+from pathlib import Path
+
+import pytest
+from vllm.model_executor.models import ModelRegistry
+
+from tests.families.checkpoints import CHECKPOINTS
+from tests.families.test_families import FAMILIES as TESTED
+from tools.support_table import table
+from vllm_vtw.families import BY_MODEL_TYPE, FAMILIES, WHY_NOT, refusal
+
+
+def test_readme_has_the_table():
+    readme = Path(__file__).parents[2] / "README.md"
+    assert table() in readme.read_text(encoding="utf-8")
+
+
+def test_families_that_are_said_to_be_tested_are():
+    named = {"llava_over_pixtral": "llava"}
+    tested = {named.get(name, name) for name in TESTED}
+    assert CHECKPOINTS.keys() == TESTED.keys()
+    assert {family.model_type for family in FAMILIES if family.is_tested} == tested
+    for name, family in TESTED.items():
+        assert family.bridge == BY_MODEL_TYPE[named.get(name, name)].bridge
+
+
+@pytest.mark.parametrize("architecture", [*(family.architecture for family in FAMILIES), *WHY_NOT])
+def test_vllm_has_these_architectures(architecture):
+    assert architecture in ModelRegistry.models
+    assert (refusal(architecture) is None) == (architecture not in WHY_NOT)

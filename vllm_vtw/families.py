@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
+"""The model families that can be served. A new family of the same shape is a line in a table."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Family:
+    """Checkpoints of one vLLM model class.
+
+    Attributes:
+        name: What people call the family.
+        model_type: The `model_type` of the checkpoints' configurations.
+        architecture: vLLM's model class.
+        bridge: The largest number of text tokens between two runs of visual tokens of one image that are
+            withdrawn together with them. For example, Pixtral has one `[IMG_BREAK]` after each row of an
+            image.
+        video: How the visual tokens of a video lie in the prompt. Empty if vLLM takes no videos.
+        hub: Names on the Hugging Face Hub of checkpoints that are meant to work.
+        is_tested: Whether answers of a small checkpoint of the family are tested against transformers.
+    """
+
+    name: str
+    model_type: str
+    architecture: str
+    bridge: int = 0
+    video: str = ""
+    hub: tuple[str, ...] = ()
+    is_tested: bool = True
+
+
+ONE_RUN = "one run"
+FRAMES = "a run for each frame; timestamps stay"
+
+FAMILIES = (
+    Family(
+        "LLaVA-1.5; Pixtral in transformers' format",
+        "llava",
+        "LlavaForConditionalGeneration",
+        bridge=1,
+        hub=("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf", "mistral-community/pixtral-12b"),
+    ),
+    Family(
+        "LLaVA-NeXT",
+        "llava_next",
+        "LlavaNextForConditionalGeneration",
+        hub=("llava-hf/llava-v1.6-vicuna-7b-hf", "llava-hf/llava-v1.6-mistral-7b-hf"),
+    ),
+    Family(
+        "LLaVA-NeXT-Video",
+        "llava_next_video",
+        "LlavaNextVideoForConditionalGeneration",
+        video=ONE_RUN,
+        hub=("llava-hf/LLaVA-NeXT-Video-7B-hf",),
+    ),
+    Family(
+        "LLaVA-OneVision",
+        "llava_onevision",
+        "LlavaOnevisionForConditionalGeneration",
+        video=ONE_RUN,
+        hub=("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "llava-hf/llava-onevision-qwen2-7b-ov-hf"),
+    ),
+    Family(
+        "LLaVA-OneVision-2",
+        "llava_onevision2",
+        "LlavaOnevision2ForConditionalGeneration",
+        video=FRAMES,
+        is_tested=False,
+    ),
+    Family(
+        "InternVL 2 to 3.5, with code from the Hub",
+        "internvl_chat",
+        "InternVLChatModel",
+        video=FRAMES,
+        hub=("OpenGVLab/InternVL2-8B", "OpenGVLab/InternVL2_5-8B", "OpenGVLab/InternVL3-8B"),
+    ),
+    Family(
+        "InternVL 3 and 3.5 in transformers' format",
+        "internvl",
+        "InternVLForConditionalGeneration",
+        video=FRAMES,
+        hub=("OpenGVLab/InternVL3-8B-hf", "OpenGVLab/InternVL3_5-8B-HF"),
+    ),
+    Family(
+        "Mistral-Small-3",
+        "mistral3",
+        "Mistral3ForConditionalGeneration",
+        bridge=1,
+        hub=("mistralai/Mistral-Small-3.1-24B-Instruct-2503",),
+    ),
+    Family(
+        "Pixtral and Mistral-Small-3 in Mistral's format",
+        "pixtral",
+        "PixtralForConditionalGeneration",
+        bridge=1,
+        hub=("mistralai/Pixtral-12B-2409",),
+        is_tested=False,
+    ),
+    Family(
+        "SmolVLM",
+        "smolvlm",
+        "SmolVLMForConditionalGeneration",
+        bridge=5,
+        hub=("HuggingFaceTB/SmolVLM2-2.2B-Instruct",),
+    ),
+    Family(
+        "Idefics3",
+        "idefics3",
+        "Idefics3ForConditionalGeneration",
+        bridge=5,
+        hub=("HuggingFaceM4/Idefics3-8B-Llama3", "HuggingFaceTB/SmolVLM-Instruct"),
+    ),
+    Family(
+        "Eagle 2.5",
+        "eagle_2_5_vl",
+        "Eagle2_5_VLForConditionalGeneration",
+        hub=("nvidia/Eagle2.5-8B",),
+        is_tested=False,
+    ),
+)
+
+BY_MODEL_TYPE = {family.model_type: family for family in FAMILIES}
+BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES}
+
+DECODERS = {
+    "llama": "llama.LlamaModel",
+    "mistral": "mistral.MistralModel",
+    "qwen2": "qwen2.Qwen2Model",
+    "qwen3": "qwen3.Qwen3Model",
+    "qwen3_moe": "qwen3_moe.Qwen3MoeModel",
+    "internlm2": "internlm2.InternLM2Model",
+    "transformer": "mistral.MistralModel",  # in Mistral's own format
+}
+"""By `model_type` of the text model: vLLM's decoder class, within `vllm.model_executor.models`.
+
+These classes only embed tokens, call `layer(positions, hidden_states, residual)` for each layer and apply
+`norm(hidden_states, residual)`, which the plugin does in their place. A class that does more, such as
+Granite's, which scales embeddings, would be served wrongly and may not stand here.
+"""
+
+WHY_NOT = {
+    "Gemma3ForConditionalGeneration": "its layers have sliding windows, and images attend in both directions",
+    "KimiVLForConditionalGeneration": "its attention is MLA, whose KV cache has another layout",
+    "DeepseekVLV2ForCausalLM": "its attention is MLA, whose KV cache has another layout",
+    "MiniCPMV": "vLLM's class returns one of several other classes",
+    "MiniCPMV4_6ForConditionalGeneration": "its decoder has recurrent layers, which hold no KV blocks",
+    "MiniCPMV4_7ForConditionalGeneration": "its decoder has recurrent layers, which hold no KV blocks",
+    "Qwen3_5ForConditionalGeneration": "its decoder has recurrent layers, which hold no KV blocks",
+    "Qwen3_5MoeForConditionalGeneration": "its decoder has recurrent layers, which hold no KV blocks",
+    "MolmoForCausalLM": "its images are short rows of tokens, and vLLM calls its layers differently",
+    "GLM4VForCausalLM": "vLLM calls its layers differently",
+}
+"""By architecture: the reason why a well-known model cannot be served."""
+
+
+def refusal(architecture: str) -> str | None:
+    """The reason why a model cannot be served, as a sentence without a full stop. None if it can.
+
+    Args:
+        architecture: A name in `architectures` of the checkpoint's configuration.
+    """
+    if architecture in BY_ARCHITECTURE:
+        return None
+    why = WHY_NOT.get(architecture, f"supported are {', '.join(BY_ARCHITECTURE)}")
+    return f"--model-impl vtw does not support {architecture}: {why}"
+
+
+def text_refusal(text: Mapping[str, Any]) -> str | None:
+    """The reason why a text model cannot be served, as a sentence without a full stop. None if it can.
+
+    Args:
+        text: The text model's configuration.
+    """
+    model_type = text.get("model_type")
+    if model_type not in DECODERS:
+        return f"the text model is {model_type!r}; supported are {', '.join(DECODERS)}"
+    # Qwen2's configuration has the size of a window that it does not use.
+    if text.get("sliding_window") is not None and text.get("use_sliding_window") is not False:
+        return "the text model attends over a sliding window, which would count withdrawn tokens"
+    return None
