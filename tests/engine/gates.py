@@ -75,7 +75,11 @@ def gated(
     save_file(tensors, folder / "gates.safetensors")
     content = {
         "format": "vllm-vtw-policy/1",
-        "model": {"model_type": "llava", "num_hidden_layers": model.layers, "hidden_size": model.hidden},
+        "model": {
+            "model_type": model.model_type,
+            "num_hidden_layers": model.layers,
+            "hidden_size": model.hidden,
+        },
         "stages": [{"layer": layer, "keep": 0} for layer in weights],
         "ranking": None,
         "gate": {

@@ -46,7 +46,7 @@ SCHEDULES: dict[str, Schedule] = {
 
 def policy(schedule: Schedule, model: SmallLlava = MODEL) -> dict[str, Any]:
     """Options of an engine under a schedule."""
-    shape = {"model_type": "llava", "num_hidden_layers": model.layers, "hidden_size": model.hidden}
+    shape = {"model_type": model.model_type, "num_hidden_layers": model.layers, "hidden_size": model.hidden}
     stages = tuple(Stage(layer, keep) for layer, keep in schedule.items())
     return Policy(stages).to_json(shape)
 

@@ -7,6 +7,7 @@ It shares no code with the package. What is visual it sees from token ids.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Decimal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -104,20 +105,15 @@ class FamilyOracle:
         ids = inputs["input_ids"][0].tolist()
         embeds = self._decoder_inputs(inputs)
         visual = [position for position, token in enumerate(ids) if token in self.visual_ids]
-        alone = [self._visual_tokens(inputs, number, len(images)) for number in range(len(images))]
+        alone = [self._visual_tokens(image) for image in images]
         items = [*alone, *([len(visual) - sum(alone)] if videos else [])]
         assert sum(items) == len(visual)
         return Encoded(ids, embeds, visual, items, len(images))
 
-    def _visual_tokens(self, inputs: Mapping[str, Any], number: int, images: int) -> int:
-        """The number of visual tokens of an image. All images of these tests are of one size."""
-        count = sum(token == self._image_id() for token in inputs["input_ids"][0].tolist())
-        assert count % images == 0
-        return count // images
-
-    def _image_id(self) -> int:
-        config = self.model.config
-        return int(getattr(config, "image_token_id", None) or config.image_token_index)
+    def _visual_tokens(self, image: Any) -> int:
+        """The number of visual tokens of an image."""
+        alone = self.processor(images=[image], text=self.processor.image_token, return_tensors="pt")
+        return sum(token in self.visual_ids for token in alone["input_ids"][0].tolist())
 
     def _decoder_inputs(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         caught: dict[str, Any] = {}
@@ -148,19 +144,78 @@ class FamilyOracle:
             layer: The layer before which positions leave.
             leaving: These positions.
         """
-        told = self.decoder.embed_tokens(torch.tensor(answer[:-1], dtype=torch.long))
-        hidden = torch.cat([encoded.embeds, told])
+        hidden = self._embedded(encoded, answer)
         positions = torch.arange(len(hidden))
         kept = torch.tensor([position not in leaving for position in range(len(hidden))])
-        for index, block in enumerate(self.decoder.layers):
+        for index in range(len(self.decoder.layers)):
             if index == layer:
                 hidden, positions = hidden[kept], positions[kept]
-            mask = torch.full((len(hidden), len(hidden)), float("-inf")).triu(1)
-            out = block(
-                hidden[None],
-                attention_mask=mask[None, None],
-                position_ids=positions[None],
-                position_embeddings=self.decoder.rotary_emb(hidden[None], positions[None]),
-            )
-            hidden = (out[0] if isinstance(out, tuple) else out)[0]
+            hidden, _ = self._layer(index, hidden, positions)
         return self.model.lm_head(self.decoder.norm(hidden[-len(answer) :]))
+
+    @torch.no_grad()
+    def ranked_logits(
+        self, encoded: Encoded, answer: Sequence[int], schedule: Mapping[int, float], leaving: set[int]
+    ) -> torch.Tensor:
+        """The same under a schedule that ranks by what the prompt's last token attends to.
+
+        Args:
+            encoded: The prompt.
+            answer: Token ids of the answer.
+            schedule: By layer, the fraction of the positions in `leaving` that goes on from there.
+            leaving: The positions that may leave.
+        """
+        last, everything, candidates = len(encoded.ids) - 1, len(leaving), sorted(leaving)
+        hidden, weights = self._embedded(encoded, answer), torch.empty(0)
+        here = list(range(len(hidden)))
+        for index in range(len(self.decoder.layers)):
+            if index in schedule:
+                stay = int((Decimal(str(schedule[index])) * everything).to_integral_value(ROUND_CEILING))
+                got = dict(zip(here, weights[:, here.index(last)].mean(0).tolist(), strict=True))
+                candidates.sort(key=lambda position: (-got[position], position))
+                gone = set(candidates[stay:])
+                candidates = candidates[:stay]
+                hidden = hidden[[position not in gone for position in here]]
+                here = [position for position in here if position not in gone]
+            hidden, weights = self._layer(index, hidden, torch.tensor(here))
+        return self.model.lm_head(self.decoder.norm(hidden[-len(answer) :]))
+
+    @torch.no_grad()
+    def margins(
+        self, encoded: Encoded, gates: Mapping[int, tuple[torch.Tensor, torch.Tensor]]
+    ) -> dict[int, float]:
+        """By layer: by how much its gate is for withdrawing there, after layers that had all tokens.
+
+        Args:
+            encoded: The prompt, with text behind its last image.
+            gates: By layer, the weights of the gate's first map and of its second.
+        """
+        hidden, found = encoded.embeds, {}
+        for index in range(len(self.decoder.layers)):
+            if index in gates:
+                first, second = gates[index]
+                others, last = hidden[max(encoded.visual) + 1 : -1], hidden[-1]
+                stay, leave = second @ torch.nn.functional.gelu(first @ torch.cat([others.mean(0), last]))
+                found[index] = float(leave - stay)
+            hidden, _ = self._layer(index, hidden, torch.arange(len(hidden)))
+        return found
+
+    def _embedded(self, encoded: Encoded, answer: Sequence[int]) -> torch.Tensor:
+        told = self.decoder.embed_tokens(torch.tensor(answer[:-1], dtype=torch.long))
+        return torch.cat([encoded.embeds, told])
+
+    def _layer(
+        self, index: int, hidden: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's output, and its attention weights, shape `(heads, tokens, tokens)`."""
+        block, seen = self.decoder.layers[index], []
+        mask = torch.full((len(hidden), len(hidden)), float("-inf")).triu(1)
+        hook = block.self_attn.register_forward_hook(lambda module, args, output: seen.append(output[1][0]))
+        out = block(
+            hidden[None],
+            attention_mask=mask[None, None],
+            position_ids=positions[None],
+            position_embeddings=self.decoder.rotary_emb(hidden[None], positions[None]),
+        )
+        hook.remove()
+        return (out[0] if isinstance(out, tuple) else out)[0], seen[0]

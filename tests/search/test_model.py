@@ -54,16 +54,16 @@ def test_every_k_is_what_the_whole_model_gives(llava, pictures, model_type, back
     ).eval()
     inputs = loaded.encode(sample(prompt, pictures), ANSWER)
     answered = loaded.answer(inputs, ANSWER)
-    full = plain_logits(plain, inputs, answered.tokens, 7)
+    full = plain_logits(plain, inputs.tensors, answered.tokens, 7)
     assert full.argmax(-1).tolist() == answered.tokens
-    visual = int((inputs["input_ids"] == plain.config.image_token_index).sum())
+    visual = int((inputs.tensors["input_ids"] == plain.config.image_token_index).sum())
     assert visual >= 16 * prompt.count("<image>")
     assert answered.visual_tokens == visual - prompt.endswith("<image>")
-    assert answered.text_tokens + answered.visual_tokens == inputs["input_ids"].shape[1]
+    assert answered.text_tokens + answered.visual_tokens == inputs.tensors["input_ids"].shape[1]
     layers = list(range(1, 7))
     first_kl, wanted_kl = {}, {}
     for layer, logits in zip(layers, loaded.withdrawn_logits(answered, layers), strict=True):
-        wanted = plain_logits(plain, inputs, answered.tokens, layer)
+        wanted = plain_logits(plain, inputs.tensors, answered.tokens, layer)
         torch.testing.assert_close(logits, wanted, atol=2e-4, rtol=2e-4)
         found = AnswerDivergence.between(answered.logits, logits)
         first_kl[layer], wanted_kl[layer] = found.first_token_kl, published_kl(full, wanted)
@@ -103,8 +103,8 @@ def test_the_search_computes_a_fifth_of_the_plain_one_at_most(llava, pictures):
     loaded = llava(SmallLlava(layers=32, image_side=24, hidden=32))
     prompt = "<image>\n" + "Tell me about mountains, clouds. " * 6
     inputs = loaded.encode(sample(prompt, pictures), 1)
-    visual = int((inputs["input_ids"] == loaded.config.image_token_index).sum())
-    assert (visual, inputs["input_ids"].shape[1] // 10) == (576, 64)
+    visual = int((inputs.tensors["input_ids"] == loaded.config.image_token_index).sum())
+    assert (visual, inputs.tensors["input_ids"].shape[1] // 10) == (576, 64)
     rows = 0
 
     def count(layer, args, states):
@@ -117,7 +117,7 @@ def test_the_search_computes_a_fifth_of_the_plain_one_at_most(llava, pictures):
     ours = list(loaded.withdrawn_logits(answered, layers))
     rows, ours_rows = 0, rows
     for layer, logits in zip([*layers, 32], [*ours, answered.logits], strict=True):
-        wanted = plain_logits(loaded.hf_model, inputs, answered.tokens, layer)
+        wanted = plain_logits(loaded.hf_model, inputs.tensors, answered.tokens, layer)
         torch.testing.assert_close(logits, wanted, atol=1e-3, rtol=1e-3)
     for hook in hooks:
         hook.remove()

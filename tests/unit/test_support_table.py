@@ -8,7 +8,7 @@ import pytest
 from vllm.model_executor.models import ModelRegistry
 
 from tests.families.checkpoints import CHECKPOINTS
-from tests.families.test_families import FAMILIES as TESTED
+from tests.families.requests import FAMILIES as TESTED
 from tools.support_table import table
 from vllm_vtw.families import BY_MODEL_TYPE, FAMILIES, WHY_NOT, refusal
 

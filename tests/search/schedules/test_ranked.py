@@ -44,7 +44,7 @@ def test_ranked_layers_are_what_the_plain_model_gives(llava, pictures, backbone,
     asked = SampleAtLayer.of(loaded, "all", answered)
     for keeps in KEEPS:
         ours = answer_logits(loaded, asked.run_layers(loaded, 0, keeps).rows)
-        wanted = plain_ranked_logits(plain, inputs, answered.tokens, keeps)
+        wanted = plain_ranked_logits(plain, inputs.tensors, answered.tokens, keeps)
         torch.testing.assert_close(ours, wanted, atol=2e-4, rtol=2e-4)
         # Some of the way first, the rest later: the same.
         halfway = asked.run_layers(loaded, 0, keeps[:2]).run_layers(loaded, 2, keeps[2:])

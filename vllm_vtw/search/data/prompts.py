@@ -40,7 +40,7 @@ class Prompts:
     """
 
     def __init__(self, processor: Any, config: Any) -> None:
-        if config.vision_config.model_type in VISION_TOWERS and hasattr(processor, "patch_size"):
+        if config.vision_config.model_type in VISION_TOWERS:
             # vLLM reads these from the model's configuration. Old processors' configurations lack some.
             processor.patch_size = config.vision_config.patch_size
             processor.num_additional_image_tokens = VISION_TOWERS[config.vision_config.model_type]

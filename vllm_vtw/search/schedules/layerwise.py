@@ -110,13 +110,17 @@ def _attention_of_last(
     """
     states, module = layer.input_layernorm(hidden), layer.self_attn
 
-    def rotated(projected: torch.Tensor) -> torch.Tensor:
-        heads = projected.unflatten(-1, (-1, module.head_dim)).transpose(0, 1)[None]
+    def rotated(projected: torch.Tensor, norm: str) -> torch.Tensor:
+        heads = projected.unflatten(-1, (-1, module.head_dim))
+        if hasattr(module, norm):  # as in Qwen3
+            heads = getattr(module, norm)(heads)
+        heads = heads.transpose(0, 1)[None]
         rows = slice(-heads.shape[2], None)
         turned: torch.Tensor = apply_rotary_pos_emb(heads, heads, cos[:, rows], sin[:, rows])[0]
         return turned[0].float()
 
-    keys, query = rotated(module.k_proj(states)), rotated(module.q_proj(states[-1:]))
+    keys = rotated(module.k_proj(states), "k_norm")
+    query = rotated(module.q_proj(states[-1:]), "q_norm")
     grouped = query[:, 0].unflatten(0, (len(keys), -1))
     weights = (torch.einsum("kgd,knd->kgn", grouped, keys) * module.scaling).softmax(-1)
     return weights.mean((0, 1))
@@ -130,5 +134,5 @@ def answer_logits(model: HFModel, rows: LayerInput) -> torch.Tensor:
         model: The model.
         rows: The tokens that leave the last layer.
     """
-    logits: torch.Tensor = model.hf_model.lm_head(model.decoder.norm(rows.hidden[rows.last :])).float()
+    logits: torch.Tensor = model.head(model.decoder.norm(rows.hidden[rows.last :])).float()
     return logits

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
+"""Families on the way of a CUDA machine, on the stand-ins of `static_graphs`: run by `test_workers.py`."""
+
+import pytest
+
+from tests.engine import static_graphs
+from tests.engine.engines import running
+from tests.families.checkpoints import LAYERS
+from tests.families.requests import FAMILIES, GREEDY, asks, assert_answers, engine
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_answers(family_checkpoint, oracle, monkeypatch, tmp_path, name):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    family, layer = FAMILIES[name], LAYERS // 2
+    prompts = [ask.to_vllm() for ask in asks(family).values()]
+    options = engine(name, family, enforce_eager=False, max_num_seqs=8)
+    with running(family_checkpoint(name), {"layer": layer, "align": False}, **options) as llm:
+        outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert_answers(oracle(name), family, outputs, layer, 1)
+    assert static_graphs.replays["FULL", 8] > 0

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
+"""How requests of each family look, and what answers to them have to be."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from vllm import SamplingParams
+
+from benchmarks.small_llava import SmallLlava
+from tests.families.checkpoints import HIDDEN, LAYERS
+from tests.families.oracle import FamilyOracle
+
+GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+slow = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Family:
+    """How prompts of a family say where images and videos are, and what leaves with them."""
+
+    image: str = ""
+    video: str = ""
+    bridge: int = 0
+    twin_image: str = ""
+
+    def for_oracle(self, prompt: str) -> str:
+        """The prompt with the placeholders of the twin, if transformers lacks the model."""
+        return prompt.replace(self.image, self.twin_image) if self.twin_image else prompt
+
+
+FAMILIES = {
+    "llava_next": Family("<image>"),
+    "llava_next_video": Family(video="<video>"),
+    "llava_onevision": Family("<image>", "<video>"),
+    "internvl": Family("<IMG_CONTEXT>", "<video>"),
+    "internvl_chat": Family("<image>", twin_image="<IMG_CONTEXT>"),
+    "mistral3": Family("[IMG]", bridge=1),
+    "llava_over_pixtral": Family("[IMG]", bridge=1),
+    "idefics3": Family("<image>", bridge=5),
+    "smolvlm": Family("<image>", bridge=5),
+}
+"""`bridge` says it again on purpose: the number in the code is tested against it."""
+
+
+def noise(seed: int, *shape: int) -> Any:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+WIDE, SQUARE = Image.fromarray(noise(1, 112, 224, 3)), Image.fromarray(noise(2, 224, 224, 3))
+FRAMES = noise(3, 4, 56, 56, 3)
+METADATA = {
+    "fps": 2.0,
+    "duration": 2.0,
+    "total_num_frames": 4,
+    "frames_indices": [0, 1, 2, 3],
+    "video_backend": "opencv",
+    "do_sample_frames": False,
+}
+MIDDLE, FIRST, TWO, TEXT, VIDEO = "middle", "first", "two", "text", "video"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A prompt, with its images and videos."""
+
+    prompt: str
+    images: tuple[Any, ...] = ()
+    videos: tuple[Any, ...] = ()
+
+    def to_vllm(self) -> dict[str, Any]:
+        data: dict[str, Any] = {}
+        if self.images:
+            data["image"] = list(self.images)
+        if self.videos:
+            data["video"] = list(self.videos)
+        return {"prompt": self.prompt} | ({"multi_modal_data": data} if data else {})
+
+
+def asks(family: Family) -> dict[str, Ask]:
+    image, video = family.image, family.video
+    made = {TEXT: Ask("USER: Tell me a story about nothing at all. ASSISTANT:")}
+    if image:
+        made[MIDDLE] = Ask(f"USER: Some words before {image}\nWhat is this? ASSISTANT:", (WIDE,))
+        made[FIRST] = Ask(f"{image} What is this? ASSISTANT:", (SQUARE,))
+        made[TWO] = Ask(f"USER: {image}{image}\nWhat differs? ASSISTANT:", (WIDE, SQUARE))
+    if video:
+        made[VIDEO] = Ask(f"USER: {video}\nWhat happens? ASSISTANT:", (), ((FRAMES, METADATA),))
+    return made
+
+
+def engine(name: str, family: Family, **options: Any) -> dict[str, Any]:
+    """Options of an engine for the requests of a family."""
+    limits = ({"image": 2} if family.image else {}) | ({"video": 1} if family.video else {})
+    return {
+        "limit_mm_per_prompt": limits,
+        "max_num_batched_tokens": 2048,
+        "trust_remote_code": name == "internvl_chat",
+        **options,
+    }
+
+
+def but_one(name: str) -> list[Any]:
+    """The families. All but one are slow."""
+    return [pytest.param(other, marks=() if other == name else slow) for other in FAMILIES]
+
+
+def shape(name: str) -> SmallLlava:
+    """What a policy file says about a family's checkpoint, in the form of another checkpoint."""
+    model_type = {"llava_over_pixtral": "llava"}.get(name, name)
+    return SmallLlava(layers=LAYERS, hidden=HIDDEN, model_type=model_type)
+
+
+def assert_answers(
+    oracle: FamilyOracle, family: Family, outputs: Sequence[Any], layer: int, block_size: int
+) -> None:
+    """The answers to `asks(family)` are the oracle's greedy ones, token for token.
+
+    Args:
+        oracle: The oracle of the family.
+        family: The family.
+        outputs: vLLM's outputs.
+        layer: The layer before which visual tokens leave.
+        block_size: 1 if every visual token leaves, or else the size of the blocks that leave.
+    """
+    said, some_leave = set(), False
+    for (kind, ask), output in zip(asks(family).items(), outputs, strict=True):
+        encoded = oracle.encode(family.for_oracle(ask.prompt), ask.images, ask.videos)
+        prompt, answer = output.prompt_token_ids, list(output.outputs[0].token_ids)
+        assert len(prompt) == len(encoded.ids)
+        # A visual token may have another id in vLLM.
+        visual = set(encoded.visual)
+        assert all(at in visual or token == encoded.ids[at] for at, token in enumerate(prompt))
+        leaving = encoded.leaving(family.bridge, block_size)
+        assert block_size > 1 or bool(leaving) == (kind != TEXT)
+        some_leave |= bool(leaving)
+        assert answer == oracle.logits(encoded, answer, layer, leaving).argmax(-1).tolist(), kind
+        said.add(tuple(answer))
+    assert some_leave
+    assert len(said) == len(outputs)

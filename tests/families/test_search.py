@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
+"""What searches compute of every family that transformers has, against the oracle."""
+
+import pytest
+import torch
+
+from tests.families.checkpoints import LAYERS
+from tests.families.requests import FAMILIES, FIRST, MIDDLE, TWO, asks
+from vllm_vtw.search.checkpoint import read_config
+from vllm_vtw.search.data.sample import Sample
+from vllm_vtw.search.model import HFModel, Placement
+from vllm_vtw.search.schedules.layerwise import answer_logits
+from vllm_vtw.search.schedules.sample_at_layer import SampleAtLayer
+
+ANSWER = 8
+NAMES = [name for name, family in FAMILIES.items() if family.image and not family.twin_image]
+
+
+@pytest.fixture
+def model(family_checkpoint, request) -> HFModel:
+    name = str(family_checkpoint(request.param))
+    config = read_config(name)
+    return HFModel(name, config, Placement.of("cpu", "float32", config))
+
+
+@pytest.mark.parametrize("kind", [MIDDLE, FIRST, TWO])
+@pytest.mark.parametrize(("model", "name"), [(name, name) for name in NAMES], indirect=["model"])
+def test_every_k(model, oracle, tmp_path, name, kind):
+    family = FAMILIES[name]
+    ask = asks(family)[kind]
+    for number, image in enumerate(ask.images):
+        image.save(tmp_path / f"{number}.png")
+    files = tuple(f"{number}.png" for number in range(len(ask.images)))
+    sample = Sample("line 1", files, ask.prompt.replace(family.image, "<image>"), folder=tmp_path)
+    encoded = oracle(name).encode(ask.prompt, ask.images)
+    leaving = encoded.leaving(family.bridge, 1)
+    inputs = model.encode(sample, ANSWER)
+    assert inputs.tensors["input_ids"][0].tolist() == encoded.ids
+    assert set(inputs.is_visual.nonzero()[:, 0].tolist()) == leaving
+    answered = model.answer(inputs, ANSWER)
+    layers = list(range(1, LAYERS))
+    for layer, logits in zip(layers, model.withdrawn_logits(answered, layers), strict=True):
+        wanted = oracle(name).logits(encoded, answered.tokens, layer, leaving)
+        torch.testing.assert_close(logits, wanted, atol=5e-4, rtol=5e-4)
+    said = model.withdrawn_answer(answered, 2, ANSWER)
+    wanted = oracle(name).logits(encoded, said, 2, leaving)
+    assert wanted.argmax(-1).tolist() == said
+    at_end = SampleAtLayer.of(model, "all", answered).run_layers(model, 0, [1, 1, 0.5, 0.5, 0.1, 0.1])
+    wanted = oracle(name).ranked_logits(encoded, answered.tokens, {2: 0.5, 4: 0.1}, leaving)
+    torch.testing.assert_close(answer_logits(model, at_end.rows), wanted, atol=5e-4, rtol=5e-4)

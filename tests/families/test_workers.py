@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
+"""Families on two workers, and under model runner V2 with compilation and CUDA graphs."""
+
+import pytest
+
+from tests.engine.engines import running
+from tests.engine.test_runner_v2 import run
+from tests.engine.test_workers import PIPELINE, two_cores
+from tests.families.checkpoints import LAYERS
+from tests.families.requests import FAMILIES, GREEDY, asks, assert_answers, engine
+
+pytestmark = pytest.mark.slow
+__all__ = ["two_cores"]
+WITHOUT_PIPELINE = ("idefics3", "smolvlm")
+"""vLLM has no pipeline parallelism for them."""
+CASES = [(name, "tensor") for name in FAMILIES]
+CASES += [(name, "pipeline") for name in FAMILIES if name not in WITHOUT_PIPELINE]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_two_workers(family_checkpoint, oracle, two_cores, name, kind):
+    family, layer = FAMILIES[name], LAYERS // 2
+    options = PIPELINE if kind == "pipeline" else {"tensor_parallel_size": 2}
+    prompts = [ask.to_vllm() for ask in asks(family).values()]
+    with running(
+        family_checkpoint(name), {"layer": layer, "align": False}, **engine(name, family, **options)
+    ) as llm:
+        outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert_answers(oracle(name), family, outputs, layer, 1)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_graphs(name):
+    run("static_graphs", f"../families/graph_corners.py::test_answers[{name}]")
