@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from vllm_vtw.config import PUBLISHED_LAYERS
 from vllm_vtw.families import BY_ARCHITECTURE, refusal, text_refusal
 from vllm_vtw.plugin import SUPPORTED_VLLM
 
@@ -96,9 +97,17 @@ def check_model(name: str) -> Finding:
     if why_not is not None:
         return Finding(f"{name}: {why_not}", remedy=elsewhere)
     family = BY_ARCHITECTURE[architecture]
-    return Finding(
-        f"{name} is {family.name} over {text['model_type']}, with {text['num_hidden_layers']} layers"
-    )
+    shape = (config.get("model_type"), text["model_type"], text["num_hidden_layers"], text["hidden_size"])
+    remarks = []
+    if shape not in PUBLISHED_LAYERS:
+        remarks.append(
+            "no withdrawal layer is published for it: `vtw calibrate` finds one, and --additional-config "
+            '\'{"vtw": {"layer": K}}\' sets it'
+        )
+    if not family.is_tested:
+        remarks.append("answers of this family are untested")
+    found = f"{name} can be served: {architecture} over {shape[1]}, with {shape[2]} layers"
+    return Finding(found, remark="; ".join(remarks))
 
 
 def findings() -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """`vtw doctor` here, where everything is in order, and where one thing is not."""
 
+import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError
@@ -28,9 +29,9 @@ def quick(monkeypatch):
     return monkeypatch
 
 
-def examine(capsys, monkeypatch) -> list[str]:
+def examine(capsys, monkeypatch, *arguments: str) -> list[str]:
     """What the command prints, its last words among it."""
-    monkeypatch.setattr(sys, "argv", ["vtw", "doctor"])
+    monkeypatch.setattr(sys, "argv", ["vtw", "doctor", *arguments])
     try:
         main()
     except SystemExit as end:
@@ -147,3 +148,48 @@ def test_a_setting_that_vllm_refuses_is_named(capsys, quick):
     assert "Model Runner V2 requires Triton" in lines[at]
     assert "VLLM_USE_V2_MODEL_RUNNER" in lines[at + 1]
     assert lines[-1] == CANNOT
+
+
+LLAVA = {
+    "model_type": "llava",
+    "architectures": ["LlavaForConditionalGeneration"],
+    "text_config": {"model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({}, "can be served: LlavaForConditionalGeneration over llama, with 32 layers"),
+        (
+            {"text_config": {"model_type": "qwen2", "num_hidden_layers": 24, "hidden_size": 896}},
+            "-> no withdrawal layer is published for it: `vtw calibrate` finds one",
+        ),
+        (
+            # Its class is on the Hub: the configuration is read as it is.
+            {
+                "model_type": "other",
+                "architectures": ["InternVLChatModel"],
+                "auto_map": {"AutoConfig": "a.B"},
+            },
+            "can be served: InternVLChatModel over llama, with 32 layers",
+        ),
+        (
+            {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]},
+            "FAIL  --model-impl vtw does not support Gemma3ForConditionalGeneration: its layers have",
+        ),
+        ({"text_config": {"model_type": "gemma"}}, "the text model is 'gemma'; supported are llama, mistral"),
+    ],
+)
+def test_a_model(capsys, quick, tmp_path, changes, found):
+    (tmp_path / "config.json").write_text(json.dumps(LLAVA | changes))
+    lines = examine(capsys, quick, str(tmp_path))
+    assert any(found in line for line in lines)
+    cannot = f"{tmp_path} cannot be served with --model-impl vtw."
+    can = CAN.replace("MODEL", str(tmp_path))
+    assert lines[-1] == (cannot if "gemma" in str(changes) else can)
+
+
+def test_a_model_that_is_not_there(capsys, quick, tmp_path):
+    lines = examine(capsys, quick, str(tmp_path / "nowhere"))
+    assert any("there is no such file or folder" in line for line in lines)
