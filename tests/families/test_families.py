@@ -7,7 +7,8 @@ import pytest
 from tests.engine.engines import BLOCK_SIZE, free_blocks, running
 from tests.engine.gates import gated, random_gates
 from tests.engine.test_ranked import written
-from tests.families.checkpoints import LAYERS
+from tests.families.checkpoints import CHECKPOINTS, LAYERS
+from tests.families.oracle import FamilyOracle
 from tests.families.requests import FAMILIES, GREEDY, asks, assert_answers, but_one, engine, shape, slow
 
 
@@ -64,3 +65,16 @@ def test_gates(family_checkpoint, oracle, tmp_path, name):
         leaving = encoded[kind].leaving(family.bridge, 1) if leaves else set()
         logits = oracle(name).logits(encoded[kind], answer, layer, leaving)
         assert list(answer) == logits.argmax(-1).tolist(), kind
+
+
+@slow
+@pytest.mark.parametrize(
+    ("name", "text_model"),
+    [("internvl", "qwen3_moe"), ("internvl_chat", "qwen2"), ("llava_next", "llama"), ("llava_next", "qwen2")],
+)
+def test_other_text_models(tmp_path, name, text_model):
+    family, folder = FAMILIES[name], CHECKPOINTS[name](tmp_path / "model", text_model)
+    prompts = [ask.to_vllm() for ask in asks(family).values()]
+    with running(folder, {"layer": 2, "align": False}, **engine(name, family)) as llm:
+        outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert_answers(FamilyOracle(folder), family, outputs, 2, 1)
