@@ -195,7 +195,9 @@ with serving(Path(sys.argv[1]), *sys.argv[2:]) as server:
 
 
 def test_ctrl_c_leaves_no_process(checkpoint):
-    command = [sys.executable, "-c", HOLD, str(checkpoint(MODEL)), *OPTIONS]
+    vtw = json.dumps({"vtw": {"layer": LAYER}})
+    options = (*OPTIONS, f"--additional-config={vtw}")
+    command = [sys.executable, "-c", HOLD, str(checkpoint(MODEL)), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         group = int(holder.stdout.readline().removeprefix("UP "))
