@@ -19,7 +19,10 @@ PUBLISHED_LAYERS = {
     ("llava_next", "llama", 40, 5120): 20,
 }
 """The withdrawal layers of arXiv 2405.05803, by model type, text model type, number of decoder layers and
-hidden size."""
+hidden size. All of these models have Vicuna as their text model."""
+VICUNA_VOCABULARY = range(32000, 32065)
+"""The sizes of the vocabulary of a LLaVA with Vicuna. A LLaVA with Llama 3 can have the same shape otherwise,
+but has a larger vocabulary."""
 KEYS = ("layer", "policy", "align")
 """The keys that the `"vtw"` object may have."""
 WHAT_IT_COSTS = (
@@ -47,6 +50,7 @@ class ModelShape:
     """The properties of a checkpoint that the configuration depends on.
 
     Attributes:
+        vocab_size: The number of tokens in the text model's vocabulary. None if it is not known.
         bridge: As in `Family`.
     """
 
@@ -54,7 +58,14 @@ class ModelShape:
     text_model_type: str
     num_hidden_layers: int
     hidden_size: int
+    vocab_size: int | None = None
     bridge: int = 0
+
+    @property
+    def published_layer(self) -> int | None:
+        """The published withdrawal layer. None if there is none."""
+        shape = (self.model_type, self.text_model_type, self.num_hidden_layers, self.hidden_size)
+        return PUBLISHED_LAYERS.get(shape) if self.vocab_size in VICUNA_VOCABULARY else None
 
     def as_dict(self) -> dict[str, Any]:
         """The `model` object of a policy file for this model."""
@@ -149,7 +160,7 @@ def _policy(options: dict[str, Any], model: ModelShape) -> Policy:
         if type(layer) is not int or not 1 <= layer <= num_layers:
             raise _error("layer", layer, f"has to be an integer from 1 to {num_layers}, the decoder's layers")
         return Policy.withdraw_at(layer, num_layers)
-    published = PUBLISHED_LAYERS.get((model.model_type, model.text_model_type, num_layers, model.hidden_size))
+    published = model.published_layer
     if published is not None:
         logger.info(
             "vtw: withdrawing visual tokens at layer %d, published for this model. %s",
@@ -160,7 +171,7 @@ def _policy(options: dict[str, Any], model: ModelShape) -> Policy:
     raise ValueError(
         '--additional-config ["vtw"]: no withdrawal layer is published for this model, so "layer" or '
         '"policy" has to be set. `vtw calibrate MODEL --data FILE` finds a layer K for your own data, and '
-        f'--additional-config \'{{"vtw": {{"layer": K}}}}\' sets it, with K from 1 to {num_layers - 1}. The '
+        f'--additional-config \'{{"vtw": {{"layer": K}}}}\' sets it, with K from 1 to {num_layers}. The '
         "larger K is, the fewer answers change"
     )
 

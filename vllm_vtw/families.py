@@ -35,6 +35,9 @@ class Family:
 ONE_RUN = "one run"
 FRAMES = "a run for each frame; timestamps stay"
 
+PREFIX = "VTW"
+"""vLLM's registry lists the plugin's model class for an architecture under its name with this prefix."""
+
 FAMILIES = (
     Family(
         "LLaVA-1.5; Pixtral in transformers' format",
@@ -168,13 +171,13 @@ def refusal(architecture: str) -> str | None:
     return f"--model-impl vtw does not support {architecture}: {why}"
 
 
-def text_refusal(text: Mapping[str, Any]) -> str | None:
+def text_refusal(model_type: str | None, text: Mapping[str, Any]) -> str | None:
     """The reason why a text model cannot be served, as a sentence without a full stop. None if it can.
 
     Args:
+        model_type: The text model's type. `PretrainedConfig.to_dict` loses it where the class has none.
         text: The text model's configuration.
     """
-    model_type = text.get("model_type")
     if model_type not in DECODERS:
         return f"the text model is {model_type!r}; supported are {', '.join(DECODERS)}"
     # Qwen2's configuration has the size of a window that it does not use.

@@ -21,7 +21,7 @@ from vllm_vtw.config import (
     ModelShape,
     VTWConfig,
 )
-from vllm_vtw.families import BY_ARCHITECTURE, DECODERS, text_refusal
+from vllm_vtw.families import BY_ARCHITECTURE, DECODERS, PREFIX, text_refusal
 from vllm_vtw.gates import load_gates
 from vllm_vtw.policy import Policy
 
@@ -46,12 +46,15 @@ def vtw_config(vllm_config: VllmConfig) -> VTWConfig:
 def _model(vllm_config: VllmConfig) -> ModelShape:
     model_config = vllm_config.model_config
     text = model_config.hf_text_config
-    (family, *_) = (BY_ARCHITECTURE[name] for name in model_config.architectures if name in BY_ARCHITECTURE)
+    # vLLM sets the first where it has resolved the class, to the plugin's own name of it.
+    names = (name.removeprefix(PREFIX) for name in (model_config.architecture, *model_config.architectures))
+    family = next(BY_ARCHITECTURE[name] for name in names if name in BY_ARCHITECTURE)
     return ModelShape(
         model_config.hf_config.model_type,
         text.model_type,
         text.num_hidden_layers,
         text.hidden_size,
+        text.vocab_size,
         family.bridge,
     )
 
@@ -175,7 +178,7 @@ def _model_refusals(vllm_config: VllmConfig) -> Iterator[str]:
     """The reasons that lie in the model and in what is asked of it."""
     model = vllm_config.model_config
     text = model.hf_text_config
-    why_not = text_refusal(text.to_dict())
+    why_not = text_refusal(text.model_type, text.to_dict())
     if why_not is not None:
         remedy = "serve this model without --model-impl vtw"
         if text.model_type in DECODERS:

@@ -145,7 +145,7 @@ def test_gates_are_planned_for_every_exit(checkpoint, tmp_path):
     ("options", "said"),
     [
         (["--layer", "9"], "error: --layer 9: has to be an integer from 1 to 5"),
-        ([], 'no withdrawal layer is published for this model, so "layer" or "policy" has to be set'),
+        ([], "no withdrawal layer is published for this model, so --layer or --policy has to be set"),
         (["--image-size", "wide"], "'wide' is not a width and height in pixels, like 1024x768"),
         (["--kv-memory", "lots"], "'lots' is not an amount of memory"),
         (["--kv-memory", "8"], "'8' is not an amount of memory"),

@@ -6,6 +6,7 @@ It shares no code with the package. What is visual it sees from token ids.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
 from itertools import pairwise
@@ -123,13 +124,9 @@ class FamilyOracle:
             raise DecoderReachedError
 
         hook = self.decoder.register_forward_pre_hook(catch, with_kwargs=True)
-        try:
-            with torch.no_grad():
-                self.model(**inputs)
-        except DecoderReachedError:
-            pass
-        finally:
-            hook.remove()
+        with suppress(DecoderReachedError), torch.no_grad():
+            self.model(**inputs)
+        hook.remove()
         embeds = caught["inputs_embeds"]
         assert embeds is not None
         return embeds[0]

@@ -41,7 +41,9 @@ def test_layer_and_align():
 @pytest.mark.parametrize("model_type", ["llava", "llava_next"])
 @pytest.mark.parametrize(("layers", "hidden", "published"), [(32, 4096, 16), (40, 5120, 20)])
 def test_published_layers(model_type, layers, hidden, published, logged):
-    config = parse({}, ModelShape(model_type, "llama", layers, hidden))
+    with pytest.raises(ValueError, match="no withdrawal layer is published"):
+        parse({}, ModelShape(model_type, "llama", layers, hidden, 128256))  # over Llama 3
+    config = parse({}, ModelShape(model_type, "llama", layers, hidden, 32064))
     assert config.policy == Policy.withdraw_at(published, layers)
     (said,) = logged
     assert said.levelname == "INFO"

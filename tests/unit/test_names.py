@@ -44,6 +44,7 @@ OVERRIDES = {
         "pop_blocks_for_free",
     },
     "StageSpec": {"is_uniform_with_collection", "max_memory_usage_bytes", "uses_slot_mapping"},
+    "StagedTextModel": {"forward"},
     "StagedKVCacheManager": {"estimate_cached_tokens", "take_kv_cache_block_copies", "usage"},
     "VTWModelConfig": {"verify_and_update_config"},
     "VTWModelState": {"add_request", "initialize_kv_cache", "prepare_attn", "remove_request"},

@@ -27,7 +27,7 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "calibrate",
         help="find the withdrawal layer for a model on your data",
-        description="Chooses the withdrawal layer K for a LLaVA model on your data (VTW, arXiv 2405.05803). "
+        description="Chooses the withdrawal layer K for a model on your data (VTW, arXiv 2405.05803). "
         "It needs transformers, but not vLLM.",
     )
     add = parser.add_argument

@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from vllm_vtw.config import PUBLISHED_LAYERS
+from vllm_vtw.config import ModelShape
 from vllm_vtw.families import BY_ARCHITECTURE, refusal, text_refusal
 from vllm_vtw.plugin import SUPPORTED_VLLM
 
@@ -63,7 +63,10 @@ def _run(arguments: argparse.Namespace) -> None:
     # Otherwise vLLM's start-up messages would fill the screen.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     model = arguments.model
-    of_model = [] if model is None else [check_model(model)]
+    of_model, options = [], ""
+    if model is not None:
+        finding, options = check_model(model)
+        of_model = [finding]
     failed = False
     for finding in (*findings(), *of_model):
         print(finding, flush=True)
@@ -72,14 +75,17 @@ def _run(arguments: argparse.Namespace) -> None:
         sys.exit(f"\n{model} cannot be served with --model-impl vtw.")
     if failed:
         sys.exit("\nThis environment cannot serve with --model-impl vtw yet.")
-    print(f"\nThis environment can serve: vllm serve {model or 'MODEL'} --model-impl vtw")
+    print(f"\nThis environment can serve: vllm serve {model or 'MODEL'} --model-impl vtw{options}")
 
 
-def check_model(name: str) -> Finding:
+def check_model(name: str) -> tuple[Finding, str]:
     """Whether a checkpoint's model can be served. It reads the configuration only.
 
     Args:
         name: The checkpoint's name on the Hugging Face Hub, or its folder.
+
+    Returns:
+        What was found, and further options that `vllm serve` needs for this model.
     """
     from vllm_vtw.search.checkpoint import read_config_dict
 
@@ -87,27 +93,31 @@ def check_model(name: str) -> Finding:
     try:
         config = read_config_dict(name)
     except ValueError as error:
-        return Finding(str(error), remedy="check the name")
-    architecture = (config.get("architectures") or ["no architecture"])[0]
+        remedy = (
+            "check the name. A checkpoint in Mistral's own format, without config.json, cannot be checked"
+        )
+        return Finding(str(error), remedy=remedy), ""
+    architecture = (config.get("architectures") or ["a model without architectures"])[0]
     why_not = refusal(architecture)
     if why_not is not None:
-        return Finding(why_not, remedy=elsewhere)
+        return Finding(why_not, remedy=elsewhere), ""
     text = config.get("text_config") or config.get("llm_config") or {}
-    why_not = text_refusal(text)
+    why_not = text_refusal(text.get("model_type"), text)
     if why_not is not None:
-        return Finding(f"{name}: {why_not}", remedy=elsewhere)
-    family = BY_ARCHITECTURE[architecture]
-    shape = (config.get("model_type"), text["model_type"], text["num_hidden_layers"], text["hidden_size"])
-    remarks = []
-    if shape not in PUBLISHED_LAYERS:
+        return Finding(f"{name}: {why_not}", remedy=elsewhere), ""
+    # A configuration whose class is on the Hub may leave out what is not needed to read it.
+    sizes = (text.get("num_hidden_layers", 0), text.get("hidden_size", 0), text.get("vocab_size"))
+    shape = ModelShape(config.get("model_type", ""), text["model_type"], *sizes)
+    options, remarks = " --trust-remote-code" if config.get("auto_map") else "", []
+    if shape.published_layer is None:
+        options += ' --additional-config \'{"vtw": {"layer": K}}\''
         remarks.append(
-            "no withdrawal layer is published for it: `vtw calibrate` finds one, and --additional-config "
-            '\'{"vtw": {"layer": K}}\' sets it'
+            "no withdrawal layer K is published for it: `vtw calibrate` finds one, if transformers has it"
         )
-    if not family.is_tested:
+    if not BY_ARCHITECTURE[architecture].is_tested:
         remarks.append("answers of this family are untested")
-    found = f"{name} can be served: {architecture} over {shape[1]}, with {shape[2]} layers"
-    return Finding(found, remark="; ".join(remarks))
+    found = f"{name} can be served: {architecture} over {shape.text_model_type}"
+    return Finding(found, remark="; ".join(remarks)), options
 
 
 def findings() -> Iterator[Finding]:

@@ -43,7 +43,8 @@ def add_command(commands: Any) -> None:
         "--image-size",
         type=_image_size,
         default="1024x768",
-        help="width and height of an image in pixels (default: %(default)s). LLaVA-1.5 scales every image",
+        help="width and height of an image in pixels (default: %(default)s). The number of visual "
+        "tokens of LLaVA-1.5 does not depend on it",
     )
     parser.add_argument(
         "--visual-tokens",
@@ -116,6 +117,8 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
         # The command's own options have the names of the keys under "vtw".
         message = re.sub(r'^--additional-config \["vtw"\]\["(\w+)"\] =', r"--\1", str(error))
         message = message.removeprefix('--additional-config ["vtw"]: ')
+        message = message.replace('--additional-config \'{"vtw": {"layer": K}}\'', "--layer K")
+        message = message.replace('"layer" or "policy"', "--layer or --policy")
         parser.exit(2, f"{parser.prog}: error: {message}\n")
     print(json.dumps(result, indent=2) if arguments.json else describe(result))
 
@@ -245,7 +248,7 @@ def tokens_per_image(name: str, hf_config: Any, size: tuple[int, int]) -> int:
 
         from vllm_vtw.search.data.prompts import Prompts
 
-        prompts = Prompts(AutoProcessor.from_pretrained(name), hf_config)
+        prompts = Prompts(AutoProcessor.from_pretrained(name, trust_remote_code=False), hf_config)
         return prompts.withdrawn_tokens(Image.new("RGB", size))
     except Exception as error:  # A processor may raise anything.
         reason = str(error).strip().partition("\n")[0]

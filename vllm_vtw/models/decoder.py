@@ -12,6 +12,7 @@ from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.forward_context import BatchDescriptor, get_forward_context, override_forward_context
 from vllm.sequence import IntermediateTensors
+from vllm.v1.attention.backend import AttentionType
 
 from vllm_vtw.families import DECODERS
 from vllm_vtw.models.gather_scatter import TokenStates
@@ -73,7 +74,7 @@ class StagedDecoder:
         self.graph_inputs = GraphInputs(vllm_config, step.device)
 
     @classmethod
-    def replace(
+    def install(
         cls, vllm_config: VllmConfig, text_model: Any, policy: Policy, step: CurrentStep
     ) -> "StagedDecoder":
         """Makes a staged decoder that runs whenever the text model is called.
@@ -205,7 +206,8 @@ def find_text_model(language_model: Any) -> Any:
         language_model: vLLM's language model, which contains it.
 
     Raises:
-        ValueError: There is none of a supported class, or its layers attend over a sliding window.
+        ValueError: There is none of a supported class, or its layers attend over a sliding window or in both
+            directions.
     """
     supported = {f"vllm.model_executor.models.{name}" for name in DECODERS.values()}
     found = [
@@ -220,10 +222,11 @@ def find_text_model(language_model: Any) -> Any:
         )
     (text_model,) = found
     for layer in text_model.layers[text_model.start_layer : text_model.end_layer]:
-        if attention_of(layer).sliding_window is not None:
+        attention = attention_of(layer)
+        if attention.sliding_window is not None or attention.attn_type != AttentionType.DECODER:
             raise ValueError(
-                "--model-impl vtw does not support layers that attend over a sliding window, which would "
-                "count withdrawn tokens: serve this model without --model-impl vtw"
+                "--model-impl vtw does not support layers that attend over a sliding window, or to tokens "
+                "that follow: serve this model without --model-impl vtw"
             )
     return text_model
 
@@ -235,7 +238,7 @@ def staged_text_model(text_model: Any) -> type:
     class StagedTextModel(text_model):
         staged_decoder: StagedDecoder
 
-        def __call__(
+        def forward(
             self,
             input_ids: torch.Tensor | None,
             positions: torch.Tensor,
@@ -243,5 +246,8 @@ def staged_text_model(text_model: Any) -> type:
             inputs_embeds: torch.Tensor | None = None,
         ) -> torch.Tensor | IntermediateTensors:
             return self.staged_decoder(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+        # vLLM's own would compile the layers once more, in one piece.
+        __call__ = forward
 
     return StagedTextModel

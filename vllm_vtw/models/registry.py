@@ -10,11 +10,9 @@ from typing import Any
 from vllm.config import ModelConfig
 from vllm.model_executor.models import ModelRegistry
 
-from vllm_vtw.families import BY_ARCHITECTURE, refusal
+from vllm_vtw.families import BY_ARCHITECTURE, PREFIX, refusal
 
 MODEL_IMPL = "vtw"
-PREFIX = "VTW"
-"""The registry lists the plugin's model class for an architecture under its name with this prefix."""
 TARGETS = ("inspect_model_cls", "resolve_model_cls")
 EXTENSION_POINT = "register_model_impl"
 EXPECTED_PARAMETERS = ["self", "architectures", "model_config"]

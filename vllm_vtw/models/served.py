@@ -15,10 +15,9 @@ from vllm.model_executor.models.interfaces import SupportsQuant
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
-from vllm_vtw.families import BY_ARCHITECTURE
+from vllm_vtw.families import BY_ARCHITECTURE, PREFIX
 from vllm_vtw.models.admission import with_admission_check
 from vllm_vtw.models.decoder import StagedDecoder, find_text_model
-from vllm_vtw.models.registry import PREFIX
 from vllm_vtw.startup import vtw_config
 from vllm_vtw.worker import runner_v1
 from vllm_vtw.worker.current_step import CurrentStep
@@ -38,12 +37,16 @@ def served_model(architecture: str) -> type:
 
     Args:
         architecture: The name of vLLM's model class.
+
+    Raises:
+        ValueError: vLLM's class may make objects of other classes, whose decoders would not be staged.
     """
     vllm_model: Any = ModelRegistry.models[architecture].load_model_cls()
-    # A class that makes objects of other classes would serve the stock model.
-    assert vllm_model.__new__ in (object.__new__, SupportsQuant.__new__), (
-        f"{architecture} may be another class"
-    )
+    if vllm_model.__new__ not in (object.__new__, SupportsQuant.__new__):
+        raise ValueError(
+            f"--model-impl vtw does not support {architecture}: vLLM's class may make objects of other "
+            "classes, which would withdraw nothing. Serve this model without --model-impl vtw"
+        )
 
     class Served(vllm_model):
         """vLLM's model with a staged decoder.
@@ -59,7 +62,7 @@ def served_model(architecture: str) -> type:
             config = vtw_config(vllm_config)
             self.vtw_step = CurrentStep(len(config.policy.stages), vllm_config.device_config.device)
             text_model = find_text_model(self.get_language_model())
-            decoder = StagedDecoder.replace(vllm_config, text_model, config.policy, self.vtw_step)
+            decoder = StagedDecoder.install(vllm_config, text_model, config.policy, self.vtw_step)
             # They are registered here, because the staged decoder is not a module.
             self.vtw_graph_inputs, self.vtw_gates = decoder.graph_inputs, self.vtw_step.gates
             if not vllm_config.use_v2_model_runner:

@@ -36,7 +36,7 @@ def read_config(name: str) -> Any:
     if is_path and not Path(name).expanduser().exists():
         raise ValueError(f"{failed}: there is no such file or folder")
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers lets through errors of many types, such as KeyError
         if Path(name).is_dir() and not (Path(name) / "config.json").exists():
             raise ValueError(f"{failed}: the folder has no config.json") from error
@@ -94,14 +94,19 @@ def supported_model(hf_config: Any) -> ModelShape:
     Raises:
         ValueError: The model cannot be served.
     """
-    if hf_config.model_type not in BY_MODEL_TYPE:
-        architecture = (hf_config.architectures or [f"models of type {hf_config.model_type!r}"])[0]
-        raise ValueError(refusal(architecture))
+    family = BY_MODEL_TYPE.get(hf_config.model_type)
+    # A configuration that was made by hand has no architectures.
+    named = hf_config.architectures or ([family.architecture] if family else [])
+    why_not = refusal(named[0] if named else f"models of type {hf_config.model_type!r}")
     text = hf_config.get_text_config()
-    why_not = text_refusal(text.to_dict())
+    why_not = why_not or text_refusal(text.model_type, text.to_dict())
+    if why_not is None and family is None:
+        why_not = f"{named[0]} of the model type {hf_config.model_type!r} is not known"
     if why_not is not None:
         raise ValueError(why_not)
-    return ModelShape(hf_config.model_type, text.model_type, text.num_hidden_layers, text.hidden_size)
+    return ModelShape(
+        hf_config.model_type, text.model_type, text.num_hidden_layers, text.hidden_size, text.vocab_size
+    )
 
 
 def revision(name: str) -> str:

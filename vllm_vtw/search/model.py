@@ -113,7 +113,7 @@ class HFModel:
     def __init__(self, name: str, config: Any, placement: Placement) -> None:
         self.config = config
         try:
-            self.processor = AutoProcessor.from_pretrained(name)
+            self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
             # `withdrawn_logits` calls decoder layers without a mask. With SDPA, attention is then causal.
             model = AutoModelForImageTextToText.from_pretrained(
                 name, config=config, dtype=placement.dtype, attn_implementation="sdpa"

@@ -153,17 +153,17 @@ def test_a_setting_that_vllm_refuses_is_named(capsys, quick):
 LLAVA = {
     "model_type": "llava",
     "architectures": ["LlavaForConditionalGeneration"],
-    "text_config": {"model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096},
+    "text_config": {"model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096, "vocab_size": 32064},
 }
 
 
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
-        ({}, "can be served: LlavaForConditionalGeneration over llama, with 32 layers"),
+        ({}, "can be served: LlavaForConditionalGeneration over llama"),
         (
             {"text_config": {"model_type": "qwen2", "num_hidden_layers": 24, "hidden_size": 896}},
-            "-> no withdrawal layer is published for it: `vtw calibrate` finds one",
+            "-> no withdrawal layer K is published for it: `vtw calibrate` finds one, if transformers has it",
         ),
         (
             # Its class is on the Hub: the configuration is read as it is.
@@ -172,7 +172,7 @@ LLAVA = {
                 "architectures": ["InternVLChatModel"],
                 "auto_map": {"AutoConfig": "a.B"},
             },
-            "can be served: InternVLChatModel over llama, with 32 layers",
+            "can be served: InternVLChatModel over llama",
         ),
         (
             {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]},
@@ -187,6 +187,10 @@ def test_a_model(capsys, quick, tmp_path, changes, found):
     assert any(found in line for line in lines)
     cannot = f"{tmp_path} cannot be served with --model-impl vtw."
     can = CAN.replace("MODEL", str(tmp_path))
+    if "auto_map" in changes:
+        can += " --trust-remote-code"
+    if changes:
+        can += ' --additional-config \'{"vtw": {"layer": K}}\''
     assert lines[-1] == (cannot if "gemma" in str(changes) else can)
 
 

@@ -12,7 +12,7 @@ place the withdrawn model would have chosen another one. It chooses the first la
 budget on every task.
 """
 
-from vllm_vtw.config import ModelShape
+from vllm_vtw.config import VICUNA_VOCABULARY, ModelShape
 from vllm_vtw.search.divergence import TaskDivergence
 
 FIRST_LAYER = 5
@@ -24,9 +24,6 @@ PUBLISHED_ETA = {
     ("llava", "llama", 40, 5120): 0.0005,
     ("llava_next", "llama", 32, 4096): 0.0001,
 }
-# The sizes of the vocabulary of a LLaVA with Vicuna. A LLaVA with Llama 3 can have the same shape otherwise,
-# but has a larger vocabulary.
-VICUNA_VOCABULARY = range(32000, 32065)
 OTHER_ETA = 0.003
 
 
