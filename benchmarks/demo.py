@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""Compares stock vLLM with `--model-impl vtw` at two values of K, on the small trained LLaVA.
+"""Compares stock vLLM with `--model-impl vtw`, at one K for all requests and with gates that decide for each.
 
-The model is that of `benchmarks/quality`. All servers get the same KV memory, and the same questions about
-drawn images through the OpenAI client.
+The model is the small trained LLaVA of `benchmarks/quality`. `vtw dyvte train` trains the gates. All servers
+get the same KV memory, and the same questions about drawn images through the OpenAI client.
 """
 
 import base64
@@ -12,6 +12,7 @@ import json
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -19,14 +20,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event
+from typing import Any
 
 from openai import OpenAI
 from PIL import Image
+from transformers import LlavaConfig
 
+from benchmarks.quality.calibration import write_data
 from benchmarks.quality.model import CHECKPOINT, LAYERS, MAX_ANSWER_TOKENS
 from benchmarks.quality.tasks import TASKS, Question, samples
 from benchmarks.server import Server, ServerError, serving
+from vllm_vtw.commands.plan import plan
 
 KV_MIB = 8
 OPTIONS = (
@@ -38,8 +45,13 @@ OPTIONS = (
     "--no-enable-prefix-caching",
     '--limit-mm-per-prompt={"image": 1}',
 )
-WITHDRAWN_AFTER = (9, 6)
-"""The values of K, of the model's 12 layers. At 9, few answers are lost; 6 is half of the layers."""
+WITHDRAWN_AFTER = 6
+"""K, which is half of the model's layers, as published."""
+GATED = (4, 6, 8, 10)
+"""The layers with gates."""
+THRESHOLD = 2.0
+"""The threshold of the gates. The published one, 0, withdraws visual tokens more readily."""
+TRAINING_SAMPLES = 600
 SAMPLES = 32
 """The number of questions of each task."""
 CLIENTS = 48
@@ -100,7 +112,7 @@ def measure(name: str, asked: list[tuple[Image.Image, Question]], *options: str)
         pool = ThreadPoolExecutor(CLIENTS)
         try:
             answers = pool.map(lambda sample: ask(client, served, *sample), asked)
-            with watching(server) as running:
+            with watching(server) as seen:
                 said = list(answers)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # After Ctrl-C, nobody waits for answers.
@@ -108,22 +120,25 @@ def measure(name: str, asked: list[tuple[Image.Image, Question]], *options: str)
     for task in TASKS:
         right = [a == q.answer for (_, q), a in zip(asked, said, strict=True) if q.task == task]
         lines[f"right answers, {task}"] = f"{sum(right)} of {len(right)}"
-    lines["most requests running at once"] = f"{max(running):.0f}"
+    lines["most requests running at once"] = f"{max(at['vllm:num_requests_running'] for at in seen):.0f}"
+    held = sum(at.get("vllm:vtw_kv_blocks", 0.0) for at in seen)
+    stock = held + sum(at.get("vllm:vtw_kv_blocks_saved", 0.0) for at in seen)
+    lines["KV memory of these requests"] = f"{held / stock:.0%}" if stock else "100%"
     return Column(name, said, lines)
 
 
 @contextmanager
-def watching(server: Server) -> Iterator[list[float]]:
-    """Records how many requests a server runs, ten times a second, until the `with` block ends.
+def watching(server: Server) -> Iterator[list[dict[str, float]]]:
+    """Reads a server's metrics ten times a second, until the `with` block ends.
 
     Yields:
-        A list to which the numbers are added, which starts with 0.
+        A list to which the metrics are added.
     """
-    seen, done = [0.0], Event()
+    seen, done = [server.metrics()], Event()
 
     def watch() -> None:
         while not done.wait(0.1):
-            seen.append(server.metrics()["vllm:num_requests_running"])
+            seen.append(server.metrics())
 
     with ThreadPoolExecutor(1) as pool:
         watcher = pool.submit(watch)
@@ -134,13 +149,64 @@ def watching(server: Server) -> Iterator[list[float]]:
         watcher.result()
 
 
+def trained_gates(folder: Path) -> Path:
+    """Trains gates with `vtw dyvte train`. Returns the policy file.
+
+    Args:
+        folder: The folder for the data and the results.
+    """
+    data, out = write_data(folder, list(TASKS), TRAINING_SAMPLES), folder / "vtw-dyvte"
+    command = ["dyvte", "train", str(CHECKPOINT), f"--data={data}", f"--limit={TRAINING_SAMPLES}"]
+    command += [f"--max-tokens={MAX_ANSWER_TOKENS}", f"--layers={','.join(map(str, GATED))}", f"--out={out}"]
+    shown = [Path(word).name if Path(word).is_absolute() else word for word in command]
+    print(f"\n$ {shlex.join(('vtw', *shown))}", flush=True)
+    started = time.monotonic()
+    vtw = str(Path(sys.executable).with_name("vtw"))
+    done = subprocess.run([vtw, *command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"vtw dyvte train ended with status {done.returncode}:\n{done.stdout}{done.stderr}")
+    print(f"  trained gates for {len(GATED)} layers in {time.monotonic() - started:.0f} s", flush=True)
+    file = out / "policy.json"
+    policy = json.loads(file.read_text())
+    policy["gate"]["thresholds"] = [THRESHOLD] * len(GATED)
+    file.write_text(json.dumps(policy))
+    return file
+
+
+def larger_model() -> Iterator[str]:
+    """What `vtw plan` says about LLaVA-1.5-7B, whose configuration is the default of transformers."""
+    hf_config = LlavaConfig()
+    layers = hf_config.text_config.num_hidden_layers
+    for layer in (layers // 2, 3 * layers // 4, 7 * layers // 8):
+        planned = plan(
+            hf_config,
+            {"layer": layer},
+            prefix_caching=True,
+            block_size=16,
+            bytes_per_value=2,
+            kv_memory=8 << 30,
+            text_tokens=64,
+            images=1,
+            visual_tokens=576,
+            output_tokens=128,
+        )
+        stock, vtw = planned["max_sequences"]["stock"], planned["max_sequences"]["vtw"]
+        yield f"  K = {layer} of {layers}: {vtw} requests in 8 GiB, stock vLLM {stock}, x {vtw / stock:.2f}"
+
+
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     asked = [sample for task in TASKS for sample in islice(samples("test", task), SAMPLES)]
-    columns = [measure("stock", asked)]
-    for layer in WITHDRAWN_AFTER:
-        vtw = json.dumps({"vtw": {"layer": layer}})
-        columns.append(measure(f"vtw, K = {layer}", asked, "--model-impl=vtw", f"--additional-config={vtw}"))
+    with TemporaryDirectory() as folder:
+        gates = trained_gates(Path(folder))
+        columns = [measure("stock", asked)]
+        served: dict[str, dict[str, Any]] = {
+            f"vtw, K = {WITHDRAWN_AFTER}": {"layer": WITHDRAWN_AFTER},
+            "vtw, gates": {"policy": str(gates)},
+        }
+        for name, options in served.items():
+            vtw = json.dumps({"vtw": options})
+            columns.append(measure(name, asked, "--model-impl=vtw", f"--additional-config={vtw}"))
     for number in range(0, len(asked), SAMPLES):
         question = asked[number][1]
         print(f"\n{question.text}")
@@ -149,8 +215,10 @@ def main() -> None:
     print(f"\n{'':<30}" + "".join(f"{column.name:>20}" for column in columns))
     for line in columns[0].lines:
         print(f"{line:<30}" + "".join(f"{column.lines[line]:>20}" for column in columns))
-    print(f"\nOf {LAYERS} layers, in {KV_MIB} MiB of KV memory. {SAMPLES} questions a task are few:")
-    print("`make quality` asks more, and `make bench` measures speed, on a larger model.")
+    print(f"\nOf {LAYERS} layers, in {KV_MIB} MiB of KV memory, with images of 64 tokens.")
+    print(f"{SAMPLES} questions a task are few: `make quality` asks more, and `make bench` measures speed.")
+    print("\nLLaVA-1.5-7B, an image of 576 tokens with 64 text and 128 output tokens, says `vtw plan`:")
+    print("\n".join(larger_model()))
     print("`vtw calibrate MODEL --data FILE` finds the K for a model on your own data.")
 
 

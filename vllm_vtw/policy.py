@@ -158,9 +158,10 @@ class Policy:
             layer, keep = stage["layer"], stage["keep"]
             least = checked[-1].layer + 1 if checked else 1
             if type(layer) is not int or not least <= layer < num_hidden_layers:
-                most = num_hidden_layers - 1
+                after = ", deeper than the stage before" if checked else ""
                 raise ValueError(
-                    f"{where}['layer'] = {shorten(layer)}: has to be an integer from {least} to {most}"
+                    f"{where}['layer'] = {shorten(layer)}: has to be an integer from {least} to "
+                    f"{num_hidden_layers - 1}{after}"
                 )
             if type(keep) not in (int, float) or not 0 <= keep < 1:
                 raise ValueError(

@@ -185,10 +185,19 @@ def test_a_request_id_may_be_used_again(checkpoint, reference):
             assert_follows(oracle, ask, output.prompt_token_ids, ids, LAYER, align_to=1)
 
 
-@pytest.mark.parametrize(("block_size", "warned"), [(32, False), (128, True)])
-def test_blocks_too_large_for_the_pictures_are_warned_of(checkpoint, caplog, block_size, warned):
+@pytest.mark.parametrize(
+    ("layer", "block_size", "warned"),
+    [
+        (LAYER, 32, ""),
+        (LAYER, 128, 'set "align": false'),
+        (MODEL.layers - 1, 64, "because it takes whole blocks: use a smaller --block-size"),
+    ],
+)
+def test_blocks_too_large_for_the_pictures_are_warned_of(checkpoint, caplog, layer, block_size, warned):
     logging.getLogger("vllm.vtw").addHandler(caplog.handler)
-    with running(checkpoint(MODEL), {"layer": LAYER, "align": True}, block_size=block_size):
-        warnings = [record for record in caplog.records if 'set "align": false' in record.getMessage()]
+    with running(checkpoint(MODEL), {"layer": layer, "align": True}, block_size=block_size):
+        logged = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     logging.getLogger("vllm.vtw").removeHandler(caplog.handler)
-    assert bool(warnings) == warned
+    warnings = {line for line in logged if line.startswith("vtw: with KV blocks")}
+    assert len(warnings) == bool(warned)
+    assert all(warned in warning for warning in warnings)

@@ -162,6 +162,30 @@ def test_what_cannot_be_planned_is_said(checkpoint, options, said):
     assert said in refused(checkpoint(MODEL), *options)
 
 
+def test_unknown_options_show_the_command_s_own_usage(checkpoint):
+    said = refused(checkpoint(MODEL), "--layer", "2", "--blocks", "3")
+    assert said.startswith("usage: vtw plan")
+    assert "unrecognized arguments: --blocks 3" in said
+
+
+def test_memory_has_the_units_of_vllm(checkpoint):
+    folder = checkpoint(MODEL)
+    of = {
+        text: planned(folder, "--layer", "2", "--kv-memory", text)["kv_memory_bytes"] for text in ("3G", "3g")
+    }
+    assert of == {"3G": 3 << 30, "3g": 3 * 10**9}
+
+
+def test_align_can_be_planned(checkpoint):
+    folder = checkpoint(MODEL)
+    held = [
+        planned(folder, "--layer", "2", *options)["stages"][1]["tokens_held"]
+        for options in ([], ["--align", "true"], ["--align", "false"], ["--no-enable-prefix-caching"])
+    ]
+    # 64 text and 128 output tokens, and at least 80 of 100 visual tokens leave in whole blocks.
+    assert held == [212, 212, 192, 192]
+
+
 def test_a_model_that_is_not_there_is_said(tmp_path):
     assert "there is no such file or folder" in refused(tmp_path / "nowhere")
 

@@ -53,7 +53,7 @@ def add_command(commands: Any) -> None:
         type=bound,
         help="bound of the first-token criterion, in nats (default: the value published for the model)",
     )
-    parser.set_defaults(run=lambda arguments: _run(parser, arguments))
+    parser.set_defaults(parser=parser, run=lambda arguments: _run(parser, arguments))
 
 
 def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:

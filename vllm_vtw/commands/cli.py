@@ -16,7 +16,10 @@ def main() -> None:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in (plan, calibrate, schedules, dyvte, doctor):
         command.add_command(commands)
-    arguments = parser.parse_args()
+    arguments, unknown = parser.parse_known_args()
+    if unknown:
+        # The command's own parser names the command's options.
+        arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     arguments.run(arguments)
 
 

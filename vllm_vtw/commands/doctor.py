@@ -56,7 +56,7 @@ def add_command(commands: Any) -> None:
         "not. Given a model, it also says whether that model can be served.",
     )
     parser.add_argument("model", nargs="?", help="name or folder of a checkpoint")
-    parser.set_defaults(run=_run)
+    parser.set_defaults(parser=parser, run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> None:

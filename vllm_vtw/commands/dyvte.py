@@ -94,7 +94,7 @@ def add_command(commands: Any) -> None:
 def _add_options(parser: argparse.ArgumentParser, out: str, samples: int, run: Run) -> None:
     add_options(parser.add_argument, out, samples)
     parser.add_argument("--resume", action="store_true", help="continue with what is in --out")
-    parser.set_defaults(run=lambda arguments: _run(parser, arguments, run))
+    parser.set_defaults(parser=parser, run=lambda arguments: _run(parser, arguments, run))
 
 
 def _thresholds(text: str) -> tuple[float, ...]:

@@ -13,7 +13,11 @@ from vllm_vtw.search.checkpoint import VISION_TOWERS, read_config, supported_mod
 
 BYTES_PER_VALUE = {"auto": 2, "float16": 2, "bfloat16": 2, "float32": 4}
 """The size of one number in the KV cache, in bytes, by `--dtype`."""
-UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS = {
+    **{"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12},
+    # As in vLLM's --kv-cache-memory-bytes.
+    **{"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12},
+}
 
 
 def add_command(commands: Any) -> None:
@@ -57,13 +61,18 @@ def add_command(commands: Any) -> None:
         help="as in vLLM; every visual token is then withdrawn, instead of whole blocks",
     )
     parser.add_argument(
+        "--align",
+        choices=("true", "false"),
+        help='as "align" of the plugin\'s options (default: true with prefix caching, false without it)',
+    )
+    parser.add_argument(
         "--dtype",
         choices=BYTES_PER_VALUE,
         default="auto",
         help="data type of the KV cache, as in vLLM; auto stands for one of 16 bits",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.set_defaults(run=lambda arguments: _run(parser, arguments))
+    parser.set_defaults(parser=parser, run=lambda arguments: _run(parser, arguments))
 
 
 def _count(text: str) -> int:
@@ -86,7 +95,7 @@ def _image_size(text: str) -> tuple[int, int]:
 
 
 def _memory(text: str) -> int:
-    match = re.fullmatch(r"([0-9.]+) ?([KMGT]i?B)", text)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", text)
     if match is None or match[2] not in UNITS:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not an amount of memory, a number and one of " + ", ".join(UNITS)
@@ -96,6 +105,8 @@ def _memory(text: str) -> int:
 
 def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     options = {"layer": arguments.layer, "policy": arguments.policy}
+    if arguments.align:
+        options["align"] = arguments.align == "true"
     try:
         hf_config = read_config(arguments.model)
         visual_tokens = arguments.visual_tokens
@@ -267,7 +278,7 @@ def describe(result: dict[str, Any]) -> str:
     if result["exits"]:
         withdrawn = f"every visual token at layer {result['exits'][0]['layer']}, if the gate there says so"
     stages = [
-        f"  layers {stage['first_layer']} to {stage['last_layer']} hold {stage['tokens_held']} tokens"
+        f"  {_layers(stage['first_layer'], stage['last_layer'])} {stage['tokens_held']} tokens"
         for stage in result["stages"]
     ]
     notes = []
@@ -285,7 +296,8 @@ def describe(result: dict[str, Any]) -> str:
             "not need."
         )
     groups = " + ".join(
-        f"{_counted(group['layers'], 'layer')} ({_counted(group['pages'], 'page')} a block)"
+        _counted(group["layers"], "layer")
+        + (f" ({group['pages']} pages a block)" if group["pages"] > 1 else "")
         for group in result["groups"]
     )
     return "\n".join(
@@ -303,6 +315,10 @@ def describe(result: dict[str, Any]) -> str:
             *notes,
         ]
     )
+
+
+def _layers(first: int, last: int) -> str:
+    return f"layer {first} holds" if first == last else f"layers {first} to {last} hold"
 
 
 def _counted(number: int, noun: str) -> str:

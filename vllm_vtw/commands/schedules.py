@@ -112,7 +112,7 @@ def _add_options(parser: argparse.ArgumentParser, out: str, prepare: Prepare) ->
         help="maximum number of stages, runs of layers with the same tokens, stage 0 included; each takes "
         "one or more KV-cache groups (default: %(default)s)",
     )
-    parser.set_defaults(run=lambda arguments: _run(parser, arguments, prepare))
+    parser.set_defaults(parser=parser, run=lambda arguments: _run(parser, arguments, prepare))
 
 
 def _stages(text: str) -> int:

@@ -57,15 +57,38 @@ def log_startup(
             "vtw: with these layers, requests take as much memory as in stock vLLM, or more: "
             "`vtw plan MODEL --layer K` shows how much memory other layers take"
         )
-    if stages and tokens and len(groups.ranks) > 1:
-        _log_better_partition(groups, by_stage, policy)
-    if stages and config.align and by_stage[-1] > tokens / 2:
+    elif stages and config.align and by_stage[-1] > tokens / 2:
         logger.warning(
             "vtw: with KV blocks of %d tokens, few of the %d tokens of %s are withdrawn, because only "
             'whole blocks are: use a smaller --block-size, or set "align": false',
             block_size,
             tokens,
             what,
+        )
+    elif stages and tokens:
+        _warn_of_rounding(groups, by_stage, what, tokens, block_size)
+    if stages and tokens and len(groups.ranks) > 1:
+        _log_better_partition(groups, by_stage, policy)
+
+
+def _warn_of_rounding(
+    groups: LayerGroups, visual_held: Sequence[int], what: str, tokens: int, block_size: int
+) -> None:
+    """Warns if a typical request saves nothing because its tokens are rounded up to whole blocks."""
+    held = [visual + TYPICAL_TEXT for visual in visual_held]
+    taken = groups.blocks(held, block_size) * groups.width * len(groups.ranks)
+    stock = -(-(tokens + TYPICAL_TEXT) // block_size) * groups.num_layers
+    if taken >= stock:
+        logger.warning(
+            "vtw: with KV blocks of %d tokens, a request of %s of %d tokens and %d text tokens takes %.2f "
+            "of its memory in stock vLLM, because it takes whole blocks: use a smaller --block-size, or "
+            "compare layers with `vtw plan MODEL --layer K --block-size %d`",
+            block_size,
+            what,
+            tokens,
+            TYPICAL_TEXT,
+            taken / stock,
+            block_size,
         )
 
 
