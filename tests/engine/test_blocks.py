@@ -186,16 +186,18 @@ def test_a_request_id_may_be_used_again(checkpoint, reference):
 
 
 @pytest.mark.parametrize(
-    ("layer", "block_size", "warned"),
+    ("layer", "align", "block_size", "warned"),
     [
-        (LAYER, 32, ""),
-        (LAYER, 128, 'set "align": false'),
-        (MODEL.layers - 1, 64, "because it takes whole blocks: use a smaller --block-size"),
+        (LAYER, True, 32, ""),
+        (LAYER, True, 128, 'set "align": false'),
+        (MODEL.layers - 1, False, 64, "because it takes whole blocks: use a smaller --block-size"),
     ],
 )
-def test_blocks_too_large_for_the_pictures_are_warned_of(checkpoint, caplog, layer, block_size, warned):
+def test_blocks_too_large_for_the_pictures_are_warned_of(
+    checkpoint, caplog, layer, align, block_size, warned
+):
     logging.getLogger("vllm.vtw").addHandler(caplog.handler)
-    with running(checkpoint(MODEL), {"layer": layer, "align": True}, block_size=block_size):
+    with running(checkpoint(MODEL), {"layer": layer, "align": align}, block_size=block_size):
         logged = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     logging.getLogger("vllm.vtw").removeHandler(caplog.handler)
     warnings = {line for line in logged if line.startswith("vtw: with KV blocks")}
