@@ -8,7 +8,7 @@
 from vllm_vtw.families import FAMILIES
 
 HEADER = """\
-| models | class in vLLM | video | on the Hugging Face Hub | answers tested |
+| models | class in vLLM | video | on the Hugging Face Hub | `vtw calibrate` and other searches |
 | --- | --- | --- | --- | --- |
 """
 
@@ -21,7 +21,7 @@ def table() -> str:
             f"`{family.architecture}`",
             family.video or "no",
             ", ".join(f"`{name}`" for name in family.hub),
-            "against transformers" if family.is_tested else "not yet",
+            "yes" if family.in_transformers else "no: transformers lacks it",
         )
         for family in FAMILIES
     ]

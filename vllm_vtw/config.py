@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_vtw.families import how_to_find_a_layer
 from vllm_vtw.policy import Policy
 from vllm_vtw.untrusted_files import shorten
 
@@ -170,9 +171,9 @@ def _policy(options: dict[str, Any], model: ModelShape) -> Policy:
         return Policy.withdraw_at(published, num_layers)
     raise ValueError(
         '--additional-config ["vtw"]: no withdrawal layer is published for this model, so "layer" or '
-        '"policy" has to be set. `vtw calibrate MODEL --data FILE` finds a layer K for your own data, and '
-        f'--additional-config \'{{"vtw": {{"layer": K}}}}\' sets it, with K from 1 to {num_layers}. The '
-        "larger K is, the fewer answers change"
+        f'"policy" has to be set. --additional-config \'{{"vtw": {{"layer": K}}}}\' sets it, with K from 1 '
+        f"to {num_layers}. The larger K is, the fewer answers change; "
+        f"{how_to_find_a_layer(model.model_type)}"
     )
 
 

@@ -20,7 +20,7 @@ class Family:
             image.
         video: How the visual tokens of a video lie in the prompt. Empty if vLLM takes no videos.
         hub: Names on the Hugging Face Hub of checkpoints that are meant to work.
-        is_tested: Whether answers of a small checkpoint of the family are tested against transformers.
+        in_transformers: Whether transformers has the model. `vtw calibrate` and the other searches need it.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Family:
     bridge: int = 0
     video: str = ""
     hub: tuple[str, ...] = ()
-    is_tested: bool = True
+    in_transformers: bool = True
 
 
 ONE_RUN = "one run"
@@ -71,7 +71,7 @@ FAMILIES = (
         "llava_onevision2",
         "LlavaOnevision2ForConditionalGeneration",
         video=FRAMES,
-        is_tested=False,
+        in_transformers=False,
     ),
     Family(
         "InternVL 2 to 3.5, with code from the Hub",
@@ -79,6 +79,7 @@ FAMILIES = (
         "InternVLChatModel",
         video=FRAMES,
         hub=("OpenGVLab/InternVL2-8B", "OpenGVLab/InternVL2_5-8B", "OpenGVLab/InternVL3-8B"),
+        in_transformers=False,
     ),
     Family(
         "InternVL 3 and 3.5 in transformers' format",
@@ -100,14 +101,14 @@ FAMILIES = (
         "PixtralForConditionalGeneration",
         bridge=1,
         hub=("mistralai/Pixtral-12B-2409",),
-        is_tested=False,
+        in_transformers=False,
     ),
     Family(
         "SmolVLM",
         "smolvlm",
         "SmolVLMForConditionalGeneration",
         bridge=5,
-        hub=("HuggingFaceTB/SmolVLM2-2.2B-Instruct",),
+        hub=("HuggingFaceTB/SmolVLM2-2.2B-Instruct", "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"),
     ),
     Family(
         "Idefics3",
@@ -121,7 +122,7 @@ FAMILIES = (
         "eagle_2_5_vl",
         "Eagle2_5_VLForConditionalGeneration",
         hub=("nvidia/Eagle2.5-8B",),
-        is_tested=False,
+        in_transformers=False,
     ),
 )
 
@@ -171,6 +172,9 @@ def refusal(architecture: str) -> str | None:
     return f"--model-impl vtw does not support {architecture}: {why}"
 
 
+ELSEWHERE = "serve this model without --model-impl vtw"
+
+
 def text_refusal(model_type: str | None, text: Mapping[str, Any]) -> str | None:
     """The reason why a text model cannot be served, as a sentence without a full stop. None if it can.
 
@@ -180,7 +184,31 @@ def text_refusal(model_type: str | None, text: Mapping[str, Any]) -> str | None:
     """
     if model_type not in DECODERS:
         return f"the text model is {model_type!r}; supported are {', '.join(DECODERS)}"
-    # Qwen2's configuration has the size of a window that it does not use.
-    if text.get("sliding_window") is not None and text.get("use_sliding_window") is not False:
+    # Qwen's configurations have the size of a window that they do not use.
+    uses_window = text.get("use_sliding_window", not model_type.startswith("qwen"))
+    if text.get("sliding_window") is not None and uses_window:
         return "the text model attends over a sliding window, which would count withdrawn tokens"
     return None
+
+
+def text_remedy(model_type: str | None) -> str:
+    """The way out where `text_refusal` has a reason."""
+    if model_type not in DECODERS:
+        return ELSEWHERE
+    override = '{"text_config": {"sliding_window": null}}'
+    return f"disable it with --hf-overrides '{override}' if the model allows"
+
+
+def how_to_find_a_layer(model_type: str) -> str:
+    """How to find a withdrawal layer K for a model without a published one, as a clause.
+
+    Args:
+        model_type: The `model_type` of the checkpoint's configuration.
+    """
+    family = BY_MODEL_TYPE.get(model_type)
+    if family is not None and not family.in_transformers:
+        return (
+            "transformers lacks this model, so `vtw calibrate` and other searches cannot run it: serve your "
+            "own questions at several layers K, from three quarters of all on, and compare the answers"
+        )
+    return "`vtw calibrate MODEL --data FILE` finds a layer K for your own data"

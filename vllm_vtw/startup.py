@@ -21,7 +21,7 @@ from vllm_vtw.config import (
     ModelShape,
     VTWConfig,
 )
-from vllm_vtw.families import BY_ARCHITECTURE, DECODERS, PREFIX, text_refusal
+from vllm_vtw.families import BY_ARCHITECTURE, ELSEWHERE, PREFIX, text_refusal, text_remedy
 from vllm_vtw.gates import load_gates
 from vllm_vtw.policy import Policy
 
@@ -180,15 +180,11 @@ def _model_refusals(vllm_config: VllmConfig) -> Iterator[str]:
     text = model.hf_text_config
     why_not = text_refusal(text.model_type, text.to_dict())
     if why_not is not None:
-        remedy = "serve this model without --model-impl vtw"
-        if text.model_type in DECODERS:
-            override = '{"text_config": {"sliding_window": null}}'
-            remedy = f"disable it with --hf-overrides '{override}' if the model allows"
-        yield f"{why_not}: {remedy}"
+        yield f"{why_not}: {text_remedy(text.model_type)}"
     if model.runner_type != "generate":
         yield f"--runner {model.runner_type} pools the states of withdrawn tokens, too: use --runner generate"
     if vllm_config.is_mm_encoder_only:
-        yield "--mm-encoder-only runs no decoder: serve this model without --model-impl vtw"
+        yield f"--mm-encoder-only runs no decoder: {ELSEWHERE}"
     if model.is_moe and vllm_config.parallel_config.data_parallel_size > 1:
         yield (
             "data parallelism of a mixture of experts counts the tokens of the whole batch, not of a stage: "

@@ -15,7 +15,7 @@ def test_answers(family_checkpoint, oracle, monkeypatch, tmp_path, name):
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     family, layer = FAMILIES[name], LAYERS // 2
     prompts = [ask.to_vllm() for ask in asks(family).values()]
-    options = engine(name, family, enforce_eager=False, max_num_seqs=8)
+    options = engine(family, enforce_eager=False, max_num_seqs=8)
     with running(family_checkpoint(name), {"layer": layer, "align": False}, **options) as llm:
         outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
     assert_answers(oracle(name), family, outputs, layer, 1)

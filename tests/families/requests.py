@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """How requests of each family look, and what answers to them have to be."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,30 +19,62 @@ GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
 slow = pytest.mark.slow
 
 
+def ids_of_pixtral(prompt: str, images: Sequence[Any]) -> list[int]:
+    """A prompt in Mistral's own format, where every byte of text is a token.
+
+    Tokens 10, 12 and 13 are `[IMG]`, `[IMG_BREAK]` and `[IMG_END]`. An image has one `[IMG]` for each patch.
+    """
+    first, *others = prompt.split("[IMG]")
+    ids = [1, *(64 + byte for byte in first.encode())]
+    for image, text in zip(images, others, strict=True):
+        columns, rows = image.width // 14, image.height // 14
+        ids += ([10] * columns + [12]) * rows
+        ids[-1] = 13
+        ids += [64 + byte for byte in text.encode()]
+    return ids
+
+
 @dataclass(frozen=True)
 class Family:
-    """How prompts of a family say where images and videos are, and what leaves with them."""
+    """How prompts of a family say where images and videos are, and what leaves with them.
+
+    Attributes:
+        image: The placeholder of an image. Empty if prompts have none.
+        video: The placeholder of a video.
+        bridge: The gaps within an image that leave with it.
+        twin_image: The placeholder of an image in the checkpoint's twin.
+        tokenize: Makes token ids of a prompt, if vLLM takes no text.
+        options: Options of the engine.
+    """
 
     image: str = ""
     video: str = ""
     bridge: int = 0
     twin_image: str = ""
+    tokenize: Callable[[str, Sequence[Any]], list[int]] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def for_oracle(self, prompt: str) -> str:
         """The prompt with the placeholders of the twin, if transformers lacks the model."""
         return prompt.replace(self.image, self.twin_image) if self.twin_image else prompt
 
 
+REMOTE = {"trust_remote_code": True}
+OF_MISTRAL = dict.fromkeys(("tokenizer_mode", "config_format", "load_format"), "mistral")
+AROUND = "<|vision_start|><|{}_pad|><|vision_end|>"
 FAMILIES = {
     "llava_next": Family("<image>"),
     "llava_next_video": Family(video="<video>"),
     "llava_onevision": Family("<image>", "<video>"),
     "internvl": Family("<IMG_CONTEXT>", "<video>"),
-    "internvl_chat": Family("<image>", twin_image="<IMG_CONTEXT>"),
+    "internvl_chat": Family("<image>", twin_image="<IMG_CONTEXT>", options=REMOTE),
     "mistral3": Family("[IMG]", bridge=1),
     "llava_over_pixtral": Family("[IMG]", bridge=1),
     "idefics3": Family("<image>", bridge=5),
     "smolvlm": Family("<image>", bridge=5),
+    "eagle": Family("<image>", options=REMOTE),
+    "llava_onevision2": Family(AROUND.format("image"), AROUND.format("video"), options=REMOTE),
+    "pixtral": Family("[IMG]", bridge=1, tokenize=ids_of_pixtral, options=OF_MISTRAL),
 }
 """`bridge` says it again on purpose: the number in the code is tested against it."""
 
@@ -71,6 +103,7 @@ class Ask:
     prompt: str
     images: tuple[Any, ...] = ()
     videos: tuple[Any, ...] = ()
+    tokenize: Callable[[str, Sequence[Any]], list[int]] | None = None
 
     def to_vllm(self) -> dict[str, Any]:
         data: dict[str, Any] = {}
@@ -78,7 +111,10 @@ class Ask:
             data["image"] = list(self.images)
         if self.videos:
             data["video"] = list(self.videos)
-        return {"prompt": self.prompt} | ({"multi_modal_data": data} if data else {})
+        prompt: dict[str, Any] = {"prompt": self.prompt}
+        if self.tokenize:
+            prompt = {"prompt_token_ids": self.tokenize(self.prompt, self.images)}
+        return prompt | ({"multi_modal_data": data} if data else {})
 
 
 def asks(family: Family) -> dict[str, Ask]:
@@ -90,16 +126,16 @@ def asks(family: Family) -> dict[str, Ask]:
         made[TWO] = Ask(f"USER: {image}{image}\nWhat differs? ASSISTANT:", (WIDE, SQUARE))
     if video:
         made[VIDEO] = Ask(f"USER: {video}\nWhat happens? ASSISTANT:", (), ((FRAMES, METADATA),))
-    return made
+    return {kind: replace(ask, tokenize=family.tokenize) for kind, ask in made.items()}
 
 
-def engine(name: str, family: Family, **options: Any) -> dict[str, Any]:
+def engine(family: Family, **options: Any) -> dict[str, Any]:
     """Options of an engine for the requests of a family."""
     limits = ({"image": 2} if family.image else {}) | ({"video": 1} if family.video else {})
     return {
         "limit_mm_per_prompt": limits,
         "max_num_batched_tokens": 2048,
-        "trust_remote_code": name == "internvl_chat",
+        **family.options,
         **options,
     }
 
@@ -111,7 +147,7 @@ def but_one(name: str) -> list[Any]:
 
 def shape(name: str) -> SmallLlava:
     """What a policy file says about a family's checkpoint, in the form of another checkpoint."""
-    model_type = {"llava_over_pixtral": "llava"}.get(name, name)
+    model_type = {"llava_over_pixtral": "llava", "eagle": "eagle_2_5_vl"}.get(name, name)
     return SmallLlava(layers=LAYERS, hidden=HIDDEN, model_type=model_type)
 
 

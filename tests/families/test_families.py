@@ -20,7 +20,7 @@ from tests.families.requests import FAMILIES, GREEDY, asks, assert_answers, but_
 def test_answers(family_checkpoint, oracle, name, align, layer):
     family = FAMILIES[name]
     prompts = [ask.to_vllm() for ask in asks(family).values()]
-    options = engine(name, family, enable_prefix_caching=align)
+    options = engine(family, enable_prefix_caching=align)
     with running(family_checkpoint(name), {"layer": layer, "align": align}, **options) as llm:
         all_free = free_blocks(llm)
         outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
@@ -32,7 +32,7 @@ def test_answers(family_checkpoint, oracle, name, align, layer):
 def test_a_ranked_schedule(family_checkpoint, oracle, tmp_path, name):
     family, schedule = FAMILIES[name], {2: 0.5, 4: 0.1}
     asked, options = asks(family), written(tmp_path, schedule, shape(name))
-    with running(family_checkpoint(name), options, **engine(name, family)) as llm:
+    with running(family_checkpoint(name), options, **engine(family)) as llm:
         outputs = llm.generate([ask.to_vllm() for ask in asked.values()], GREEDY, use_tqdm=False)
     for (kind, ask), output in zip(asked.items(), outputs, strict=True):
         encoded = oracle(name).encode(family.for_oracle(ask.prompt), ask.images, ask.videos)
@@ -57,7 +57,7 @@ def test_gates(family_checkpoint, oracle, tmp_path, name):
     assert gap > 1e-3
     threshold = ascending[at] - gap / 2
     gates = gated(tmp_path, weights, [threshold], shape(name))
-    with running(family_checkpoint(name), gates.options, **engine(name, family)) as llm:
+    with running(family_checkpoint(name), gates.options, **engine(family)) as llm:
         outputs = llm.generate([ask.to_vllm() for ask in asked.values()], GREEDY, use_tqdm=False)
     for kind, output in zip(asked, outputs, strict=True):
         leaves = margins.get(kind, threshold) > threshold
@@ -75,6 +75,6 @@ def test_gates(family_checkpoint, oracle, tmp_path, name):
 def test_other_text_models(tmp_path, name, text_model):
     family, folder = FAMILIES[name], CHECKPOINTS[name](tmp_path / "model", text_model)
     prompts = [ask.to_vllm() for ask in asks(family).values()]
-    with running(folder, {"layer": 2, "align": False}, **engine(name, family)) as llm:
+    with running(folder, {"layer": 2, "align": False}, **engine(family)) as llm:
         outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
     assert_answers(FamilyOracle(folder), family, outputs, 2, 1)

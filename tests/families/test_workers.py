@@ -24,7 +24,7 @@ def test_two_workers(family_checkpoint, oracle, two_cores, name, kind):
     options = PIPELINE if kind == "pipeline" else {"tensor_parallel_size": 2}
     prompts = [ask.to_vllm() for ask in asks(family).values()]
     with running(
-        family_checkpoint(name), {"layer": layer, "align": False}, **engine(name, family, **options)
+        family_checkpoint(name), {"layer": layer, "align": False}, **engine(family, **options)
     ) as llm:
         outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
     assert_answers(oracle(name), family, outputs, layer, 1)

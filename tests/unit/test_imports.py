@@ -15,7 +15,7 @@ HEAVY = {"torch", "transformers", "vllm"}
 
 ALLOWED = {
     "policy": {"untrusted_files"},
-    "config": {"untrusted_files", "policy"},
+    "config": {"families", "untrusted_files", "policy"},
     "retention": {"policy"},
     "capacity": {"policy"},
     "families": set(),

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from vllm.model_executor.models import ModelRegistry
 
+from tests.families import vllm_only
 from tests.families.checkpoints import CHECKPOINTS
 from tests.families.requests import FAMILIES as TESTED
 from tools.support_table import table
 from vllm_vtw import families
-from vllm_vtw.families import BY_MODEL_TYPE, FAMILIES, WHY_NOT, text_refusal
+from vllm_vtw.families import BY_MODEL_TYPE, FAMILIES, WHY_NOT, how_to_find_a_layer, text_refusal
 from vllm_vtw.models import served
 
 
@@ -21,13 +23,20 @@ def test_readme_has_the_table():
     assert table() in readme.read_text(encoding="utf-8")
 
 
-def test_families_that_are_said_to_be_tested_are():
-    named = {"llava_over_pixtral": "llava"}
-    tested = {named.get(name, name) for name in TESTED}
-    assert CHECKPOINTS.keys() == TESTED.keys()
-    assert {family.model_type for family in FAMILIES if family.is_tested} == tested
+def test_every_family_is_tested():
+    named = {"llava_over_pixtral": "llava", "eagle": "eagle_2_5_vl"}
+    made = CHECKPOINTS.keys() | vllm_only.CHECKPOINTS.keys()
+    assert made == TESTED.keys()
+    assert {named.get(name, name) for name in made} == BY_MODEL_TYPE.keys()
     for name, family in TESTED.items():
         assert family.bridge == BY_MODEL_TYPE[named.get(name, name)].bridge
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_transformers_has_these_models(family):
+    assert family.in_transformers == (family.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    can_calibrate = how_to_find_a_layer(family.model_type).startswith("`vtw calibrate MODEL")
+    assert can_calibrate == family.in_transformers
 
 
 @pytest.mark.parametrize("architecture", [*(family.architecture for family in FAMILIES), *WHY_NOT])
@@ -41,8 +50,10 @@ def test_text_models():
     assert mistral.to_dict()["model_type"] != "transformer"
     assert text_refusal("transformer", mistral.to_dict()) is None
     window = {"sliding_window": 32768}
-    assert text_refusal("qwen2", window | {"use_sliding_window": False}) is None
-    assert "sliding window" in (text_refusal("qwen2", window) or "")
+    for unused in ({"use_sliding_window": False}, {}):
+        assert text_refusal("qwen2", window | unused) is None
+    assert "sliding window" in (text_refusal("qwen2", window | {"use_sliding_window": True}) or "")
+    assert "sliding window" in (text_refusal("mistral", window) or "")
     assert "the text model is 'granite'" in (text_refusal("granite", {}) or "")
 
 

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from vllm_vtw.config import ModelShape
-from vllm_vtw.families import BY_ARCHITECTURE, refusal, text_refusal
+from vllm_vtw.families import ELSEWHERE, how_to_find_a_layer, refusal, text_refusal, text_remedy
 from vllm_vtw.plugin import SUPPORTED_VLLM
 
 MAX_ERROR_SHOWN = 300
@@ -87,35 +87,30 @@ def check_model(name: str) -> tuple[Finding, str]:
     Returns:
         What was found, and further options that `vllm serve` needs for this model.
     """
-    from vllm_vtw.search.checkpoint import read_config_dict
+    from vllm_vtw.search.checkpoint import read_config
 
-    elsewhere = "serve it without --model-impl vtw"
     try:
-        config = read_config_dict(name)
+        hf_config = read_config(name)
     except ValueError as error:
         remedy = (
             "check the name. A checkpoint in Mistral's own format, without config.json, cannot be checked"
         )
         return Finding(str(error), remedy=remedy), ""
-    architecture = (config.get("architectures") or ["a model without architectures"])[0]
+    architecture = (hf_config.architectures or ["a model without architectures"])[0]
     why_not = refusal(architecture)
     if why_not is not None:
-        return Finding(why_not, remedy=elsewhere), ""
-    text = config.get("text_config") or config.get("llm_config") or {}
-    why_not = text_refusal(text.get("model_type"), text)
+        return Finding(why_not, remedy=ELSEWHERE), ""
+    text = hf_config.get_text_config()
+    why_not = text_refusal(text.model_type, text.to_dict())
     if why_not is not None:
-        return Finding(f"{name}: {why_not}", remedy=elsewhere), ""
+        return Finding(f"{name}: {why_not}", remedy=text_remedy(text.model_type)), ""
     # A configuration whose class is on the Hub may leave out what is not needed to read it.
-    sizes = (text.get("num_hidden_layers", 0), text.get("hidden_size", 0), text.get("vocab_size"))
-    shape = ModelShape(config.get("model_type", ""), text["model_type"], *sizes)
-    options, remarks = " --trust-remote-code" if config.get("auto_map") else "", []
+    sizes = (getattr(text, key, 0) for key in ("num_hidden_layers", "hidden_size", "vocab_size"))
+    shape = ModelShape(hf_config.model_type, text.model_type, *sizes)
+    options, remarks = " --trust-remote-code" if getattr(hf_config, "auto_map", None) else "", []
     if shape.published_layer is None:
         options += ' --additional-config \'{"vtw": {"layer": K}}\''
-        remarks.append(
-            "no withdrawal layer K is published for it: `vtw calibrate` finds one, if transformers has it"
-        )
-    if not BY_ARCHITECTURE[architecture].is_tested:
-        remarks.append("answers of this family are untested")
+        remarks.append(f"no withdrawal layer K is published for it: {how_to_find_a_layer(shape.model_type)}")
     found = f"{name} can be served: {architecture} over {shape.text_model_type}"
     return Finding(found, remark="; ".join(remarks)), options
 

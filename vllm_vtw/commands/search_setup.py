@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_vtw.config import ModelShape
+from vllm_vtw.families import BY_MODEL_TYPE, how_to_find_a_layer
 from vllm_vtw.search.checkpoint import read_config, revision, supported_model
 from vllm_vtw.search.data.random_order import SEEDS
 from vllm_vtw.search.vtw.criteria import FIRST_LAYER
@@ -221,6 +222,8 @@ class SearchSetup:
             raise ValueError(f"--data {arguments.data}: {error.strerror or error}") from error
         config = read_config(arguments.model)
         shape = supported_model(config)
+        if not BY_MODEL_TYPE[shape.model_type].in_transformers:
+            raise ValueError(f"{arguments.model}: {how_to_find_a_layer(shape.model_type)}")
         placement = Placement.of(arguments.device, arguments.dtype, config)
         settings = {
             "checkpoint": arguments.model,

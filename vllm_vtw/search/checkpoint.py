@@ -38,6 +38,8 @@ def read_config(name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers lets through errors of many types, such as KeyError
+        if (hf_config := _config_without_class(name)) is not None:
+            return hf_config
         if Path(name).is_dir() and not (Path(name) / "config.json").exists():
             raise ValueError(f"{failed}: the folder has no config.json") from error
         if isinstance(error, OSError) and not Path(name).exists():
@@ -45,28 +47,31 @@ def read_config(name: str) -> Any:
         raise ValueError(f"{failed}: {type(error).__name__}: {_first_line(error)}") from error
 
 
-def read_config_dict(name: str) -> dict[str, Any]:
-    """Returns a checkpoint's configuration as a dict, with defaults filled in where transformers has them.
+def _config_without_class(name: str) -> Any | None:
+    """Reads the configuration of a model whose code is on the Hub, without running that code.
 
-    Args:
-        name: The checkpoint's name on the Hugging Face Hub, or its folder.
-
-    Raises:
-        ValueError: There is no configuration that can be read. The message is one line.
+    Returns:
+        A configuration with a `text_config`. None if the model does not bring its own code.
     """
-    from transformers import PretrainedConfig
+    from transformers import AutoConfig, PretrainedConfig
 
     try:
-        config: dict[str, Any] = read_config(name).to_dict()
-    except ValueError:
-        # The configuration of a model whose code is on the Hub can be read, but has no class here.
-        try:
-            config, _ = PretrainedConfig.get_config_dict(name)
-        except Exception:
-            config = {}
-        if not config.get("auto_map"):
-            raise
-    return config
+        content, _ = PretrainedConfig.get_config_dict(name)
+    except Exception:
+        return None
+    if not content.get("auto_map"):
+        return None
+    text = dict(content.pop("llm_config", None) or content.pop("text_config", None) or {})
+    kind = text.pop("model_type", None)
+    model_type = content.pop("model_type", "")
+    try:
+        text_config = AutoConfig.for_model(kind, **text)
+    except ValueError:  # transformers has no such text model
+        text_config = PretrainedConfig(**text)
+        text_config.model_type = kind
+    hf_config = PretrainedConfig(**content, text_config=text_config)
+    hf_config.model_type = model_type
+    return hf_config
 
 
 def _where_not_found(error: Exception) -> str:

@@ -163,7 +163,7 @@ LLAVA = {
         ({}, "can be served: LlavaForConditionalGeneration over llama"),
         (
             {"text_config": {"model_type": "qwen2", "num_hidden_layers": 24, "hidden_size": 896}},
-            "-> no withdrawal layer K is published for it: `vtw calibrate` finds one, if transformers has it",
+            "-> no withdrawal layer K is published for it: `vtw calibrate MODEL --data FILE` finds a layer K",
         ),
         (
             # Its class is on the Hub: the configuration is read as it is.

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
+"""The oracle of models that transformers lacks: stock vLLM up to the decoder, which is transformers'."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from vllm import SamplingParams
+
+from tests.engine.engines import running
+from tests.families.oracle import Encoded, FamilyOracle
+from tests.families.requests import Ask
+
+ONE_TOKEN = SamplingParams(temperature=0, max_tokens=1)
+
+
+class VLLMOracle(FamilyOracle):
+    """A float32 text model on transformers. What goes into it comes from an engine of stock vLLM.
+
+    Args:
+        folder: The checkpoint, with its text model in the folder `text` within it.
+        visual_token: A visual token, as the tokenizer has it.
+        asked: The requests that it will be asked about.
+        options: Options of the engine.
+    """
+
+    def __init__(
+        self, folder: Path, visual_token: str, asked: Iterable[Ask], options: Mapping[str, Any]
+    ) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder / "text", dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        self.decoder = self.model.model
+        self._encoded = {}
+        with running(folder, **options) as llm:
+            (served,) = llm.apply_model(lambda model: model)
+            decoder = served.get_language_model().model
+            forward = decoder.forward
+            visual_id = llm.get_tokenizer().convert_tokens_to_ids(visual_token)
+            for ask in asked:
+                caught: list[torch.Tensor] = []
+
+                def catch(*args: Any, seen: list[torch.Tensor] = caught, **kwargs: Any) -> Any:
+                    seen.append(kwargs["inputs_embeds"].clone())
+                    return forward(*args, **kwargs)
+
+                decoder.forward = catch
+                (output,) = llm.generate([ask.to_vllm()], ONE_TOKEN, use_tqdm=False)
+                (embeds,) = caught
+                ids = output.prompt_token_ids
+                visual = [position for position, token in enumerate(ids) if token == visual_id]
+                self._encoded[ask.prompt] = Encoded(ids, embeds, visual, _sizes(visual, ask), len(ask.images))
+
+    def encode(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Encoded:
+        """The request with this prompt, which `asked` had."""
+        return self._encoded[text]
+
+
+def _sizes(visual: Sequence[int], ask: Ask) -> list[int]:
+    """The number of visual tokens of each image, if every patch is one, or else of all together."""
+    sizes = [image.width * image.height // 14**2 for image in ask.images]
+    return sizes if sum(sizes) == len(visual) else [len(visual)]
