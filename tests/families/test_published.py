@@ -4,16 +4,21 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+from transformers import SmolVLMImageProcessorPil, SmolVLMProcessor, SmolVLMVideoProcessor
+from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
+from tests.engine.engines import BLOCK_SIZE as ENGINE_BLOCK
+from tests.engine.engines import held_blocks, running, scheduler_of, step_until
+from tests.families.checkpoints import idefics_tokenizer
 from tests.families.published import MISTRAL_V01, PUBLISHED
-from vllm_vtw.commands.cli import main
+from tests.search.command import vtw
 from vllm_vtw.commands.doctor import check_model
 from vllm_vtw.families import BY_ARCHITECTURE, FAMILIES
 
@@ -75,25 +80,28 @@ def test_doctor_finds_it_supported(tmp_path, name):
     assert ('{"layer": K}' in options) == (name != "llava-hf/llava-1.5-7b-hf")
 
 
-def test_a_search_says_what_it_needs(tmp_path, capsys, monkeypatch):
+def test_a_search_says_what_it_needs(tmp_path):
     folder = written(tmp_path, PUBLISHED["OpenGVLab/InternVL2-8B"])
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"image": "a.png", "prompt": "What is this?"}) + "\n")
-    monkeypatch.setattr(sys, "argv", ["vtw", "gsearch", folder, f"--data={data}"])
-    with pytest.raises(SystemExit, match="2"):
-        main()
-    assert f"{folder}: transformers lacks this model" in capsys.readouterr().err
+    ended = vtw("gsearch", folder, f"--data={data}")
+    assert ended.status == 2
+    assert f"{folder}: transformers lacks this model" in ended.err
+
+
+def planned(folder: str, *options: str) -> dict[str, Any]:
+    ended = vtw("plan", folder, "--json", *options)
+    assert ended.status == 0, ended.err
+    found: dict[str, Any] = json.loads(ended.out)
+    return found
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_plan_computes_with_its_sizes(tmp_path, capsys, monkeypatch, name):
+def test_plan_computes_with_its_sizes(tmp_path, name):
     layers, kv_heads, head_dim = KV_SHAPE[name]
     folder = written(tmp_path, PUBLISHED[name])
-    sizes = ["--prompt-tokens", str(TEXT), "--visual-tokens", str(VISUAL), "--output-tokens", "0"]
-    command = ["vtw", "plan", folder, "--layer", str(layers // 2), "--json", *sizes]
-    monkeypatch.setattr(sys, "argv", command)
-    main()
-    plan = json.loads(capsys.readouterr().out)
+    sizes = ("--prompt-tokens", str(TEXT), "--visual-tokens", str(VISUAL), "--output-tokens", "0")
+    plan = planned(folder, "--layer", str(layers // 2), *sizes)
     token = 2 * layers * kv_heads * head_dim * 2
     assert plan["num_hidden_layers"] == layers
     assert plan["kv_bytes_per_text_token"] == {"stock": token, "vtw": token}
@@ -105,8 +113,54 @@ def test_plan_computes_with_its_sizes(tmp_path, capsys, monkeypatch, name):
     assert least <= taken["vtw"] <= least + 2 * BLOCK_SIZE * token // 2 < taken["stock"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", [16, 28])
+def test_an_engine_of_these_sizes_holds_what_is_planned(tmp_path, layer):
+    """SmolVLM2-500M, with weights that vLLM makes up, and with a small tokenizer."""
+    tokenizer = idefics_tokenizer()
+    ids = {
+        "image_token_id": tokenizer.convert_tokens_to_ids("<image>"),
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    folder = written(tmp_path, PUBLISHED["HuggingFaceTB/SmolVLM2-500M-Video-Instruct"] | ids)
+    sizes = {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}}
+    processor = SmolVLMProcessor(
+        SmolVLMImageProcessorPil(**sizes), tokenizer, SmolVLMVideoProcessor(), image_seq_len=64
+    )
+    processor.save_pretrained(folder)
+    image = {"prompt": "USER: <image> What?", "multi_modal_data": {"image": Image.new("RGB", (1024, 768))}}
+    options = {
+        "load_format": "dummy",
+        "dtype": "bfloat16",
+        "max_model_len": 2048,
+        "limit_mm_per_prompt": {"image": 1},
+        "kv_cache_memory_bytes": 512 << 20,
+    }
+    with running(Path(folder), {"layer": layer}, **options) as llm:
+        params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+        llm.llm_engine.add_request("0", image, params)
+        held = {}
+
+        def look() -> None:
+            # The last token of the answer is never computed.
+            for request in scheduler_of(llm).running:
+                if request.num_output_tokens == 8:
+                    held.update(held_blocks(llm))
+
+        outputs = step_until(llm, lambda: not llm.llm_engine.has_unfinished_requests(), look)
+        page = scheduler_of(llm).kv_cache_config.kv_cache_groups[0].kv_cache_spec.page_size_bytes
+    asked = ("--layer", str(layer), "--block-size", str(ENGINE_BLOCK), "--no-enable-prefix-caching")
+    visual = planned(folder, *asked)["request"]["tokens_per_image"]
+    assert visual > 13 * 64  # 4 x 3 tiles and the whole image, with the names of the tiles
+    text = len(outputs["0"].prompt_token_ids) - visual
+    plan = planned(folder, *asked, "--prompt-tokens", str(text), "--output-tokens", "8")
+    (blocks,) = held.values()
+    taken = sum(map(len, blocks)) * plan["layers_per_group"] * page
+    assert taken == plan["kv_bytes_per_request"]["vtw"]
+
+
 @pytest.mark.parametrize("is_left_out", [False, True])
-def test_a_published_sliding_window_has_a_way_out(tmp_path, capsys, monkeypatch, is_left_out):
+def test_a_published_sliding_window_has_a_way_out(tmp_path, is_left_out):
     content = with_text()
     if is_left_out:
         # The class of transformers has the same window by default.
@@ -115,10 +169,9 @@ def test_a_published_sliding_window_has_a_way_out(tmp_path, capsys, monkeypatch,
     finding, _ = check_model(folder)
     assert "attends over a sliding window" in finding.found
     assert "--hf-overrides" in finding.remedy
-    monkeypatch.setattr(sys, "argv", ["vtw", "plan", folder, "--layer", "16", "--visual-tokens", "576"])
-    with pytest.raises(SystemExit, match="2"):
-        main()
-    assert "attends over a sliding window" in capsys.readouterr().err
+    ended = vtw("plan", folder, "--layer", "16", "--visual-tokens", "576")
+    assert ended.status == 2
+    assert "attends over a sliding window" in ended.err
     with pytest.raises(ValueError, match="sliding window") as refusal:
         configure(folder)
     way_out = re.search(r"--hf-overrides '(.*?)'", str(refusal.value))

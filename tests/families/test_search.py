@@ -2,11 +2,14 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """What searches compute of every family that transformers has, against the oracle."""
 
+from typing import Any
+
 import pytest
 import torch
+from PIL import Image
 
-from tests.families.checkpoints import LAYERS
-from tests.families.requests import FAMILIES, FIRST, MIDDLE, TWO, asks
+from tests.families.checkpoints import CHECKPOINTS, LAYERS
+from tests.families.requests import FAMILIES, FIRST, MIDDLE, TWO, VIDEO, asks
 from vllm_vtw.search.checkpoint import read_config
 from vllm_vtw.search.data.sample import Sample
 from vllm_vtw.search.model import HFModel, Placement
@@ -14,7 +17,13 @@ from vllm_vtw.search.schedules.layerwise import answer_logits
 from vllm_vtw.search.schedules.sample_at_layer import SampleAtLayer
 
 ANSWER = 8
-NAMES = [name for name, family in FAMILIES.items() if family.image and not family.twin_image]
+CASES = [
+    (name, name, kind)
+    for name, family in FAMILIES.items()
+    if name in CHECKPOINTS and not family.twin_image
+    for kind in (MIDDLE, FIRST, TWO, VIDEO)
+    if kind in asks(family)
+]
 
 
 @pytest.fixture
@@ -24,16 +33,19 @@ def model(family_checkpoint, request) -> HFModel:
     return HFModel(name, config, Placement.of("cpu", "float32", config))
 
 
-@pytest.mark.parametrize("kind", [MIDDLE, FIRST, TWO])
-@pytest.mark.parametrize(("model", "name"), [(name, name) for name in NAMES], indirect=["model"])
+@pytest.mark.parametrize(("model", "name", "kind"), CASES, indirect=["model"])
 def test_every_k(model, oracle, tmp_path, name, kind):
     family = FAMILIES[name]
     ask = asks(family)[kind]
-    for number, image in enumerate(ask.images):
+    frames = [Image.fromarray(frame) for pixels, _ in ask.videos for frame in pixels]
+    images = [*ask.images, *frames]
+    for number, image in enumerate(images):
         image.save(tmp_path / f"{number}.png")
-    files = tuple(f"{number}.png" for number in range(len(ask.images)))
-    sample = Sample("line 1", files, ask.prompt.replace(family.image, "<image>"), folder=tmp_path)
-    encoded = oracle(name).encode(ask.prompt, ask.images)
+    files = tuple(f"{number}.png" for number in range(len(images)))
+    media: Any = {"images": (), "video": files} if frames else {"images": files}
+    prompt = ask.prompt.replace(family.image, "<image>") if family.image else ask.prompt
+    sample = Sample("line 1", prompt=prompt, folder=tmp_path, **media)
+    encoded = oracle(name).encode(ask.prompt, ask.images, ask.videos)
     leaving = encoded.leaving(family.bridge, 1)
     inputs = model.encode(sample, ANSWER)
     assert inputs.tensors["input_ids"][0].tolist() == encoded.ids

@@ -2,9 +2,11 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The oracle of models that transformers lacks: stock vLLM up to the decoder, which is transformers'."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -14,6 +16,7 @@ from tests.engine.engines import running
 from tests.families.oracle import Encoded, FamilyOracle
 from tests.families.requests import Ask
 
+IN_THIS_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 ONE_TOKEN = SamplingParams(temperature=0, max_tokens=1)
 
 
@@ -35,7 +38,7 @@ class VLLMOracle(FamilyOracle):
         ).eval()
         self.decoder = self.model.model
         self._encoded = {}
-        with running(folder, **options) as llm:
+        with patch.dict(os.environ, IN_THIS_PROCESS), running(folder, **options) as llm:
             (served,) = llm.apply_model(lambda model: model)
             decoder = served.get_language_model().model
             forward = decoder.forward

@@ -57,7 +57,7 @@ def user(*parts: Any) -> dict[str, Any]:
     return {"role": "user", "content": list(parts)}
 
 
-IMAGE, WHAT = {"type": "image"}, {"type": "text", "text": "What?"}
+IMAGE, VIDEO, WHAT = {"type": "image"}, {"type": "video"}, {"type": "text", "text": "What?"}
 
 
 def test_a_question_becomes_a_chat_with_the_images_first(folder):
@@ -105,6 +105,27 @@ def test_messages_as_openai_has_them(folder, line, messages, seen):
     assert colours(sample) == seen
 
 
+@pytest.mark.parametrize(
+    "question",
+    [
+        {"prompt": "What?"},
+        {"messages": [user(VIDEO, WHAT)]},
+        {"messages": [user(WHAT)]},
+        {"conversations": [{"from": "human", "value": "<video>\nWhat?"}]},
+    ],
+)
+def test_a_video(folder, question):
+    of_frames = one(folder, {"video": ["pictures/red.png", data_url(BLUE)]} | question)
+    assert of_frames.messages == (user(VIDEO, WHAT),)
+    assert (of_frames.images, of_frames.video) == ((), ("pictures/red.png", data_url(BLUE)))
+    assert one(folder, {"video": "a.mp4"} | question).video == "a.mp4"
+
+
+def test_a_prompt_with_the_place_of_a_video(folder):
+    sample = one(folder, {"video": "a.mp4", "prompt": "USER: <video>\nWhat?"})
+    assert (sample.prompt, sample.messages) == ("USER: <video>\nWhat?", ())
+
+
 def test_images_stand_before_the_first_question_of_a_chat(folder):
     says = {"role": "assistant", "content": "A dot."}
     messages = [{"role": "system", "content": "Be brief."}, user(WHAT), says, user(WHAT)]
@@ -140,6 +161,10 @@ def test_what_the_assistant_says_last_is_the_known_answer(folder):
         ({"image": "a.png", "prompt": "What?", "messages": []}, "has to have exactly one of"),
         ({"image": "a.png", "images": ["a.png"], "prompt": "What?"}, "both 'image' and 'images'"),
         ({"image": [1], "prompt": "What?"}, "'image' or 'images' has to be a path"),
+        ({"video": "a.mp4", "image": "a.png", "prompt": "What?"}, "has a 'video' and images"),
+        ({"video": [], "prompt": "What?"}, "'video' has to be a path, or a list"),
+        ({"video": "a.mp4", "messages": [user(IMAGE, WHAT)]}, "it has to be video, or text"),
+        ({"video": "a.mp4", "messages": [user(VIDEO, VIDEO)]}, "more video placeholders than videos"),
         ({"image": "a.png", "prompt": 3}, "'prompt' is not a string"),
         ({"image": "a.png", "prompt": "What?", "task": ["a"]}, "'task' is not a string"),
         ({"image": "a.png", "prompt": "What?", "answer": True}, "'answer' is not a string"),

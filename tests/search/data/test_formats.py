@@ -154,7 +154,7 @@ def test_many_bad_lines_are_one_message_for_each_reason(tmp_path):
     said = [line.strip() for line in ended.err.replace("\r", "\n").splitlines() if "skipped" in line]
     assert said[:2] == [
         "skipped: lines 109, 110, 111 and 67 more: "
-        "has no image: give 'image', 'images', or an 'image_url' in 'messages'",
+        "has no image: give 'image', 'images', 'video', or an 'image_url' in 'messages'",
         "skipped: lines 179, 180: not JSON: Expecting property name enclosed in double quotes at column 2",
     ]
     (missing,) = said[2:]

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from vllm_vtw.search.data.sample import BadSampleError, Message
 
-PLACEHOLDER = "<image>"
-"""The image placeholder of LLaVA's data files and processors."""
+PLACEHOLDERS = {"image": "<image>", "video": "<video>"}
+"""The placeholders of LLaVA's data files, by the type of what stands there."""
 ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system", "user", "assistant")}
 
 
@@ -16,13 +16,13 @@ class Chat(NamedTuple):
     """A chat up to the user's last message, and the expected answer to it.
 
     Attributes:
-        messages: The messages. Each `content` is a list of parts of type "text" and "image".
-        images: Paths or data URLs of the images, in the order of the "image" parts.
+        messages: The messages. Each `content` is a list of parts of type "text" and "image" or "video".
+        media: The images or videos, in the order of these parts.
         answer: The text of the last message if it is the assistant's, else None.
     """
 
     messages: list[Message]
-    images: list[str]
+    media: list[Any]
     answer: str | None
 
 
@@ -46,19 +46,21 @@ def from_conversations(turns: Any) -> list[Message]:
     return messages
 
 
-def parse_chat(messages: Any, images: list[str]) -> Chat:
+def parse_chat(messages: Any, media: list[Any], kind: str = "image") -> Chat:
     """Turns OpenAI messages into a chat.
 
-    The images of `images` take the places of parts of type "image" and of `<image>` in texts, in order. If
+    The images of `media` take the places of parts of type "image" and of `<image>` in texts, in order. If
     there are no such places and no parts of type "image_url", the images come before the first user message.
+    Videos take the places of parts of type "video" and of `<video>` in the same way.
 
     Args:
         messages: The value of "messages".
-        images: Paths or data URLs of the sample's images, without those of "image_url" parts.
+        media: The sample's images or videos, without those of "image_url" parts.
+        kind: "image" or "video".
 
     Raises:
         BadSampleError: The messages are not a chat that ends with a user message or an answer to it, or there
-            are not as many places as images.
+            are not as many places as images or videos.
     """
     if not isinstance(messages, list) or not messages:
         raise BadSampleError("'messages' is not a list of messages")
@@ -71,75 +73,78 @@ def parse_chat(messages: Any, images: list[str]) -> Chat:
     num_asked = len(roles) - roles[::-1].index("user")
     if "system" in roles[num_asked:]:
         raise BadSampleError("only messages with the role assistant may follow the last user message")
-    unplaced, placed, result = list(images), [], []
+    unplaced, placed, result = list(media), [], []
     for message in messages[:num_asked]:
         parts: list[dict[str, str]] = []
-        for part in _parts(message.get("content"), split_texts=bool(images)):
+        for part in _parts(message.get("content"), kind, split_texts=bool(media)):
             if isinstance(part, str):
                 parts.append({"type": "text", "text": part})
                 continue
             if part.url is None and not unplaced:
-                raise BadSampleError("there are more image placeholders than images")
-            parts.append({"type": "image"})
+                raise BadSampleError(f"there are more {kind} placeholders than {kind}s")
+            parts.append({"type": kind})
             placed.append(unplaced.pop(0) if part.url is None else part.url)
         result.append({"role": message["role"], "content": parts})
     if unplaced:
         if placed:
             raise BadSampleError(
-                "there are more images than image placeholders: give one for each image, or none"
+                f"there are more {kind}s than {kind} placeholders: give one for each {kind}, or none"
             )
         first = result[roles.index("user")]
-        first["content"] = [{"type": "image"}] * len(unplaced) + first["content"]
+        first["content"] = [{"type": kind}] * len(unplaced) + first["content"]
     answer = None
     if messages[num_asked:]:
-        answer_parts = _parts(messages[-1].get("content"), split_texts=False)
+        answer_parts = _parts(messages[-1].get("content"), kind, split_texts=False)
         answer = "\n".join(part for part in answer_parts if isinstance(part, str))
     return Chat(result, placed + unplaced, answer)
 
 
-class _ImagePart(NamedTuple):
-    """The place of an image in a message.
+class _MediaPart(NamedTuple):
+    """The place of an image or video in a message.
 
     Attributes:
-        url: The image's path or data URL. None for the next one of the sample's images.
+        url: The image's path or data URL. None for the next one of the sample's images or videos.
     """
 
     url: str | None = None
 
 
-def _parts(content: Any, split_texts: bool) -> Iterator[str | _ImagePart]:
-    """The texts and images of a message, in order.
+def _parts(content: Any, kind: str, split_texts: bool) -> Iterator[str | _MediaPart]:
+    """The texts and images, or videos, of a message, in order.
 
     Args:
         content: The message's "content".
-        split_texts: Whether `<image>` in a text is a placeholder. If not, it is left in the text.
+        kind: "image" or "video".
+        split_texts: Whether `<image>`, or `<video>`, in a text is a placeholder. If not, it is left in the
+            text.
     """
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list):
         raise BadSampleError("the 'content' of a message has to be a string or a list of parts")
     for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind in ("text", "input_text") and isinstance(part.get("text"), str):
-            yield from _split(part["text"]) if split_texts else [part["text"]]
-        elif kind == "image":
-            yield _ImagePart()
-        elif kind in ("image_url", "input_image"):
+        found = part.get("type") if isinstance(part, dict) else None
+        if found in ("text", "input_text") and isinstance(part.get("text"), str):
+            yield from _split(part["text"], PLACEHOLDERS[kind]) if split_texts else [part["text"]]
+        elif found == kind:
+            yield _MediaPart()
+        elif kind == "image" and found in ("image_url", "input_image"):
             url = part.get("image_url")
             url = url.get("url") if isinstance(url, dict) else url
             if not isinstance(url, str):
-                raise BadSampleError(f"a part of type {kind!r} has no URL in 'image_url'")
-            yield _ImagePart(url)
+                raise BadSampleError(f"a part of type {found!r} has no URL in 'image_url'")
+            yield _MediaPart(url)
         else:
+            allowed = "image, image_url" if kind == "image" else "video"
             raise BadSampleError(
-                f"a part of type {kind!r} cannot be read: it has to be image, image_url, or text with a "
-                "string in 'text'"
+                f"a part of type {found!r} cannot be read: it has to be {allowed}, or text with a string in "
+                "'text'"
             )
 
 
-def _split(text: str) -> Iterator[str | _ImagePart]:
-    """The parts of a text with image placeholders in it."""
-    first, *rest = text.split(PLACEHOLDER)
+def _split(text: str, placeholder: str) -> Iterator[str | _MediaPart]:
+    """The parts of a text with placeholders in it."""
+    first, *rest = text.split(placeholder)
     if not rest:
         yield text
         return
@@ -147,6 +152,6 @@ def _split(text: str) -> Iterator[str | _ImagePart]:
     if first.strip():
         yield first.strip()
     for following in rest:
-        yield _ImagePart()
+        yield _MediaPart()
         if following.strip():
             yield following.strip()

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vllm_vtw.families import BY_MODEL_TYPE
 from vllm_vtw.search.checkpoint import VISION_TOWERS
-from vllm_vtw.search.data.chats import PLACEHOLDER
+from vllm_vtw.search.data.chats import PLACEHOLDERS
 from vllm_vtw.search.data.sample import BadSampleError, Message, Sample
 
 
@@ -20,7 +20,8 @@ class ModelInputs(NamedTuple):
 
     Attributes:
         tensors: By name, the tensors that the transformers model takes, as a `BatchFeature`.
-        is_visual: Whether each token of the prompt is withdrawn with the images, shape `(prompt tokens,)`.
+        is_visual: Whether each token of the prompt is withdrawn with the images or the video, shape
+            `(prompt tokens,)`.
     """
 
     tensors: Any
@@ -48,20 +49,24 @@ class Prompts:
         self.processor = processor
         ids = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
         self.visual_ids = torch.tensor([token for token in ids if token is not None])
-        self.bridge = BY_MODEL_TYPE[config.model_type].bridge
+        self.family = BY_MODEL_TYPE[config.model_type]
         self.max_model_len = config.get_text_config().max_position_embeddings
         self.template = processor.chat_template or processor.tokenizer.chat_template
         self.template_takes_parts = self._takes_parts()
         self.notes: list[str] = []
 
     def text(self, sample: Sample) -> str:
-        """The text that the model gets, with one placeholder for each image.
+        """The text that the model gets, with one placeholder for each image or video.
 
         Raises:
             ValueError: The sample needs a chat template, and the checkpoint has none.
-            BadSampleError: The prompt has more or fewer placeholders than the sample has images, or the chat
-                template refuses the chat.
+            BadSampleError: The prompt has more or fewer placeholders than the sample has images or videos,
+                vLLM takes no videos for the model, or the chat template refuses the chat.
         """
+        kind, number = ("image", len(sample.images)) if sample.video is None else ("video", 1)
+        if kind == "video" and not self.family.video:
+            raise BadSampleError("has a video, and vLLM takes only images for this model")
+        token = getattr(self.processor, f"{kind}_token")
         if sample.prompt is not None:
             text = sample.prompt
         elif self.template is None:
@@ -69,18 +74,16 @@ class Prompts:
         else:
             messages = sample.messages
             if not self.template_takes_parts:
-                messages = tuple(self._as_text(message) for message in messages)
+                messages = tuple(self._as_text(message, token) for message in messages)
             try:
                 text = self._rendered(messages)
             except Exception as error:  # A template may raise anything.
-                kind = "the model's chat template refuses the chat"
-                raise BadSampleError(f"{kind}: {error}", kind) from error
-        token = self.processor.image_token
-        text = text.replace(PLACEHOLDER, token)
-        if text.count(token) != len(sample.images):
+                reason = "the model's chat template refuses the chat"
+                raise BadSampleError(f"{reason}: {error}", reason) from error
+        text = text.replace(PLACEHOLDERS[kind], token)
+        if text.count(token) != number:
             raise BadSampleError(
-                f"the prompt has {token} {text.count(token)} times, and the number of images is "
-                f"{len(sample.images)}"
+                f"the prompt has {token} {text.count(token)} times, and the number of {kind}s is {number}"
             )
         return text
 
@@ -96,16 +99,18 @@ class Prompts:
 
         Raises:
             ValueError: The sample needs a chat template, and the checkpoint has none.
-            BadSampleError: No prompt can be made of the sample, an image cannot be read, or prompt and answer
-                are too long for the model.
+            BadSampleError: No prompt can be made of the sample, an image or video cannot be read, or prompt
+                and answer are too long for the model.
         """
         text = self.text(sample)
-        images = sample.load_images()
+        images, video = sample.load_images(), sample.load_video()
+        media: dict[str, Any] = {"images": images}
+        if video is not None:
+            metadata = [video.metadata]
+            media = {"videos": [video.pixels], "video_metadata": metadata, "do_sample_frames": False}
         is_whole = sample.prompt is not None
         try:
-            inputs = self.processor(
-                images=images, text=text, add_special_tokens=is_whole, return_tensors="pt"
-            )
+            inputs = self.processor(text=text, add_special_tokens=is_whole, return_tensors="pt", **media)
         except Exception as error:  # A processor may raise anything.
             kind = "the model's processor refuses the sample"
             raise BadSampleError(f"{kind}: {error}", kind) from error
@@ -123,12 +128,12 @@ class Prompts:
     def _is_visual(self, ids: torch.Tensor, images: Sequence[Image.Image]) -> torch.Tensor:
         """Whether each token of a prompt is withdrawn with the images, as in the engine."""
         is_visual = torch.isin(ids, self.visual_ids)
-        if self.bridge:
+        if self.family.bridge:
             positions = is_visual.nonzero()[:, 0].tolist()
             for image in images:
                 count = self._visual_tokens(image)
                 for left, right in pairwise(positions[:count]):
-                    if right - left - 1 <= self.bridge:
+                    if right - left - 1 <= self.family.bridge:
                         is_visual[left:right] = True
                 positions = positions[count:]
         return is_visual
@@ -162,13 +167,13 @@ class Prompts:
         # A template that takes only strings may also write the list itself.
         return "'type'" not in written
 
-    def _as_text(self, message: Message) -> Message:
+    def _as_text(self, message: Message, token: str) -> Message:
         """The message with a string as `content`, as vLLM makes it for a template that takes only strings.
 
-        All image placeholders come first.
+        All placeholders come first.
         """
         texts = [part["text"] for part in message["content"] if part["type"] == "text"]
-        placeholders = [self.processor.image_token] * (len(message["content"]) - len(texts))
+        placeholders = [token] * (len(message["content"]) - len(texts))
         return message | {"content": "\n".join([*placeholders, *texts])}
 
     def _note_first_token(self, prompt: list[int], is_whole: bool) -> None:

@@ -11,8 +11,11 @@ from typing import Any
 from PIL import Image
 
 from vllm_vtw.search.data.images import BadImageError, load_image
+from vllm_vtw.search.data.videos import Frames, load_video
 
 Message = dict[str, Any]
+Video = str | tuple[str, ...]
+"""The path of a video, or the paths or data URLs of its frames."""
 MAX_SHOWN_PLACES = 3
 """The number of samples that a message names at most."""
 
@@ -33,17 +36,18 @@ class BadSampleError(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One request. Its images are not read yet.
+    """One request. Its images or its video are not read yet.
 
     Attributes:
         where: The place that the sample comes from: "line 3", "item 3" or "file a.png".
         images: Paths or data URLs of the images, in the order of their placeholders in the prompt.
-        prompt: The text as the model gets it, with image placeholders. None if the sample has `messages`.
-        messages: The messages of a chat. Each `content` is a list of parts of type "text" and "image". Empty
-            if the sample has a `prompt`.
+        prompt: The text as the model gets it, with placeholders. None if the sample has `messages`.
+        messages: The messages of a chat. Each `content` is a list of parts of type "text" and "image" or
+            "video". Empty if the sample has a `prompt`.
         task: The name of the task that the sample belongs to. Results are reported by task.
         answer: The expected answer. None if it is not known.
-        folder: The folder that relative paths in `images` start from.
+        video: The video. None if the sample has images.
+        folder: The folder that relative paths start from.
     """
 
     where: str
@@ -52,6 +56,7 @@ class Sample:
     messages: tuple[Message, ...] = ()
     task: str = "all"
     answer: str | None = None
+    video: Video | None = None
     folder: Path = field(default=Path(), compare=False)
 
     def load_images(self) -> list[Image.Image]:
@@ -62,6 +67,17 @@ class Sample:
         """
         try:
             return [load_image(source, self.folder) for source in self.images]
+        except BadImageError as error:
+            raise BadSampleError(str(error), error.kind) from error
+
+    def load_video(self) -> Frames | None:
+        """Reads the video. None if the sample has none.
+
+        Raises:
+            BadSampleError: The video or a frame cannot be read.
+        """
+        try:
+            return None if self.video is None else load_video(self.video, self.folder)
         except BadImageError as error:
             raise BadSampleError(str(error), error.kind) from error
 

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
+"""Frames of videos are those that vLLM takes."""
+
+import base64
+import io
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from vllm.multimodal.media import ImageMediaIO, VideoMediaIO
+
+from vllm_vtw.search.data.sample import BadSampleError, Sample, Video
+from vllm_vtw.search.data.videos import Frames
+
+SIDE, RATE = 48, 10
+
+
+def frames(count: int, side: int = SIDE) -> list[Image.Image]:
+    """Frames of one color each."""
+    return [Image.new("RGB", (side, side), (5 * number, 250 - 5 * number, 100)) for number in range(count)]
+
+
+def film(folder: Path, count: int) -> str:
+    writer = cv2.VideoWriter(str(folder / "film.avi"), cv2.VideoWriter.fourcc(*"MJPG"), RATE, (SIDE, SIDE))
+    for frame in frames(count):
+        writer.write(np.asarray(frame)[..., ::-1])
+    writer.release()
+    return "film.avi"
+
+
+def loaded(video: Video, folder: Path) -> Frames:
+    found = Sample("line 1", (), "What?", video=video, folder=folder).load_video()
+    assert found is not None
+    return found
+
+
+def in_vllm() -> VideoMediaIO:
+    return VideoMediaIO(ImageMediaIO())
+
+
+@pytest.mark.parametrize("count", [7, 32, 50])
+def test_a_file(tmp_path, count):
+    name = film(tmp_path, count)
+    found = loaded(name, tmp_path)
+    wanted, metadata = in_vllm().load_file(tmp_path / name).media
+    assert len(wanted) == min(count, 32)
+    np.testing.assert_array_equal(found.pixels, wanted)
+    assert list(found.metadata.frames_indices) == list(metadata["frames_indices"])
+    assert (found.metadata.fps, found.metadata.duration) == (metadata["fps"], metadata["duration"])
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_a_list_of_frames(tmp_path, count):
+    names, sent = [], []
+    for number, frame in enumerate(frames(count)):
+        buffer = io.BytesIO()
+        frame.save(buffer, "JPEG")
+        names.append(f"{number}.jpg")
+        (tmp_path / names[-1]).write_bytes(buffer.getvalue())
+        sent.append(base64.b64encode(buffer.getvalue()).decode())
+    found = loaded(tuple(names), tmp_path)
+    wanted, metadata = in_vllm().load_base64("video/jpeg", ",".join(sent)).media
+    np.testing.assert_array_equal(found.pixels, wanted)
+    assert found.metadata.frames_indices == metadata["frames_indices"]
+    assert (found.metadata.fps, found.metadata.duration) == (metadata["fps"], metadata["duration"])
+
+
+@pytest.mark.parametrize(
+    ("video", "said"),
+    [
+        ("none.mp4", "of the video 'none.mp4': there is no such file"),
+        ("text.mp4", "of the video 'text.mp4': cannot be read"),
+        (("0.png", "none.png"), "image 'none.png': there is no such file"),
+        (("0.png", "1.png"), "of the video '0.png': the frames have different sizes"),
+    ],
+)
+def test_what_cannot_be_read_is_said(tmp_path, video, said):
+    (tmp_path / "text.mp4").write_text("no video")
+    frames(1)[0].save(tmp_path / "0.png")
+    frames(1, 2 * SIDE)[0].save(tmp_path / "1.png")
+    with pytest.raises(BadSampleError, match=said):
+        loaded(video, tmp_path)

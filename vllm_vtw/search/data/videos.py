@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
+"""Loads videos in the way in which `vllm serve` does by default before it gives them to a model."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_vtw.search.data.images import BadImageError, load_image
+
+MAX_FRAMES = 32
+"""The most frames that are taken of a video, as in vLLM (`num_frames` in `--media-io-kwargs`)."""
+FRAMES_PER_SECOND = 1.0
+"""The rate of a video that is given as a list of frames, as in vLLM."""
+
+
+class Frames(NamedTuple):
+    """The frames of a video.
+
+    Attributes:
+        pixels: The frames in RGB, shape `(frames, height, width, 3)`, uint8.
+        metadata: What transformers' processors are told about the video.
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    metadata: Any
+
+
+def load_video(source: str | tuple[str, ...], folder: Path) -> Frames:
+    """Loads a video: up to `MAX_FRAMES` of its frames, evenly over its whole length.
+
+    Args:
+        source: The path of a video, or the paths or data URLs of its frames.
+        folder: The folder that relative paths start from.
+
+    Raises:
+        BadImageError: The video or a frame cannot be read.
+        ImportError: OpenCV, which reads video files, is not installed.
+    """
+    from transformers.video_utils import VideoMetadata
+    from transformers.video_utils import load_video as load_file
+
+    if isinstance(source, str):
+        name = f"of the video {source!r}"
+        path = folder / source
+        if not path.is_file():
+            raise BadImageError(name, "there is no such file", str(path))
+        try:
+            pixels, metadata = load_file(str(path), backend="opencv", sample_indices_fn=_evenly)
+        except ImportError:
+            raise
+        except Exception as error:  # OpenCV and transformers let through errors of many types
+            raise BadImageError(name, "cannot be read", str(error)) from error
+        return Frames(pixels, metadata)
+    images = [np.asarray(load_image(frame, folder)) for frame in source[:MAX_FRAMES]]
+    if len({image.shape for image in images}) > 1:
+        raise BadImageError(f"of the video {source[0]!r}", "the frames have different sizes")
+    count = len(images)
+    return Frames(
+        np.stack(images),
+        VideoMetadata(
+            total_num_frames=count,
+            fps=FRAMES_PER_SECOND,
+            duration=count / FRAMES_PER_SECOND,
+            frames_indices=list(range(count)),
+            video_backend="jpeg_sequence",
+        ),
+    )
+
+
+def _evenly(metadata: Any, **_: Any) -> npt.NDArray[np.int_]:
+    total = metadata.total_num_frames
+    return np.linspace(0, total - 1, min(MAX_FRAMES, total), dtype=int)
