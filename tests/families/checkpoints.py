@@ -197,7 +197,9 @@ def llava_onevision(folder: Path, backbone: str = "qwen2") -> Path:
 
 
 def internvl(folder: Path, backbone: str = "qwen3") -> Path:
+    # In the Hub's format, visual tokens of a video are <|video_pad|>.
     tokenizer = tokenizer_with(
+        "<|video_pad|>",
         start_image_token="<img>",
         end_image_token="</img>",
         context_image_token="<IMG_CONTEXT>",

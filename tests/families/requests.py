@@ -73,6 +73,7 @@ FAMILIES = {
     "idefics3": Family("<image>", bridge=5),
     "smolvlm": Family("<image>", bridge=5),
     "eagle": Family("<image>", options=REMOTE),
+    "internvl_chat_video": Family("<image>", "<video>", options=REMOTE),
     "llava_onevision2": Family(AROUND.format("image"), AROUND.format("video"), options=REMOTE),
     "pixtral": Family("[IMG]", bridge=1, tokenize=ids_of_pixtral, options=OF_MISTRAL),
 }
@@ -147,7 +148,11 @@ def but_one(name: str) -> list[Any]:
 
 def shape(name: str) -> SmallLlava:
     """What a policy file says about a family's checkpoint, in the form of another checkpoint."""
-    model_type = {"llava_over_pixtral": "llava", "eagle": "eagle_2_5_vl"}.get(name, name)
+    model_type = {
+        "llava_over_pixtral": "llava",
+        "eagle": "eagle_2_5_vl",
+        "internvl_chat_video": "internvl_chat",
+    }.get(name, name)
     return SmallLlava(layers=LAYERS, hidden=HIDDEN, model_type=model_type)
 
 

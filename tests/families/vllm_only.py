@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""Small checkpoints of models that vLLM has and transformers lacks.
+"""Small checkpoints of models that vLLM has and transformers lacks, or whose videos it reads otherwise.
 
 Their text models are saved once more in transformers' format, in the folder `text` within the checkpoint.
 """
@@ -13,10 +13,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, Qwen2VLImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Qwen2VLImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from benchmarks.small_llava import randomize
-from tests.families.checkpoints import HIDDEN, LAYERS, text_config, tokenizer_with, vision
+from tests.families.checkpoints import HIDDEN, LAYERS, internvl_chat, text_config, tokenizer_with, vision
 
 Tensors = dict[str, torch.Tensor]
 Shapes = dict[str, tuple[int, ...]]
@@ -276,5 +282,26 @@ def _of_mistral(text: Tensors, head_size: int) -> Iterator[tuple[str, torch.Tens
             yield name, tensor
 
 
-VISUAL_TOKENS = {"eagle": "<IMG_CONTEXT>", "llava_onevision2": "<|image_pad|>", "pixtral": "[IMG]"}
-CHECKPOINTS = {"eagle": eagle, "llava_onevision2": llava_onevision2, "pixtral": pixtral}
+def internvl_chat_video(folder: Path, backbone: str = "qwen2") -> Path:
+    """InternVL in the Hub's format over a text model with which vLLM takes videos."""
+    internvl_chat(folder, backbone)
+    twin = AutoModelForImageTextToText.from_pretrained(folder / "twin")
+    text = AutoModelForCausalLM.from_config(twin.config.text_config)
+    text.model.load_state_dict(twin.get_decoder().state_dict())
+    text.lm_head.load_state_dict(twin.lm_head.state_dict())
+    text.save_pretrained(folder / "text")
+    return folder
+
+
+VISUAL_TOKENS = {
+    "eagle": ("<IMG_CONTEXT>",),
+    "llava_onevision2": ("<|image_pad|>",),
+    "pixtral": ("[IMG]",),
+    "internvl_chat_video": ("<IMG_CONTEXT>", "<|video_pad|>"),
+}
+CHECKPOINTS = {
+    "eagle": eagle,
+    "llava_onevision2": llava_onevision2,
+    "pixtral": pixtral,
+    "internvl_chat_video": internvl_chat_video,
+}

@@ -25,13 +25,13 @@ class VLLMOracle(FamilyOracle):
 
     Args:
         folder: The checkpoint, with its text model in the folder `text` within it.
-        visual_token: A visual token, as the tokenizer has it.
+        visual_tokens: The visual tokens, as the tokenizer has them.
         asked: The requests that it will be asked about.
         options: Options of the engine.
     """
 
     def __init__(
-        self, folder: Path, visual_token: str, asked: Iterable[Ask], options: Mapping[str, Any]
+        self, folder: Path, visual_tokens: Sequence[str], asked: Iterable[Ask], options: Mapping[str, Any]
     ) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(
             folder / "text", dtype=torch.float32, attn_implementation="eager"
@@ -42,7 +42,7 @@ class VLLMOracle(FamilyOracle):
             (served,) = llm.apply_model(lambda model: model)
             decoder = served.get_language_model().model
             forward = decoder.forward
-            visual_id = llm.get_tokenizer().convert_tokens_to_ids(visual_token)
+            visual_ids = set(llm.get_tokenizer().convert_tokens_to_ids(list(visual_tokens)))
             for ask in asked:
                 caught: list[torch.Tensor] = []
 
@@ -54,7 +54,7 @@ class VLLMOracle(FamilyOracle):
                 (output,) = llm.generate([ask.to_vllm()], ONE_TOKEN, use_tqdm=False)
                 (embeds,) = caught
                 ids = output.prompt_token_ids
-                visual = [position for position, token in enumerate(ids) if token == visual_id]
+                visual = [position for position, token in enumerate(ids) if token in visual_ids]
                 self._encoded[ask.prompt] = Encoded(ids, embeds, visual, _sizes(visual, ask), len(ask.images))
 
     def encode(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Encoded:

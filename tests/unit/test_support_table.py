@@ -24,7 +24,7 @@ def test_readme_has_the_table():
 
 
 def test_every_family_is_tested():
-    named = {"llava_over_pixtral": "llava", "eagle": "eagle_2_5_vl"}
+    named = {"llava_over_pixtral": "llava", "eagle": "eagle_2_5_vl", "internvl_chat_video": "internvl_chat"}
     made = CHECKPOINTS.keys() | vllm_only.CHECKPOINTS.keys()
     assert made == TESTED.keys()
     assert {named.get(name, name) for name in made} == BY_MODEL_TYPE.keys()
