@@ -5,11 +5,11 @@
 .venv/bin/python -m tools.support_table
 """
 
-from vllm_vtw.families import FAMILIES
+from vllm_vtw.families import FAMILIES, Family
 
 HEADER = """\
-| models | class in vLLM | video | on the Hugging Face Hub | `vtw calibrate` and other searches |
-| --- | --- | --- | --- | --- |
+| models | class in vLLM | images | video | on the Hugging Face Hub | `vtw calibrate` and other searches |
+| --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -19,13 +19,20 @@ def table() -> str:
         (
             family.name,
             f"`{family.architecture}`",
+            "yes" if family.images else "no",
             family.video or "no",
             ", ".join(f"`{name}`" for name in family.hub),
-            "yes" if family.in_transformers else "no: transformers lacks it",
+            _searches(family),
         )
         for family in FAMILIES
     ]
     return HEADER + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _searches(family: Family) -> str:
+    if family.in_transformers:
+        return "yes"
+    return f"in the format of `{family.twin}`" if family.twin else "no: transformers lacks it"
 
 
 if __name__ == "__main__":

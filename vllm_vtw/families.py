@@ -2,9 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The model families that can be served. A new family of the same shape is a line in a table."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -18,18 +18,22 @@ class Family:
         bridge: The largest number of text tokens between two runs of visual tokens of one image that are
             withdrawn together with them. For example, Pixtral has one `[IMG_BREAK]` after each row of an
             image.
+        images: Whether vLLM takes images.
         video: How the visual tokens of a video lie in the prompt. Empty if vLLM takes no videos.
         hub: Names on the Hugging Face Hub of checkpoints that are meant to work.
         in_transformers: Whether transformers has the model. `vtw calibrate` and the other searches need it.
+        twin: A checkpoint of the same models in the format of transformers. Empty if there is none.
     """
 
     name: str
     model_type: str
     architecture: str
     bridge: int = 0
+    images: bool = True
     video: str = ""
     hub: tuple[str, ...] = ()
     in_transformers: bool = True
+    twin: str = ""
 
 
 ONE_RUN = "one run"
@@ -56,6 +60,7 @@ FAMILIES = (
         "LLaVA-NeXT-Video",
         "llava_next_video",
         "LlavaNextVideoForConditionalGeneration",
+        images=False,
         video=ONE_RUN,
         hub=("llava-hf/LLaVA-NeXT-Video-7B-hf",),
     ),
@@ -77,9 +82,10 @@ FAMILIES = (
         "InternVL 2 to 3.5, with code from the Hub",
         "internvl_chat",
         "InternVLChatModel",
-        video=FRAMES,
+        video=f"{FRAMES}; only over Qwen",
         hub=("OpenGVLab/InternVL2-8B", "OpenGVLab/InternVL2_5-8B", "OpenGVLab/InternVL3-8B"),
         in_transformers=False,
+        twin="OpenGVLab/InternVL3-8B-hf",
     ),
     Family(
         "InternVL 3 and 3.5 in transformers' format",
@@ -102,6 +108,7 @@ FAMILIES = (
         bridge=1,
         hub=("mistralai/Pixtral-12B-2409",),
         in_transformers=False,
+        twin="mistral-community/pixtral-12b",
     ),
     Family(
         "SmolVLM",
@@ -150,6 +157,7 @@ WHY_NOT = {
     "KimiVLForConditionalGeneration": "its attention is MLA, whose KV cache has another layout",
     "DeepseekVLV2ForCausalLM": "its attention is MLA, whose KV cache has another layout",
     "MiniCPMV": "vLLM's class returns one of several other classes",
+    "MiniCPMO": "vLLM's class returns one of several other classes",
     "MiniCPMV4_6ForConditionalGeneration": "its decoder has recurrent layers, which hold no KV blocks",
     "MiniCPMV4_7ForConditionalGeneration": "its decoder has recurrent layers, which hold no KV blocks",
     "Qwen3_5ForConditionalGeneration": "its decoder has recurrent layers, which hold no KV blocks",
@@ -160,43 +168,60 @@ WHY_NOT = {
 """By architecture: the reason why a well-known model cannot be served."""
 
 
-def refusal(architecture: str) -> str | None:
-    """The reason why a model cannot be served, as a sentence without a full stop. None if it can.
-
-    Args:
-        architecture: A name in `architectures` of the checkpoint's configuration.
-    """
-    if architecture in BY_ARCHITECTURE:
-        return None
-    why = WHY_NOT.get(architecture, f"supported are {', '.join(BY_ARCHITECTURE)}")
-    return f"--model-impl vtw does not support {architecture}: {why}"
-
-
+WINDOW_REMEDY = (
+    'disable it with --hf-overrides \'{"text_config": {"sliding_window": null}}\' if the model allows'
+)
 ELSEWHERE = "serve this model without --model-impl vtw"
 
 
-def text_refusal(model_type: str | None, text: Mapping[str, Any]) -> str | None:
-    """The reason why a text model cannot be served, as a sentence without a full stop. None if it can.
+class Refusal(NamedTuple):
+    """Why a model cannot be served.
+
+    Attributes:
+        reason: The reason, as a sentence without a full stop.
+        remedy: What to do instead, as a clause.
+    """
+
+    reason: str
+    remedy: str = ELSEWHERE
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.remedy}"
+
+
+def supported_architecture(architectures: Sequence[str]) -> str | None:
+    """The first of these names in a checkpoint's configuration that can be served. None if there is none."""
+    return next((name for name in architectures if name in BY_ARCHITECTURE), None)
+
+
+def refusal(architectures: Sequence[str]) -> Refusal | None:
+    """Why a model cannot be served. None if it can, as far as its class tells.
+
+    Args:
+        architectures: The names in the checkpoint's configuration.
+    """
+    if supported_architecture(architectures) is not None:
+        return None
+    name = architectures[0] if architectures else "a model without architectures"
+    why = WHY_NOT.get(name, f"supported are {', '.join(BY_ARCHITECTURE)}")
+    return Refusal(f"--model-impl vtw does not support {name}: {why}")
+
+
+def text_refusal(model_type: str | None, text: Mapping[str, Any]) -> Refusal | None:
+    """Why a model with this text model cannot be served. None if it can.
 
     Args:
         model_type: The text model's type. `PretrainedConfig.to_dict` loses it where the class has none.
         text: The text model's configuration.
     """
     if model_type not in DECODERS:
-        return f"the text model is {model_type!r}; supported are {', '.join(DECODERS)}"
+        return Refusal(f"the text model is {model_type!r}; supported are {', '.join(DECODERS)}")
+    is_qwen = model_type.startswith("qwen")
     # Qwen's configurations have the size of a window that they do not use.
-    uses_window = text.get("use_sliding_window", not model_type.startswith("qwen"))
-    if text.get("sliding_window") is not None and uses_window:
-        return "the text model attends over a sliding window, which would count withdrawn tokens"
+    if text.get("sliding_window") is not None and text.get("use_sliding_window", not is_qwen):
+        why = "the text model attends over a sliding window, which would count withdrawn tokens"
+        return Refusal(why, ELSEWHERE if is_qwen else WINDOW_REMEDY)
     return None
-
-
-def text_remedy(model_type: str | None) -> str:
-    """The way out where `text_refusal` has a reason."""
-    if model_type not in DECODERS:
-        return ELSEWHERE
-    override = '{"text_config": {"sliding_window": null}}'
-    return f"disable it with --hf-overrides '{override}' if the model allows"
 
 
 def how_to_find_a_layer(model_type: str) -> str:
@@ -206,9 +231,14 @@ def how_to_find_a_layer(model_type: str) -> str:
         model_type: The `model_type` of the checkpoint's configuration.
     """
     family = BY_MODEL_TYPE.get(model_type)
-    if family is not None and not family.in_transformers:
+    if family is None or family.in_transformers:
+        return "`vtw calibrate MODEL --data FILE` finds a layer K for your own data"
+    if family.twin:
         return (
-            "transformers lacks this model, so `vtw calibrate` and other searches cannot run it: serve your "
-            "own questions at several layers K, from three quarters of all on, and compare the answers"
+            "transformers cannot read this format, so searches cannot either: run `vtw calibrate` on the "
+            f'same model in the format of transformers, such as {family.twin}, and serve its K as "layer"'
         )
-    return "`vtw calibrate MODEL --data FILE` finds a layer K for your own data"
+    return (
+        "transformers lacks this model, so `vtw calibrate` and other searches cannot run it: serve your own "
+        "questions at several layers K, starting at three quarters of all layers, and compare the answers"
+    )

@@ -21,7 +21,7 @@ from vllm_vtw.config import (
     ModelShape,
     VTWConfig,
 )
-from vllm_vtw.families import BY_ARCHITECTURE, ELSEWHERE, PREFIX, text_refusal, text_remedy
+from vllm_vtw.families import BY_ARCHITECTURE, ELSEWHERE, PREFIX, supported_architecture, text_refusal
 from vllm_vtw.gates import load_gates
 from vllm_vtw.policy import Policy
 
@@ -47,8 +47,10 @@ def _model(vllm_config: VllmConfig) -> ModelShape:
     model_config = vllm_config.model_config
     text = model_config.hf_text_config
     # vLLM sets the first where it has resolved the class, to the plugin's own name of it.
-    names = (name.removeprefix(PREFIX) for name in (model_config.architecture, *model_config.architectures))
-    family = next(BY_ARCHITECTURE[name] for name in names if name in BY_ARCHITECTURE)
+    names = [name.removeprefix(PREFIX) for name in (model_config.architecture, *model_config.architectures)]
+    architecture = supported_architecture(names)
+    assert architecture is not None
+    family = BY_ARCHITECTURE[architecture]
     return ModelShape(
         model_config.hf_config.model_type,
         text.model_type,
@@ -180,7 +182,7 @@ def _model_refusals(vllm_config: VllmConfig) -> Iterator[str]:
     text = model.hf_text_config
     why_not = text_refusal(text.model_type, text.to_dict())
     if why_not is not None:
-        yield f"{why_not}: {text_remedy(text.model_type)}"
+        yield str(why_not)
     if model.runner_type != "generate":
         yield f"--runner {model.runner_type} pools the states of withdrawn tokens, too: use --runner generate"
     if vllm_config.is_mm_encoder_only:

@@ -190,7 +190,7 @@ def test_a_request_id_may_be_used_again(checkpoint, reference):
     [
         (LAYER, True, 32, ""),
         (LAYER, True, 128, 'set "align": false'),
-        (MODEL.layers - 1, False, 64, "because it takes whole blocks: use a smaller --block-size"),
+        (MODEL.layers - 1, False, 64, "that it takes in stock vLLM: use a smaller --block-size"),
     ],
 )
 def test_blocks_too_large_for_the_pictures_are_warned_of(
@@ -200,6 +200,6 @@ def test_blocks_too_large_for_the_pictures_are_warned_of(
     with running(checkpoint(MODEL), {"layer": layer, "align": align}, block_size=block_size):
         logged = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     logging.getLogger("vllm.vtw").removeHandler(caplog.handler)
-    warnings = {line for line in logged if line.startswith("vtw: with KV blocks")}
+    warnings = {line for line in logged if "KV blocks of" in line}
     assert len(warnings) == bool(warned)
     assert all(warned in warning for warning in warnings)

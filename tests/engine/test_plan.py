@@ -148,7 +148,7 @@ def test_gates_are_planned_for_every_exit(checkpoint, tmp_path):
         ([], "no withdrawal layer is published for this model, so --layer or --policy has to be set"),
         (["--image-size", "wide"], "'wide' is not a width and height in pixels, like 1024x768"),
         (["--kv-memory", "lots"], "'lots' is not an amount of memory"),
-        (["--kv-memory", "8"], "'8' is not an amount of memory"),
+        (["--kv-memory", "8X"], "'8X' is not an amount of memory"),
         (
             ["--layer", "2", "--prompt-tokens", "0", "--images", "0", "--output-tokens", "0"],
             "a request without tokens",
@@ -170,10 +170,9 @@ def test_unknown_options_show_the_command_s_own_usage(checkpoint):
 
 def test_memory_has_the_units_of_vllm(checkpoint):
     folder = checkpoint(MODEL)
-    of = {
-        text: planned(folder, "--layer", "2", "--kv-memory", text)["kv_memory_bytes"] for text in ("3G", "3g")
-    }
-    assert of == {"3G": 3 << 30, "3g": 3 * 10**9}
+    sizes = {"3G": 3 << 30, "3g": 3 * 10**9, "5000000": 5_000_000, "1.5GiB": 3 << 29}
+    for text, size in sizes.items():
+        assert planned(folder, "--layer", "2", "--kv-memory", text)["kv_memory_bytes"] == size
 
 
 def test_align_can_be_planned(checkpoint):

@@ -9,7 +9,18 @@ import pytest
 from PIL import Image
 
 from tests.engine.engines import running
-from tests.families.requests import FAMILIES, FRAMES, GREEDY, SQUARE, WIDE, asks, engine, noise, slow
+from tests.families.requests import (
+    FAMILIES,
+    FRAMES,
+    GREEDY,
+    SQUARE,
+    WIDE,
+    asks,
+    assert_answers,
+    engine,
+    noise,
+    slow,
+)
 from tests.search.command import vtw
 
 LOOSE = ("--max-answer-kl", "100", "--max-token-change", "1")
@@ -24,7 +35,7 @@ COMMANDS = {
 
 @pytest.fixture
 def data(tmp_path, request) -> Path:
-    """Six samples with one or two images, and two with a video, if the family takes videos."""
+    """Twelve samples with one or two images, and two with a video, if the family takes videos."""
     family, lines = FAMILIES[request.param], []
     small = Image.fromarray(noise(9, 60, 90, 3))
     for number, images in enumerate(
@@ -56,13 +67,18 @@ def data(tmp_path, request) -> Path:
     ],
     indirect=["data"],
 )
-def test_a_search_makes_a_policy_that_is_served(family_checkpoint, data, tmp_path, name, command):
+def test_a_search_makes_a_policy_that_is_served(family_checkpoint, oracle, data, tmp_path, name, command):
     family, folder, out = FAMILIES[name], family_checkpoint(name), tmp_path / "out"
     shared = ("--data", str(data), "--out", str(out), "--max-tokens", "4")
     ended = vtw(*COMMANDS[command], str(folder), *shared)
     assert ended.status == 0, ended.err
     assert "skipped" not in ended.err
-    policy = {"policy": str(out / "policy.json")}
-    with running(folder, policy, **engine(family)) as llm:
+    policy = json.loads((out / "policy.json").read_text())
+    assert policy["stages"]
+    if family.video and command != "dyvte":
+        assert "video" in json.loads((out / "result.json").read_text())["tasks"]
+    with running(folder, {"policy": str(out / "policy.json")}, **engine(family)) as llm:
         outputs = llm.generate([ask.to_vllm() for ask in asks(family).values()], GREEDY, use_tqdm=False)
-    assert all(len(output.outputs[0].token_ids) == GREEDY.max_tokens for output in outputs)
+    if command == "calibrate":
+        (stage,) = policy["stages"]
+        assert_answers(oracle(name), family, outputs, stage["layer"], 1)

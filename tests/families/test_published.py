@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import SmolVLMImageProcessorPil, SmolVLMProcessor, SmolVLMVideoProcessor
 from vllm import SamplingParams
 from vllm.config import VllmConfig
@@ -72,7 +74,7 @@ def test_doctor_finds_it_supported(tmp_path, name):
     content = PUBLISHED[name]
     architecture = content["architectures"][0]
     assert BY_ARCHITECTURE[architecture].model_type == content["model_type"]
-    finding, options = check_model(written(tmp_path, content))
+    finding, options, _ = check_model(written(tmp_path, content))
     text = content.get("text_config") or content["llm_config"]
     assert finding.found == f"{tmp_path} can be served: {architecture} over {text['model_type']}"
     assert not finding.remedy
@@ -86,7 +88,7 @@ def test_a_search_says_what_it_needs(tmp_path):
     data.write_text(json.dumps({"image": "a.png", "prompt": "What is this?"}) + "\n")
     ended = vtw("gsearch", folder, f"--data={data}")
     assert ended.status == 2
-    assert f"{folder}: transformers lacks this model" in ended.err
+    assert f"{folder}: transformers cannot read this format" in ended.err
 
 
 def planned(folder: str, *options: str) -> dict[str, Any]:
@@ -166,7 +168,7 @@ def test_a_published_sliding_window_has_a_way_out(tmp_path, is_left_out):
         # The class of transformers has the same window by default.
         del content["text_config"]["sliding_window"]
     folder = written(tmp_path, content)
-    finding, _ = check_model(folder)
+    finding = check_model(folder).finding
     assert "attends over a sliding window" in finding.found
     assert "--hf-overrides" in finding.remedy
     ended = vtw("plan", folder, "--layer", "16", "--visual-tokens", "576")
@@ -181,12 +183,25 @@ def test_a_published_sliding_window_has_a_way_out(tmp_path, is_left_out):
 
 
 def test_a_window_that_is_switched_off_is_no_obstacle(tmp_path):
-    finding, _ = check_model(written(tmp_path, with_text(sliding_window=None)))
+    finding = check_model(written(tmp_path, with_text(sliding_window=None))).finding
     assert not finding.remedy
 
 
 def test_a_checkpoint_in_mistrals_format_cannot_be_checked(tmp_path):
     (tmp_path / "params.json").write_text("{}")
-    finding, _ = check_model(str(tmp_path))
+    finding, _, was_read = check_model(str(tmp_path))
+    assert not was_read
     assert finding.found.endswith("the folder has no config.json")
     assert "in Mistral's own format, without config.json, cannot be checked" in finding.remedy
+
+
+def test_a_checkpoint_in_both_formats(tmp_path):
+    """vLLM would read Mistral's own format, whose model type, in policy files, is another one."""
+    folder = written(tmp_path, PUBLISHED["mistralai/Mistral-Small-3.1-24B-Instruct-2503"])
+    assert "--config-format" not in check_model(folder).options
+    (tmp_path / "params.json").write_text("{}")
+    save_file({"norm.weight": torch.ones(1)}, tmp_path / "consolidated.safetensors")
+    finding, options, _ = check_model(folder)
+    assert "vLLM would take Mistral's own format" in finding.remark
+    assert " --config-format hf " in options
+    assert configure(folder, config_format="hf").model_config.hf_config.model_type == "mistral3"

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoProcessor
 
 from tests.families.checkpoints import CHECKPOINTS, LAYERS
 from tests.families.requests import FAMILIES, FIRST, MIDDLE, TWO, VIDEO, asks
 from vllm_vtw.search.checkpoint import read_config
-from vllm_vtw.search.data.sample import Sample
+from vllm_vtw.search.data.prompts import Prompts
+from vllm_vtw.search.data.sample import BadSampleError, Sample
 from vllm_vtw.search.model import HFModel, Placement
 from vllm_vtw.search.schedules.layerwise import answer_logits
 from vllm_vtw.search.schedules.sample_at_layer import SampleAtLayer
@@ -61,3 +63,25 @@ def test_every_k(model, oracle, tmp_path, name, kind):
     at_end = SampleAtLayer.of(model, "all", answered).run_layers(model, 0, [1, 1, 0.5, 0.5, 0.1, 0.1])
     wanted = oracle(name).ranked_logits(encoded, answered.tokens, {2: 0.5, 4: 0.1}, leaving)
     torch.testing.assert_close(answer_logits(model, at_end.rows), wanted, atol=5e-4, rtol=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "media", "prompt", "said"),
+    [
+        ("llava_onevision", {"images": ("a.png",)}, "<image><video> What?", "the prompt has <video>, and"),
+        (
+            "llava_onevision",
+            {"images": (), "video": ("a.png",)},
+            "<video><image>",
+            "the prompt has <image>, and",
+        ),
+        ("llava_onevision", {"images": (), "video": ("a.png",)}, "What?", "the number of videos is 1"),
+        ("llava_next_video", {"images": ("a.png",)}, "<image> What?", "vLLM takes no images for this model"),
+        ("smolvlm", {"images": (), "video": ("a.png",)}, "<video>", "vLLM takes no videos for this model"),
+    ],
+)
+def test_media_that_do_not_fit_are_told(family_checkpoint, tmp_path, name, media, prompt, said):
+    folder = str(family_checkpoint(name))
+    prompts = Prompts(AutoProcessor.from_pretrained(folder), read_config(folder))
+    with pytest.raises(BadSampleError, match=said):
+        prompts.text(Sample("line 1", prompt=prompt, folder=tmp_path, **media))

@@ -14,8 +14,18 @@ from tests.families.checkpoints import CHECKPOINTS
 from tests.families.requests import FAMILIES as TESTED
 from tools.support_table import table
 from vllm_vtw import families
-from vllm_vtw.families import BY_MODEL_TYPE, FAMILIES, WHY_NOT, how_to_find_a_layer, text_refusal
+from vllm_vtw.families import (
+    BY_MODEL_TYPE,
+    ELSEWHERE,
+    FAMILIES,
+    WHY_NOT,
+    WINDOW_REMEDY,
+    how_to_find_a_layer,
+    text_refusal,
+)
 from vllm_vtw.models import served
+
+NAMES = {name for family in FAMILIES for name in family.hub}
 
 
 def test_readme_has_the_table():
@@ -35,6 +45,7 @@ def test_every_family_is_tested():
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
 def test_transformers_has_these_models(family):
     assert family.in_transformers == (family.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    assert family.in_transformers or not family.twin or family.twin in NAMES
     can_calibrate = how_to_find_a_layer(family.model_type).startswith("`vtw calibrate MODEL")
     assert can_calibrate == family.in_transformers
 
@@ -52,9 +63,10 @@ def test_text_models():
     window = {"sliding_window": 32768}
     for unused in ({"use_sliding_window": False}, {}):
         assert text_refusal("qwen2", window | unused) is None
-    assert "sliding window" in (text_refusal("qwen2", window | {"use_sliding_window": True}) or "")
-    assert "sliding window" in (text_refusal("mistral", window) or "")
-    assert "the text model is 'granite'" in (text_refusal("granite", {}) or "")
+    # Qwen's layers have windows each, so an override would not switch them off.
+    assert str(text_refusal("qwen2", window | {"use_sliding_window": True})).endswith(f": {ELSEWHERE}")
+    assert str(text_refusal("mistral", window)).endswith(f": {WINDOW_REMEDY}")
+    assert str(text_refusal("granite", {})).startswith("the text model is 'granite'")
 
 
 def test_a_class_that_makes_others_is_not_served(monkeypatch):

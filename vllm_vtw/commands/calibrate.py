@@ -53,10 +53,11 @@ def add_command(commands: Any) -> None:
         type=bound,
         help="bound of the first-token criterion, in nats (default: the value published for the model)",
     )
-    parser.set_defaults(parser=parser, run=lambda arguments: _run(parser, arguments))
+    parser.set_defaults(parser=parser, run=_run)
 
 
-def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> None:
+    parser = arguments.parser
     with exit_on_failure(parser, f"samples that were measured before are kept in {arguments.out}"):
         from vllm_vtw.search.reports import calibration as report
 

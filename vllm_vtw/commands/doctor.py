@@ -15,10 +15,10 @@ from importlib.metadata import PackageNotFoundError, entry_points, requires, ver
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_vtw.config import ModelShape
-from vllm_vtw.families import ELSEWHERE, how_to_find_a_layer, refusal, text_refusal, text_remedy
+from vllm_vtw.families import how_to_find_a_layer, refusal, supported_architecture, text_refusal
 from vllm_vtw.plugin import SUPPORTED_VLLM
 
 MAX_ERROR_SHOWN = 300
@@ -63,31 +63,44 @@ def _run(arguments: argparse.Namespace) -> None:
     # Otherwise vLLM's start-up messages would fill the screen.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     model = arguments.model
-    of_model, options = [], ""
-    if model is not None:
-        finding, options = check_model(model)
-        of_model = [finding]
+    checked = None if model is None else check_model(model)
+    of_model = [] if checked is None else [checked.finding]
     failed = False
     for finding in (*findings(), *of_model):
         print(finding, flush=True)
         failed = failed or bool(finding.remedy)
-    if of_model and of_model[0].remedy:
-        sys.exit(f"\n{model} cannot be served with --model-impl vtw.")
+    if checked is not None and checked.finding.remedy:
+        what = (
+            "cannot be served with --model-impl vtw as it is" if checked.was_read else "could not be checked"
+        )
+        sys.exit(f"\n{model} {what}.")
     if failed:
         sys.exit("\nThis environment cannot serve with --model-impl vtw yet.")
+    options = "" if checked is None else checked.options
     print(f"\nThis environment can serve: vllm serve {model or 'MODEL'} --model-impl vtw{options}")
 
 
-def check_model(name: str) -> tuple[Finding, str]:
+class ModelCheck(NamedTuple):
+    """The result of checking a model.
+
+    Attributes:
+        finding: What was found.
+        options: Further options that `vllm serve` needs for this model.
+        was_read: Whether its configuration could be read.
+    """
+
+    finding: Finding
+    options: str = ""
+    was_read: bool = True
+
+
+def check_model(name: str) -> ModelCheck:
     """Whether a checkpoint's model can be served. It reads the configuration only.
 
     Args:
         name: The checkpoint's name on the Hugging Face Hub, or its folder.
-
-    Returns:
-        What was found, and further options that `vllm serve` needs for this model.
     """
-    from vllm_vtw.search.checkpoint import read_config
+    from vllm_vtw.search.checkpoint import has_mistrals_format, read_config
 
     try:
         hf_config = read_config(name)
@@ -95,15 +108,11 @@ def check_model(name: str) -> tuple[Finding, str]:
         remedy = (
             "check the name. A checkpoint in Mistral's own format, without config.json, cannot be checked"
         )
-        return Finding(str(error), remedy=remedy), ""
-    architecture = (hf_config.architectures or ["a model without architectures"])[0]
-    why_not = refusal(architecture)
+        return ModelCheck(Finding(str(error), remedy=remedy), was_read=False)
+    architectures, text = hf_config.architectures or [], hf_config.get_text_config()
+    why_not = refusal(architectures) or text_refusal(text.model_type, text.to_dict())
     if why_not is not None:
-        return Finding(why_not, remedy=ELSEWHERE), ""
-    text = hf_config.get_text_config()
-    why_not = text_refusal(text.model_type, text.to_dict())
-    if why_not is not None:
-        return Finding(f"{name}: {why_not}", remedy=text_remedy(text.model_type)), ""
+        return ModelCheck(Finding(f"{name}: {why_not.reason}", remedy=why_not.remedy))
     # A configuration whose class is on the Hub may leave out what is not needed to read it.
     sizes = (getattr(text, key, 0) for key in ("num_hidden_layers", "hidden_size", "vocab_size"))
     shape = ModelShape(hf_config.model_type, text.model_type, *sizes)
@@ -111,8 +120,11 @@ def check_model(name: str) -> tuple[Finding, str]:
     if shape.published_layer is None:
         options += ' --additional-config \'{"vtw": {"layer": K}}\''
         remarks.append(f"no withdrawal layer K is published for it: {how_to_find_a_layer(shape.model_type)}")
-    found = f"{name} can be served: {architecture} over {shape.text_model_type}"
-    return Finding(found, remark="; ".join(remarks)), options
+    if has_mistrals_format(name):
+        options += " --config-format hf --load-format auto --tokenizer-mode auto"
+        remarks.append("vLLM would take Mistral's own format, of which policy files are other ones")
+    found = f"{name} can be served: {supported_architecture(architectures)} over {shape.text_model_type}"
+    return ModelCheck(Finding(found, remark="; ".join(remarks)), options)
 
 
 def findings() -> Iterator[Finding]:

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from math import isfinite, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,7 +95,7 @@ def add_command(commands: Any) -> None:
 def _add_options(parser: argparse.ArgumentParser, out: str, samples: int, run: Run) -> None:
     add_options(parser.add_argument, out, samples)
     parser.add_argument("--resume", action="store_true", help="continue with what is in --out")
-    parser.set_defaults(parser=parser, run=lambda arguments: _run(parser, arguments, run))
+    parser.set_defaults(parser=parser, run=partial(_run, run))
 
 
 def _thresholds(text: str) -> tuple[float, ...]:
@@ -107,9 +108,9 @@ def _thresholds(text: str) -> tuple[float, ...]:
     return tuple(thresholds)
 
 
-def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, run: Run) -> None:
+def _run(run: Run, arguments: argparse.Namespace) -> None:
     stopped = f"the work so far is in {arguments.out}. Run the same command with --resume to continue."
-    with exit_on_failure(parser, stopped):
+    with exit_on_failure(arguments.parser, stopped):
         run(arguments)
 
 

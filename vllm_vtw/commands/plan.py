@@ -9,14 +9,26 @@ from typing import Any
 
 from vllm_vtw.capacity import LayerGroups, visual_tokens_held
 from vllm_vtw.config import VTWConfig
+from vllm_vtw.families import BY_MODEL_TYPE
 from vllm_vtw.search.checkpoint import VISION_TOWERS, read_config, supported_model
 
 BYTES_PER_VALUE = {"auto": 2, "float16": 2, "bfloat16": 2, "float32": 4}
 """The size of one number in the KV cache, in bytes, by `--dtype`."""
 UNITS = {
-    **{"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12},
-    # As in vLLM's --kv-cache-memory-bytes.
-    **{"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12},
+    **{"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40},
+    **{"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12},
+    # As in vLLM's --kv-cache-memory-bytes, which takes no others.
+    **{
+        "": 1,
+        "K": 2**10,
+        "M": 2**20,
+        "G": 2**30,
+        "T": 2**40,
+        "k": 10**3,
+        "m": 10**6,
+        "g": 10**9,
+        "t": 10**12,
+    },
 }
 
 
@@ -72,7 +84,7 @@ def add_command(commands: Any) -> None:
         help="data type of the KV cache, as in vLLM; auto stands for one of 16 bits",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.set_defaults(parser=parser, run=lambda arguments: _run(parser, arguments))
+    parser.set_defaults(parser=parser, run=_run)
 
 
 def _count(text: str) -> int:
@@ -95,15 +107,17 @@ def _image_size(text: str) -> tuple[int, int]:
 
 
 def _memory(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", text)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", text)
     if match is None or match[2] not in UNITS:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not an amount of memory, a number and one of " + ", ".join(UNITS)
+            f"{text!r} is not an amount of memory, a number of bytes or one with a unit: "
+            + ", ".join(filter(None, UNITS))
         )
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> None:
+    parser = arguments.parser
     options = {"layer": arguments.layer, "policy": arguments.policy}
     if arguments.align:
         options["align"] = arguments.align == "true"
@@ -247,9 +261,10 @@ def tokens_per_image(name: str, hf_config: Any, size: tuple[int, int]) -> int:
     Raises:
         ValueError: The model is not supported, or its processor cannot tell the number.
     """
-    supported_model(hf_config)
-    vision = hf_config.vision_config
-    if hf_config.model_type == "llava" and vision.model_type in VISION_TOWERS:
+    if not BY_MODEL_TYPE[supported_model(hf_config).model_type].images:
+        raise ValueError("vLLM takes only videos for this model: give --visual-tokens")
+    vision = getattr(hf_config, "vision_config", None)
+    if hf_config.model_type == "llava" and vision is not None and vision.model_type in VISION_TOWERS:
         # As in vLLM, the number follows from the configuration alone.
         tokens: int = (vision.image_size // vision.patch_size) ** 2 + VISION_TOWERS[vision.model_type]
         return tokens - 1 if hf_config.vision_feature_select_strategy == "default" else tokens

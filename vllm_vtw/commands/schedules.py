@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +113,7 @@ def _add_options(parser: argparse.ArgumentParser, out: str, prepare: Prepare) ->
         help="maximum number of stages, runs of layers with the same tokens, stage 0 included; each takes "
         "one or more KV-cache groups (default: %(default)s)",
     )
-    parser.set_defaults(parser=parser, run=lambda arguments: _run(parser, arguments, prepare))
+    parser.set_defaults(parser=parser, run=partial(_run, prepare))
 
 
 def _stages(text: str) -> int:
@@ -121,7 +122,8 @@ def _stages(text: str) -> int:
     return int(text)
 
 
-def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, prepare: Prepare) -> None:
+def _run(prepare: Prepare, arguments: argparse.Namespace) -> None:
+    parser = arguments.parser
     method = parser.prog.split()[-1]
     stopped = (
         "run the same command with --resume to continue with the layers or trials that are in "

@@ -77,18 +77,19 @@ def _warn_of_rounding(
     """Warns if a typical request saves nothing because its tokens are rounded up to whole blocks."""
     held = [visual + TYPICAL_TEXT for visual in visual_held]
     taken = groups.blocks(held, block_size) * groups.width * len(groups.ranks)
-    stock = -(-(tokens + TYPICAL_TEXT) // block_size) * groups.num_layers
+    # In stock vLLM, every rank has as many blocks as the rank with the most layers.
+    widest = max(sum(group.layers for group in groups.groups if group.rank == rank) for rank in groups.ranks)
+    stock = -(-(tokens + TYPICAL_TEXT) // block_size) * widest * len(groups.ranks)
     if taken >= stock:
         logger.warning(
-            "vtw: with KV blocks of %d tokens, a request of %s of %d tokens and %d text tokens takes %.2f "
-            "of its memory in stock vLLM, because it takes whole blocks: use a smaller --block-size, or "
-            "compare layers with `vtw plan MODEL --layer K --block-size %d`",
+            "vtw: KV blocks of %d tokens are so large that a request of %s of %d tokens and %d text tokens "
+            "takes %.2f times the memory that it takes in stock vLLM: use a smaller --block-size, or compare "
+            "layers with `vtw plan`",
             block_size,
             what,
             tokens,
             TYPICAL_TEXT,
             taken / stock,
-            block_size,
         )
 
 

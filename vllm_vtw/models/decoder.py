@@ -14,7 +14,7 @@ from vllm.forward_context import BatchDescriptor, get_forward_context, override_
 from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.backend import AttentionType
 
-from vllm_vtw.families import DECODERS
+from vllm_vtw.families import DECODERS, ELSEWHERE
 from vllm_vtw.models.gather_scatter import TokenStates
 from vllm_vtw.models.graph_inputs import GraphInputs
 from vllm_vtw.models.segment import Segment, attention_of, compiled_segment
@@ -218,7 +218,7 @@ def find_text_model(language_model: Any) -> Any:
     if len(found) != 1:
         raise ValueError(
             f"--model-impl vtw does not support the text model {type(language_model).__name__}; supported "
-            f"are {', '.join(DECODERS)}: serve this model without --model-impl vtw"
+            f"are {', '.join(DECODERS)}: {ELSEWHERE}"
         )
     (text_model,) = found
     for layer in text_model.layers[text_model.start_layer : text_model.end_layer]:
@@ -226,7 +226,7 @@ def find_text_model(language_model: Any) -> Any:
         if attention.sliding_window is not None or attention.attn_type != AttentionType.DECODER:
             raise ValueError(
                 "--model-impl vtw does not support layers that attend over a sliding window, or to tokens "
-                "that follow: serve this model without --model-impl vtw"
+                f"that follow: {ELSEWHERE}"
             )
     return text_model
 

@@ -10,7 +10,7 @@ from typing import Any
 from vllm.config import ModelConfig
 from vllm.model_executor.models import ModelRegistry
 
-from vllm_vtw.families import BY_ARCHITECTURE, PREFIX, refusal
+from vllm_vtw.families import BY_ARCHITECTURE, PREFIX, refusal, supported_architecture
 
 MODEL_IMPL = "vtw"
 TARGETS = ("inspect_model_cls", "resolve_model_cls")
@@ -82,12 +82,12 @@ def _resolve(guard: Guard, architectures: str | list[str], model_config: ModelCo
     guard()
     architectures = [architectures] if isinstance(architectures, str) else architectures
     _register()
-    supported = [f"{PREFIX}{name}" for name in architectures if name in BY_ARCHITECTURE]
-    if supported:
-        return supported
+    supported = supported_architecture(architectures)
+    if supported is not None:
+        return [f"{PREFIX}{supported}"]
     if _is_inner_model(model_config) or any(map(_is_ours, architectures)):
         return list(architectures)
-    raise ValueError(f"{refusal(architectures[0])}. Serve this model without --model-impl vtw")
+    raise ValueError(str(refusal(architectures)))
 
 
 def _is_inner_model(model_config: ModelConfig) -> bool:

@@ -15,7 +15,7 @@ from vllm.model_executor.models.interfaces import SupportsQuant
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
-from vllm_vtw.families import BY_ARCHITECTURE, PREFIX
+from vllm_vtw.families import BY_ARCHITECTURE, ELSEWHERE, PREFIX
 from vllm_vtw.models.admission import with_admission_check
 from vllm_vtw.models.decoder import StagedDecoder, find_text_model
 from vllm_vtw.startup import vtw_config
@@ -45,7 +45,7 @@ def served_model(architecture: str) -> type:
     if vllm_model.__new__ not in (object.__new__, SupportsQuant.__new__):
         raise ValueError(
             f"--model-impl vtw does not support {architecture}: vLLM's class may make objects of other "
-            "classes, which would withdraw nothing. Serve this model without --model-impl vtw"
+            f"classes, which would withdraw nothing: {ELSEWHERE}"
         )
 
     class Served(vllm_model):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_vtw.config import ModelShape
-from vllm_vtw.families import BY_MODEL_TYPE, refusal, text_refusal
+from vllm_vtw.families import BY_MODEL_TYPE, Refusal, refusal, text_refusal
 
 # By `model_type` of the vision tower: the number of tokens per image in addition to one for each patch. CLIP
 # has a class token.
@@ -53,15 +53,19 @@ def _config_without_class(name: str) -> Any | None:
     Returns:
         A configuration with a `text_config`. None if the model does not bring its own code.
     """
-    from transformers import AutoConfig, PretrainedConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
     try:
         content, _ = PretrainedConfig.get_config_dict(name)
     except Exception:
         return None
-    if not content.get("auto_map"):
+    text = content.pop("llm_config", None) or content.pop("text_config", None) or {}
+    if (
+        not content.get("auto_map")
+        or content.get("model_type") in CONFIG_MAPPING
+        or not isinstance(text, dict)
+    ):
         return None
-    text = dict(content.pop("llm_config", None) or content.pop("text_config", None) or {})
     kind = text.pop("model_type", None)
     model_type = content.pop("model_type", "")
     try:
@@ -72,6 +76,19 @@ def _config_without_class(name: str) -> Any | None:
     hf_config = PretrainedConfig(**content, text_config=text_config)
     hf_config.model_type = model_type
     return hf_config
+
+
+def has_mistrals_format(name: str) -> bool:
+    """Whether a checkpoint is there in Mistral's own format, too, which vLLM prefers.
+
+    Args:
+        name: The checkpoint's name on the Hugging Face Hub, or its folder.
+    """
+    from transformers.utils import cached_file
+
+    missing_is_fine = {"_raise_exceptions_for_missing_entries": False}
+    offline_is_fine = {"_raise_exceptions_for_connection_errors": False}
+    return cached_file(name, "params.json", **missing_is_fine, **offline_is_fine) is not None
 
 
 def _where_not_found(error: Exception) -> str:
@@ -102,13 +119,13 @@ def supported_model(hf_config: Any) -> ModelShape:
     family = BY_MODEL_TYPE.get(hf_config.model_type)
     # A configuration that was made by hand has no architectures.
     named = hf_config.architectures or ([family.architecture] if family else [])
-    why_not = refusal(named[0] if named else f"models of type {hf_config.model_type!r}")
     text = hf_config.get_text_config()
+    why_not = refusal(named or [f"models of type {hf_config.model_type!r}"])
     why_not = why_not or text_refusal(text.model_type, text.to_dict())
     if why_not is None and family is None:
-        why_not = f"{named[0]} of the model type {hf_config.model_type!r} is not known"
+        why_not = Refusal(f"{named[0]} of the model type {hf_config.model_type!r} is not known")
     if why_not is not None:
-        raise ValueError(why_not)
+        raise ValueError(str(why_not))
     return ModelShape(
         hf_config.model_type, text.model_type, text.num_hidden_layers, text.hidden_size, text.vocab_size
     )

@@ -75,7 +75,7 @@ def evaluate_samples(
             continue
         if result.inputs_sha256 != digest:
             raise ValueError(
-                f"--resume: {sample.where} had another image or prompt when {file} was made: "
+                f"--resume: {sample.where} had another image, video or prompt when {file} was made: "
                 "restore the data, or give another --out"
             )
         good += 1

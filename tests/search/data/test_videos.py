@@ -71,10 +71,10 @@ def test_a_list_of_frames(tmp_path, count):
 @pytest.mark.parametrize(
     ("video", "said"),
     [
-        ("none.mp4", "of the video 'none.mp4': there is no such file"),
-        ("text.mp4", "of the video 'text.mp4': cannot be read"),
-        (("0.png", "none.png"), "image 'none.png': there is no such file"),
-        (("0.png", "1.png"), "of the video '0.png': the frames have different sizes"),
+        ("none.mp4", "^video 'none.mp4': there is no such file"),
+        ("text.mp4", "^video 'text.mp4': cannot be read"),
+        (("0.png", "none.png"), "^image 'none.png': there is no such file"),
+        (("0.png", "1.png"), "^video of '0.png': the frames have different sizes"),
     ],
 )
 def test_what_cannot_be_read_is_said(tmp_path, video, said):

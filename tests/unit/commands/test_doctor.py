@@ -176,7 +176,7 @@ LLAVA = {
         ),
         (
             {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]},
-            "FAIL  --model-impl vtw does not support Gemma3ForConditionalGeneration: its layers have",
+            "--model-impl vtw does not support Gemma3ForConditionalGeneration: its layers have",
         ),
         ({"text_config": {"model_type": "gemma"}}, "the text model is 'gemma'; supported are llama, mistral"),
     ],
@@ -185,7 +185,7 @@ def test_a_model(capsys, quick, tmp_path, changes, found):
     (tmp_path / "config.json").write_text(json.dumps(LLAVA | changes))
     lines = examine(capsys, quick, str(tmp_path))
     assert any(found in line for line in lines)
-    cannot = f"{tmp_path} cannot be served with --model-impl vtw."
+    cannot = f"{tmp_path} cannot be served with --model-impl vtw as it is."
     can = CAN.replace("MODEL", str(tmp_path))
     if "auto_map" in changes:
         can += " --trust-remote-code"
@@ -197,3 +197,4 @@ def test_a_model(capsys, quick, tmp_path, changes, found):
 def test_a_model_that_is_not_there(capsys, quick, tmp_path):
     lines = examine(capsys, quick, str(tmp_path / "nowhere"))
     assert any("there is no such file or folder" in line for line in lines)
+    assert lines[-1] == f"{tmp_path / 'nowhere'} could not be checked."

@@ -135,7 +135,7 @@ def _parts(content: Any, kind: str, split_texts: bool) -> Iterator[str | _MediaP
                 raise BadSampleError(f"a part of type {found!r} has no URL in 'image_url'")
             yield _MediaPart(url)
         else:
-            allowed = "image, image_url" if kind == "image" else "video"
+            allowed = 'image, image_url, video with the key "video"' if kind == "image" else "video"
             raise BadSampleError(
                 f"a part of type {found!r} cannot be read: it has to be {allowed}, or text with a string in "
                 "'text'"

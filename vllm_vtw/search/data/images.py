@@ -14,16 +14,16 @@ REFUSED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 class BadImageError(ValueError):
-    """Raised if an image cannot be loaded, because vLLM would refuse it or because it is not on this machine.
+    """Raised if an image or video cannot be loaded: vLLM would refuse it, or it is not on this machine.
 
     Args:
-        name: What the message calls the image, such as its path in quotes.
+        what: What the message calls it, such as `image 'a.png'`.
         kind: The reason, in words that are the same for all images that fail for it.
         detail: More about the reason, specific to this image.
     """
 
-    def __init__(self, name: str, kind: str, detail: str = "") -> None:
-        super().__init__(f"image {name}: {kind}{detail and f': {detail}'}")
+    def __init__(self, what: str, kind: str, detail: str = "") -> None:
+        super().__init__(f"{what}: {kind}{detail and f': {detail}'}")
         self.kind = kind
 
 
@@ -39,8 +39,8 @@ def load_image(source: str, folder: Path) -> Image.Image:
     """
     is_url = source.startswith("data:")
     if "://" in source and not is_url:
-        raise BadImageError(repr(source), "images are not downloaded; give a path or a data URL")
-    name = "a data URL" if is_url else repr(source)
+        raise BadImageError(f"image {source!r}", "images are not downloaded; give a path or a data URL")
+    name = "image a data URL" if is_url else f"image {source!r}"
     try:
         return decode_image(_decode_data_url(source) if is_url else (folder / source).read_bytes())
     except FileNotFoundError as error:

@@ -61,11 +61,13 @@ class Prompts:
         Raises:
             ValueError: The sample needs a chat template, and the checkpoint has none.
             BadSampleError: The prompt has more or fewer placeholders than the sample has images or videos,
-                vLLM takes no videos for the model, or the chat template refuses the chat.
+                or one of the other kind, vLLM takes no such media for the model, or the chat template refuses
+                the chat.
         """
         kind, number = ("image", len(sample.images)) if sample.video is None else ("video", 1)
-        if kind == "video" and not self.family.video:
-            raise BadSampleError("has a video, and vLLM takes only images for this model")
+        taken = {"image": self.family.images, "video": bool(self.family.video)}
+        if not taken[kind]:
+            raise BadSampleError(f"vLLM takes no {kind}s for this model")
         token = getattr(self.processor, f"{kind}_token")
         if sample.prompt is not None:
             text = sample.prompt
@@ -85,6 +87,10 @@ class Prompts:
             raise BadSampleError(
                 f"the prompt has {token} {text.count(token)} times, and the number of {kind}s is {number}"
             )
+        (other,) = PLACEHOLDERS.keys() - {kind}
+        other_token = getattr(self.processor, f"{other}_token", None)
+        if taken[other] and other_token is not None and other_token != token and other_token in text:
+            raise BadSampleError(f"the prompt has {other_token}, and the sample has no {other}")
         return text
 
     def inputs(self, sample: Sample, max_tokens: int) -> ModelInputs:

@@ -29,7 +29,9 @@ class Frames(NamedTuple):
 
 
 def load_video(source: str | tuple[str, ...], folder: Path) -> Frames:
-    """Loads a video: up to `MAX_FRAMES` of its frames, evenly over its whole length.
+    """Loads a video: up to `MAX_FRAMES` of its frames.
+
+    Of a file, they are spread evenly over its whole length. Of a list, they are the first ones.
 
     Args:
         source: The path of a video, or the paths or data URLs of its frames.
@@ -43,7 +45,7 @@ def load_video(source: str | tuple[str, ...], folder: Path) -> Frames:
     from transformers.video_utils import load_video as load_file
 
     if isinstance(source, str):
-        name = f"of the video {source!r}"
+        name = f"video {source!r}"
         path = folder / source
         if not path.is_file():
             raise BadImageError(name, "there is no such file", str(path))
@@ -56,7 +58,7 @@ def load_video(source: str | tuple[str, ...], folder: Path) -> Frames:
         return Frames(pixels, metadata)
     images = [np.asarray(load_image(frame, folder)) for frame in source[:MAX_FRAMES]]
     if len({image.shape for image in images}) > 1:
-        raise BadImageError(f"of the video {source[0]!r}", "the frames have different sizes")
+        raise BadImageError(f"video of {source[0]!r}", "the frames have different sizes")
     count = len(images)
     return Frames(
         np.stack(images),
