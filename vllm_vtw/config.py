@@ -53,6 +53,7 @@ class ModelShape:
     Attributes:
         vocab_size: The number of tokens in the text model's vocabulary. None if it is not known.
         bridge: As in `Family`.
+        first_layer: The first layer that visual tokens may be withdrawn at.
     """
 
     model_type: str
@@ -61,6 +62,7 @@ class ModelShape:
     hidden_size: int
     vocab_size: int | None = None
     bridge: int = 0
+    first_layer: int = 1
 
     @property
     def published_layer(self) -> int | None:
@@ -128,6 +130,13 @@ class VTWConfig:
         if "layer" in options and "policy" in options:
             raise _error("layer", options["layer"], 'give either "layer" or "policy", not both')
         policy = _policy(options, model)
+        if policy.stages and policy.stages[0].layer < model.first_layer:
+            raise _error(
+                "policy",
+                options.get("policy"),
+                f"withdraws at layer {policy.stages[0].layer}, and the model adds visual features up to "
+                f"layer {model.first_layer - 1}: the first stage may begin at layer {model.first_layer}",
+            )
         align = options.get("align", prefix_caching and not policy.is_dynamic)
         if type(align) is not bool:
             raise _error("align", align, "has to be true or false")
@@ -158,8 +167,14 @@ def _policy(options: dict[str, Any], model: ModelShape) -> Policy:
         return _read_policy(options["policy"], model)
     if "layer" in options:
         layer = options["layer"]
-        if type(layer) is not int or not 1 <= layer <= num_layers:
-            raise _error("layer", layer, f"has to be an integer from 1 to {num_layers}, the decoder's layers")
+        least = model.first_layer
+        if type(layer) is not int or not least <= layer <= num_layers:
+            why = "" if least == 1 else "; the layers before it get visual features"
+            raise _error(
+                "layer",
+                layer,
+                f"has to be an integer from {least} to {num_layers}, the number of decoder layers{why}",
+            )
         return Policy.withdraw_at(layer, num_layers)
     published = model.published_layer
     if published is not None:

@@ -23,6 +23,8 @@ class Family:
         hub: Names on the Hugging Face Hub of checkpoints that are meant to work.
         in_transformers: Whether transformers has the model. `vtw calibrate` and the other searches need it.
         twin: A checkpoint of the same models in the format of transformers. Empty if there is none.
+        mrope: Whether tokens have positions in time, height and width (M-RoPE). Searches cannot run such
+            models yet.
     """
 
     name: str
@@ -34,6 +36,12 @@ class Family:
     hub: tuple[str, ...] = ()
     in_transformers: bool = True
     twin: str = ""
+    mrope: bool = False
+
+    @property
+    def can_be_searched(self) -> bool:
+        """Whether `vtw calibrate` and the other searches can run the model."""
+        return self.in_transformers and not self.mrope
 
 
 ONE_RUN = "one run"
@@ -111,6 +119,46 @@ FAMILIES = (
         twin="mistral-community/pixtral-12b",
     ),
     Family(
+        "Qwen2-VL",
+        "qwen2_vl",
+        "Qwen2VLForConditionalGeneration",
+        mrope=True,
+        video=ONE_RUN,
+        hub=("Qwen/Qwen2-VL-7B-Instruct",),
+    ),
+    Family(
+        "Qwen2.5-VL",
+        "qwen2_5_vl",
+        "Qwen2_5_VLForConditionalGeneration",
+        mrope=True,
+        video=ONE_RUN,
+        hub=("Qwen/Qwen2.5-VL-7B-Instruct",),
+    ),
+    Family(
+        "Qwen3-VL",
+        "qwen3_vl",
+        "Qwen3VLForConditionalGeneration",
+        mrope=True,
+        video=FRAMES,
+        hub=("Qwen/Qwen3-VL-8B-Instruct",),
+    ),
+    Family(
+        "Qwen3-VL, mixtures of experts",
+        "qwen3_vl_moe",
+        "Qwen3VLMoeForConditionalGeneration",
+        mrope=True,
+        video=FRAMES,
+        hub=("Qwen/Qwen3-VL-30B-A3B-Instruct",),
+    ),
+    Family(
+        "GLM-4.1V",
+        "glm4v",
+        "Glm4vForConditionalGeneration",
+        mrope=True,
+        video=FRAMES,
+        hub=("zai-org/GLM-4.1V-9B-Thinking",),
+    ),
+    Family(
         "SmolVLM",
         "smolvlm",
         "SmolVLMForConditionalGeneration",
@@ -143,6 +191,11 @@ DECODERS = {
     "qwen3": "qwen3.Qwen3Model",
     "qwen3_moe": "qwen3_moe.Qwen3MoeModel",
     "internlm2": "internlm2.InternLM2Model",
+    "qwen2_vl_text": "qwen2.Qwen2Model",
+    "qwen2_5_vl_text": "qwen2.Qwen2Model",
+    "qwen3_vl_text": "qwen3_vl.Qwen3LLMModel",
+    "qwen3_vl_moe_text": "qwen3_vl_moe.Qwen3MoeLLMModel",
+    "glm4v_text": "glm4.Glm4Model",
     "transformer": "mistral.MistralModel",  # in Mistral's own format
 }
 """By `model_type` of the text model: vLLM's decoder class, within `vllm.model_executor.models`.
@@ -202,7 +255,9 @@ def refusal(architectures: Sequence[str]) -> Refusal | None:
     """
     if supported_architecture(architectures) is not None:
         return None
-    name = architectures[0] if architectures else "a model without architectures"
+    if not architectures:
+        return Refusal("config.json names no architectures", 'add "architectures", as vLLM needs them')
+    name = architectures[0]
     why = WHY_NOT.get(name, f"supported are {', '.join(BY_ARCHITECTURE)}")
     return Refusal(f"--model-impl vtw does not support {name}: {why}")
 
@@ -231,14 +286,28 @@ def how_to_find_a_layer(model_type: str) -> str:
         model_type: The `model_type` of the checkpoint's configuration.
     """
     family = BY_MODEL_TYPE.get(model_type)
-    if family is None or family.in_transformers:
+    if family is None or family.can_be_searched:
         return "`vtw calibrate MODEL --data FILE` finds a layer K for your own data"
     if family.twin:
         return (
             "transformers cannot read this format, so searches cannot either: run `vtw calibrate` on the "
             f'same model in the format of transformers, such as {family.twin}, and serve its K as "layer"'
         )
+    why = "they do not support M-RoPE yet" if family.in_transformers else "transformers lacks it"
     return (
-        "transformers lacks this model, so `vtw calibrate` and other searches cannot run it: serve your own "
-        "questions at several layers K, starting at three quarters of all layers, and compare the answers"
+        f"`vtw calibrate` and other searches cannot run this model, because {why}: serve your own questions "
+        "at several layers K, starting at three quarters of all layers, and compare the answers"
     )
+
+
+def first_layer(hf_config: Any) -> int:
+    """The first layer that visual tokens may be withdrawn at.
+
+    Qwen3-VL adds visual features to the hidden states after each of its first layers (deepstack), for which
+    the visual tokens have to be there.
+
+    Args:
+        hf_config: The checkpoint's configuration.
+    """
+    vision = getattr(hf_config, "vision_config", None)
+    return max(1, len(getattr(vision, "deepstack_visual_indexes", None) or ()))

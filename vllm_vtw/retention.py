@@ -120,8 +120,9 @@ class Retention:
     def keep_mask(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
         """Whether each of the positions from `start` to `stop - 1` is retained, shape `(stop - start,)`."""
         mask = np.ones(stop - start, dtype=bool)
-        for first, last in zip(self._starts, self._stops, strict=True):
-            mask[max(first - start, 0) : max(last - start, 0)] = False
+        # A long video has a span for each of its frames, and is computed in many steps.
+        for span in range(bisect_right(self._stops, start), bisect_left(self._starts, stop)):
+            mask[max(self._starts[span] - start, 0) : self._stops[span] - start] = False
         return mask
 
 

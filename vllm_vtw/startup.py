@@ -21,7 +21,14 @@ from vllm_vtw.config import (
     ModelShape,
     VTWConfig,
 )
-from vllm_vtw.families import BY_ARCHITECTURE, ELSEWHERE, PREFIX, supported_architecture, text_refusal
+from vllm_vtw.families import (
+    BY_ARCHITECTURE,
+    ELSEWHERE,
+    PREFIX,
+    first_layer,
+    supported_architecture,
+    text_refusal,
+)
 from vllm_vtw.gates import load_gates
 from vllm_vtw.policy import Policy
 
@@ -58,6 +65,7 @@ def _model(vllm_config: VllmConfig) -> ModelShape:
         text.hidden_size,
         text.vocab_size,
         family.bridge,
+        first_layer(model_config.hf_config),
     )
 
 
@@ -191,6 +199,17 @@ def _model_refusals(vllm_config: VllmConfig) -> Iterator[str]:
         yield (
             "data parallelism of a mixture of experts counts the tokens of the whole batch, not of a stage: "
             "use --tensor-parallel-size, not --data-parallel-size"
+        )
+    pruning = model.multimodal_config and model.multimodal_config.video_pruning_rate
+    if pruning:
+        yield (
+            "the places of a pruned video's tokens are known only when it is computed: remove "
+            f"--video-pruning-rate {pruning:g}"
+        )
+    if model.uses_mrope and vllm_config.compilation_config.compile_sizes:
+        yield (
+            "code for one number of tokens reads M-RoPE's positions wrongly after tokens have left: remove "
+            "compile_sizes from --compilation-config"
         )
     if vllm_config.aux_output_config.enable_return_routed_experts:
         yield (

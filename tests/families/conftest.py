@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.families import vllm_only
+from tests.families import mrope, vllm_only
 from tests.families.checkpoints import CHECKPOINTS
 from tests.families.oracle import FamilyOracle
 from tests.families.requests import FAMILIES, asks, engine
@@ -19,7 +19,7 @@ from tests.families.vllm_oracle import VLLMOracle
 def family_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     @functools.cache
     def make(name: str) -> Path:
-        made = CHECKPOINTS | vllm_only.CHECKPOINTS
+        made = CHECKPOINTS | mrope.CHECKPOINTS | vllm_only.CHECKPOINTS
         return made[name](tmp_path_factory.mktemp(name) / "model")
 
     return make

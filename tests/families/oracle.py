@@ -31,6 +31,8 @@ class Encoded:
         visual: The positions of visual tokens.
         items: For each image in turn, then each video, the number of its visual tokens.
         images: The number of images.
+        positions: Their positions, shape `(3, tokens)`. None if each token's is its place.
+        deepstack: For each of the first layers, what is added to visual tokens after it.
     """
 
     ids: list[int]
@@ -38,6 +40,8 @@ class Encoded:
     visual: list[int]
     items: list[int]
     images: int
+    positions: torch.Tensor | None = None
+    deepstack: Sequence[torch.Tensor] = ()
 
     def leaving(self, bridge: int, block_size: int) -> set[int]:
         """The positions that leave: visual ones, and short gaps within an image.
@@ -61,6 +65,28 @@ class Encoded:
 def _known(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """What transformers takes of a video's metadata."""
     return {key: value for key, value in metadata.items() if key != "do_sample_frames"}
+
+
+def _as_published(positions: torch.Tensor, visual: Sequence[int]) -> torch.Tensor:
+    """Lets text after visual tokens go on from the largest position so far, as Qwen2.5-VL's own code does.
+
+    transformers 5.19 leaves positions in time out there, which are the largest ones in a video.
+
+    Args:
+        positions: Positions of a prompt, shape `(3, tokens)`.
+        visual: The places of its visual tokens.
+    """
+    fixed, is_visual = positions.clone(), set(visual)
+    for place in range(1, positions.shape[1]):
+        behind = fixed[:, :place].max() + 1
+        if place not in is_visual:
+            fixed[:, place] = behind
+        elif place - 1 not in is_visual:
+            moved = behind - positions[0, place]
+            fixed[:, place] = positions[:, place] + moved
+        else:
+            fixed[:, place] = positions[:, place] + moved
+    return fixed
 
 
 class FamilyOracle:
@@ -104,19 +130,29 @@ class FamilyOracle:
             }
         inputs = self.processor(**given)
         ids = inputs["input_ids"][0].tolist()
-        embeds = self._decoder_inputs(inputs)
+        given_to_decoder = self._decoder_inputs(inputs)
         visual = [position for position, token in enumerate(ids) if token in self.visual_ids]
         alone = [self._visual_tokens(image) for image in images]
         items = [*alone, *([len(visual) - sum(alone)] if videos else [])]
         assert sum(items) == len(visual)
-        return Encoded(ids, embeds, visual, items, len(images))
+        positions = given_to_decoder.get("position_ids")
+        return Encoded(
+            ids,
+            given_to_decoder["inputs_embeds"][0],
+            visual,
+            items,
+            len(images),
+            # A fourth row, the first one, has the places of the tokens.
+            None if positions is None or positions.dim() < 3 else _as_published(positions[-3:, 0], visual),
+            given_to_decoder.get("deepstack_visual_embeds") or (),
+        )
 
     def _visual_tokens(self, image: Any) -> int:
         """The number of visual tokens of an image."""
         alone = self.processor(images=[image], text=self.processor.image_token, return_tensors="pt")
         return sum(token in self.visual_ids for token in alone["input_ids"][0].tolist())
 
-    def _decoder_inputs(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+    def _decoder_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         caught: dict[str, Any] = {}
 
         def catch(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -127,9 +163,8 @@ class FamilyOracle:
         with suppress(DecoderReachedError), torch.no_grad():
             self.model(**inputs)
         hook.remove()
-        embeds = caught["inputs_embeds"]
-        assert embeds is not None
-        return embeds[0]
+        assert caught["inputs_embeds"] is not None
+        return caught
 
     @torch.no_grad()
     def logits(self, encoded: Encoded, answer: Sequence[int], layer: int, leaving: set[int]) -> torch.Tensor:
@@ -142,12 +177,15 @@ class FamilyOracle:
             leaving: These positions.
         """
         hidden = self._embedded(encoded, answer)
-        positions = torch.arange(len(hidden))
+        positions = self._positions(encoded, len(hidden))
         kept = torch.tensor([position not in leaving for position in range(len(hidden))])
+        assert layer >= len(encoded.deepstack)
         for index in range(len(self.decoder.layers)):
             if index == layer:
-                hidden, positions = hidden[kept], positions[kept]
+                hidden, positions = hidden[kept], positions[..., kept]
             hidden, _ = self._layer(index, hidden, positions)
+            if index < len(encoded.deepstack):
+                hidden[encoded.visual] += encoded.deepstack[index]
         return self.model.lm_head(self.decoder.norm(hidden[-len(answer) :]))
 
     @torch.no_grad()
@@ -164,6 +202,7 @@ class FamilyOracle:
         """
         last, everything, candidates = len(encoded.ids) - 1, len(leaving), sorted(leaving)
         hidden, weights = self._embedded(encoded, answer), torch.empty(0)
+        positions = self._positions(encoded, len(hidden))
         here = list(range(len(hidden)))
         for index in range(len(self.decoder.layers)):
             if index in schedule:
@@ -174,7 +213,9 @@ class FamilyOracle:
                 candidates = candidates[:stay]
                 hidden = hidden[[position not in gone for position in here]]
                 here = [position for position in here if position not in gone]
-            hidden, weights = self._layer(index, hidden, torch.tensor(here))
+            hidden, weights = self._layer(index, hidden, positions[..., here])
+            if index < len(encoded.deepstack):
+                hidden[encoded.visual] += encoded.deepstack[index]
         return self.model.lm_head(self.decoder.norm(hidden[-len(answer) :]))
 
     @torch.no_grad()
@@ -194,12 +235,22 @@ class FamilyOracle:
                 others, last = hidden[max(encoded.visual) + 1 : -1], hidden[-1]
                 stay, leave = second @ torch.nn.functional.gelu(first @ torch.cat([others.mean(0), last]))
                 found[index] = float(leave - stay)
-            hidden, _ = self._layer(index, hidden, torch.arange(len(hidden)))
+            hidden, _ = self._layer(index, hidden, self._positions(encoded, len(hidden)))
+            if index < len(encoded.deepstack):
+                hidden[encoded.visual] += encoded.deepstack[index]
         return found
 
     def _embedded(self, encoded: Encoded, answer: Sequence[int]) -> torch.Tensor:
         told = self.decoder.embed_tokens(torch.tensor(answer[:-1], dtype=torch.long))
         return torch.cat([encoded.embeds, told])
+
+    def _positions(self, encoded: Encoded, count: int) -> torch.Tensor:
+        """The positions of a prompt and the beginning of its answer, `count` tokens together."""
+        if encoded.positions is None:
+            return torch.arange(count)
+        # All rows go on from the largest position of the prompt.
+        behind = encoded.positions.max() + 1 + torch.arange(count - len(encoded.ids))
+        return torch.cat([encoded.positions, behind.expand(3, -1)], dim=1)
 
     def _layer(
         self, index: int, hidden: torch.Tensor, positions: torch.Tensor
@@ -211,8 +262,8 @@ class FamilyOracle:
         out = block(
             hidden[None],
             attention_mask=mask[None, None],
-            position_ids=positions[None],
-            position_embeddings=self.decoder.rotary_emb(hidden[None], positions[None]),
+            position_ids=positions[..., None, :],
+            position_embeddings=self.decoder.rotary_emb(hidden[None], positions[..., None, :]),
         )
         hook.remove()
         return (out[0] if isinstance(out, tuple) else out)[0], seen[0]

@@ -45,6 +45,7 @@ class Family:
         twin_image: The placeholder of an image in the checkpoint's twin.
         tokenize: Makes token ids of a prompt, if vLLM takes no text.
         options: Options of the engine.
+        first: The first layer that tokens may leave at.
     """
 
     image: str = ""
@@ -53,6 +54,7 @@ class Family:
     twin_image: str = ""
     tokenize: Callable[[str, Sequence[Any]], list[int]] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    first: int = 1
 
     def for_oracle(self, prompt: str) -> str:
         """The prompt with the placeholders of the twin, if transformers lacks the model."""
@@ -72,6 +74,13 @@ FAMILIES = {
     "llava_over_pixtral": Family("[IMG]", bridge=1),
     "idefics3": Family("<image>", bridge=5),
     "smolvlm": Family("<image>", bridge=5),
+    "qwen2_vl": Family(AROUND.format("image"), AROUND.format("video")),
+    "qwen2_5_vl": Family(AROUND.format("image"), AROUND.format("video")),
+    "qwen3_vl": Family(AROUND.format("image"), AROUND.format("video"), first=2),
+    "qwen3_vl_moe": Family(AROUND.format("image"), AROUND.format("video"), first=2),
+    "glm4v": Family(
+        "<|begin_of_image|><|image|><|end_of_image|>", "<|begin_of_video|><|video|><|end_of_video|>"
+    ),
     "eagle": Family("<image>", options=REMOTE),
     "internvl_chat_video": Family("<image>", "<video>", options=REMOTE),
     "llava_onevision2": Family(AROUND.format("image"), AROUND.format("video"), options=REMOTE),

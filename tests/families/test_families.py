@@ -19,6 +19,7 @@ from tests.families.requests import FAMILIES, GREEDY, asks, assert_answers, but_
 @pytest.mark.parametrize("name", FAMILIES)
 def test_answers(family_checkpoint, oracle, name, align, layer):
     family = FAMILIES[name]
+    layer = max(layer, family.first)
     prompts = [ask.to_vllm() for ask in asks(family).values()]
     options = engine(family, enable_prefix_caching=align)
     with running(family_checkpoint(name), {"layer": layer, "align": align}, **options) as llm:

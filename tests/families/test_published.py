@@ -38,7 +38,10 @@ KV_SHAPE = {
     "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": (32, 5, 64),
 }
 """Decoder layers, key-value heads and head size."""
-WITHOUT_CONFIG = {"llava_onevision2", "pixtral", "eagle_2_5_vl"}
+WITHOUT_CONFIG = {
+    *("llava_onevision2", "pixtral", "eagle_2_5_vl"),
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v"),
+}
 """The families of which no checkpoint's config.json is known here, by model type."""
 
 

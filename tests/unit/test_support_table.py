@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from vllm.model_executor.models import ModelRegistry
 
-from tests.families import vllm_only
+from tests.families import mrope, vllm_only
 from tests.families.checkpoints import CHECKPOINTS
 from tests.families.requests import FAMILIES as TESTED
 from tools.support_table import table
@@ -35,7 +35,7 @@ def test_readme_has_the_table():
 
 def test_every_family_is_tested():
     named = {"llava_over_pixtral": "llava", "eagle": "eagle_2_5_vl", "internvl_chat_video": "internvl_chat"}
-    made = CHECKPOINTS.keys() | vllm_only.CHECKPOINTS.keys()
+    made = CHECKPOINTS.keys() | mrope.CHECKPOINTS.keys() | vllm_only.CHECKPOINTS.keys()
     assert made == TESTED.keys()
     assert {named.get(name, name) for name in made} == BY_MODEL_TYPE.keys()
     for name, family in TESTED.items():
@@ -47,7 +47,7 @@ def test_transformers_has_these_models(family):
     assert family.in_transformers == (family.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
     assert family.in_transformers or not family.twin or family.twin in NAMES
     can_calibrate = how_to_find_a_layer(family.model_type).startswith("`vtw calibrate MODEL")
-    assert can_calibrate == family.in_transformers
+    assert can_calibrate == family.can_be_searched
 
 
 @pytest.mark.parametrize("architecture", [*(family.architecture for family in FAMILIES), *WHY_NOT])

@@ -47,7 +47,12 @@ def add_command(commands: Any) -> None:
     )
     what.add_argument("--policy", help="path of a policy file")
     numbers = (
-        ("--kv-memory", _memory, "8GiB", "memory of the KV cache, on all GPUs of the model together"),
+        (
+            "--kv-memory",
+            _memory,
+            "8GiB",
+            "memory of the KV cache, on all GPUs of the model together, such as 24GiB, or 24G as in vLLM",
+        ),
         ("--prompt-tokens", _count, 64, "number of text tokens of a prompt"),
         ("--images", _count, 1, "number of images of a prompt"),
         ("--output-tokens", _count, 128, "number of tokens of an answer"),

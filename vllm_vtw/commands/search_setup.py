@@ -222,7 +222,7 @@ class SearchSetup:
             raise ValueError(f"--data {arguments.data}: {error.strerror or error}") from error
         config = read_config(arguments.model)
         shape = supported_model(config)
-        if not BY_MODEL_TYPE[shape.model_type].in_transformers:
+        if not BY_MODEL_TYPE[shape.model_type].can_be_searched:
             raise ValueError(f"{arguments.model}: {how_to_find_a_layer(shape.model_type)}")
         placement = Placement.of(arguments.device, arguments.dtype, config)
         settings = {

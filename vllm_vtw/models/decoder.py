@@ -93,15 +93,18 @@ class StagedDecoder:
         positions: torch.Tensor,
         received: IntermediateTensors | None,
         inputs_embeds: torch.Tensor | None,
+        deepstack: IntermediateTensors | None,
     ) -> torch.Tensor | IntermediateTensors:
         """Runs this pipeline rank's layers for one step.
 
         Args:
             input_ids: Token ids, shape `(tokens,)`. Ignored if `inputs_embeds` is given.
-            positions: Position ids, shape `(tokens,)`. Withdrawn tokens count, too.
+            positions: Position ids, shape `(tokens,)`, or `(dims, tokens)` with M-RoPE. Withdrawn tokens
+                count, too.
             received: The hidden states and residual that the previous pipeline rank returned. None on the
                 first rank.
             inputs_embeds: Embeddings of text and image tokens, shape `(tokens, hidden_size)`.
+            deepstack: As `Segment.forward` takes it. Withdrawal begins behind its layers.
 
         Returns:
             On the last rank, the final hidden states, shape `(tokens, hidden_size)`. On other ranks, hidden
@@ -125,9 +128,15 @@ class StagedDecoder:
                 get_forward_context().attn_metadata.update(changed)
                 steps = self._steps(is_dummy)
             states.gather(steps[stage], self.step.prompt_logprobs)
-            states.hidden, states.residual = self._run(
-                stage, steps[stage], positions, states.hidden, states.residual
-            )
+            if stage == 0:
+                self._set_slots(self.segments[0], len(states.hidden))
+                states.hidden, states.residual = self.segments[0](
+                    positions, states.hidden, states.residual, deepstack
+                )
+            else:
+                states.hidden, states.residual = self._run(
+                    stage, steps[stage], positions, states.hidden, states.residual
+                )
 
         states.scatter(positions.shape[-1], self.text_model.norm if self.is_last_rank else None)
         if self.is_last_rank:
@@ -147,26 +156,23 @@ class StagedDecoder:
         hidden: torch.Tensor,
         residual: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Runs one segment.
+        """Runs one segment past the first, which may compute fewer tokens than the batch has.
 
-        A segment past the first may compute fewer tokens than the batch has. If the step uses piecewise CUDA
+        If the step uses piecewise CUDA
         graphs, or would use them if the batch were not too large, the segment runs the smallest graph that is
         large enough for its own tokens.
 
         Args:
             stage: The segment's stage.
             step: What the step computes in the stage. None if it computes all tokens.
-            positions: Position ids of the batch, shape `(tokens,)`.
+            positions: Position ids of the batch, tokens in the last dimension.
             hidden: Hidden states of the tokens that the stage computes, shape `(kept, hidden_size)`.
-            residual: Their residual stream, same shape. None before layer 0.
+            residual: Their residual stream, same shape.
 
         Returns:
             Hidden states and residual after the segment, same shape.
         """
         segment, context = self.segments[stage], get_forward_context()
-        if stage == 0:
-            self._set_slots(segment, len(hidden))
-            return segment(positions, hidden, residual)
         rows = len(hidden)
         if rows == 0:
             return hidden, residual  # all tokens of the step are withdrawn
@@ -186,6 +192,8 @@ class StagedDecoder:
                 cudagraph_runtime_mode=CUDAGraphMode.PIECEWISE,
                 batch_descriptor=BatchDescriptor(num_tokens=size),
             )
+        elif self.graph_inputs.uses_mrope:
+            positions = self.graph_inputs.write_positions(rows, positions)
         with override_forward_context(context):
             self._set_slots(segment, len(hidden))
             hidden, residual = segment(positions, hidden, residual)
@@ -244,8 +252,11 @@ def staged_text_model(text_model: Any) -> type:
             positions: torch.Tensor,
             intermediate_tensors: IntermediateTensors | None = None,
             inputs_embeds: torch.Tensor | None = None,
+            deepstack_input_embeds: IntermediateTensors | None = None,
         ) -> torch.Tensor | IntermediateTensors:
-            return self.staged_decoder(input_ids, positions, intermediate_tensors, inputs_embeds)
+            return self.staged_decoder(
+                input_ids, positions, intermediate_tensors, inputs_embeds, deepstack_input_embeds
+            )
 
         # vLLM's own would compile the layers once more, in one piece.
         __call__ = forward

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""The buffers from which piecewise CUDA graphs read the inputs of a segment."""
+"""The buffers from which compiled segments and their CUDA graphs read their inputs."""
 
 from bisect import bisect_left
 
@@ -18,6 +18,10 @@ class GraphInputs(nn.Module):
     A graph also computes the rows after those of the step, which still hold the inputs of earlier steps. The
     content therefore has to survive when the engine sleeps. vLLM keeps a model's registered buffers then, and
     may drop everything else that was allocated together with the weights.
+
+    Positions of M-RoPE have several rows, and slices of vLLM's buffer of them are never contiguous. Code that
+    was compiled for such slices would read others wrongly, as it does not check strides. Here, positions
+    therefore have a buffer with as many columns, through which every step of a segment past the first goes.
 
     Args:
         vllm_config: vLLM's configuration.
@@ -38,7 +42,11 @@ class GraphInputs(nn.Module):
             rows = max(self.compilation.cudagraph_capture_sizes)
         model = vllm_config.model_config
         states = torch.zeros(rows, model.get_hidden_size(), dtype=model.dtype, device=device)
-        positions = torch.zeros(rows, dtype=torch.int64, device=device)
+        shape: tuple[int, ...] = (rows,)
+        self.uses_mrope = model.uses_mrope
+        if self.uses_mrope:
+            shape = model.mrope_num_dims, vllm_config.scheduler_config.max_num_batched_tokens + 1
+        positions = torch.zeros(shape, dtype=torch.int64, device=device)
         for name, buffer in (("positions", positions), ("hidden", states), ("residual", states.clone())):
             self.register_buffer(name, buffer, persistent=False)
 
@@ -62,15 +70,19 @@ class GraphInputs(nn.Module):
 
         Args:
             size: The number of tokens of the graph that will run, at least the number of rows.
-            positions: Position ids, shape `(rows,)`.
+            positions: Position ids, shape `(rows,)`, or `(dims, rows)` with M-RoPE.
             hidden: Hidden states, shape `(rows, hidden_size)`.
             residual: The residual stream, same shape.
 
         Returns:
-            The first `size` rows of the three buffers.
+            Positions, hidden states and residual of `size` tokens, in the buffers.
         """
         rows = len(hidden)
-        self.positions[:rows].copy_(positions)
         self.hidden[:rows].copy_(hidden)
         self.residual[:rows].copy_(residual)
-        return self.positions[:size], self.hidden[:size], self.residual[:size]
+        return self.write_positions(size, positions), self.hidden[:size], self.residual[:size]
+
+    def write_positions(self, size: int, positions: torch.Tensor) -> torch.Tensor:
+        """Copies positions into their buffer, and returns those of the first `size` tokens there."""
+        self.positions[..., : positions.shape[-1]].copy_(positions)
+        return self.positions[..., :size]

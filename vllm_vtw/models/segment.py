@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.compilation.backends import set_model_tag
-from vllm.compilation.decorators import support_torch_compile
+from vllm.compilation.decorators import DynamicArgDims, support_torch_compile
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
+from vllm.sequence import IntermediateTensors
 
 
 class Segment(nn.Module):
@@ -34,7 +35,11 @@ class Segment(nn.Module):
         self.layer_names = [attention_of(layer).layer_name for layer in layers]
 
     def forward(
-        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
+        self,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+        deepstack: IntermediateTensors | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Runs the layers.
 
@@ -42,12 +47,16 @@ class Segment(nn.Module):
             positions: Position ids, tokens in the last dimension.
             hidden_states: Hidden states, shape `(tokens, hidden_size)`.
             residual: The residual stream, same shape. None before layer 0.
+            deepstack: What Qwen3-VL adds to the hidden states after each of the first layers, same shape.
+                None if the first layer of the segment is not layer 0, and for other models.
 
         Returns:
             Hidden states and residual, same shape. The residual is None after the final norm.
         """
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             hidden_states, residual = layer(positions, hidden_states, residual)
+            if deepstack is not None and index < len(deepstack):
+                hidden_states = hidden_states + deepstack[f"deepstack_input_embeds_{index}"]
         if self.final[0] is None:
             return hidden_states, residual
         return self.final[0](hidden_states, residual)[0], None
@@ -79,8 +88,9 @@ def compiled_segment(
     forward.__qualname__ = code.co_qualname
     forward.__annotations__ = Segment.forward.__annotations__
     tokens = {0: "tokens"}
-    compiled = support_torch_compile(
-        dynamic_arg_dims={"positions": {-1: "tokens"}, "hidden_states": tokens, "residual": tokens}
-    )(type(name, (Segment,), {"forward": forward}))
+    dims: DynamicArgDims = dict.fromkeys(("hidden_states", "residual", "deepstack"), tokens)
+    compiled = support_torch_compile(dynamic_arg_dims={"positions": {-1: "tokens"}, **dims})(
+        type(name, (Segment,), {"forward": forward})
+    )
     with set_model_tag(name.lower()):
         return compiled(vllm_config=vllm_config, layers=layers, norm=norm)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_vtw.config import ModelShape
-from vllm_vtw.families import BY_MODEL_TYPE, Refusal, refusal, text_refusal
+from vllm_vtw.families import BY_MODEL_TYPE, Refusal, first_layer, refusal, text_refusal
 
 # By `model_type` of the vision tower: the number of tokens per image in addition to one for each patch. CLIP
 # has a class token.
@@ -48,10 +48,10 @@ def read_config(name: str) -> Any:
 
 
 def _config_without_class(name: str) -> Any | None:
-    """Reads the configuration of a model whose code is on the Hub, without running that code.
+    """Reads the configuration of a model that transformers lacks, without running code from the Hub.
 
     Returns:
-        A configuration with a `text_config`. None if the model does not bring its own code.
+        A configuration with a `text_config`. None if transformers has the model.
     """
     from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
@@ -127,7 +127,12 @@ def supported_model(hf_config: Any) -> ModelShape:
     if why_not is not None:
         raise ValueError(str(why_not))
     return ModelShape(
-        hf_config.model_type, text.model_type, text.num_hidden_layers, text.hidden_size, text.vocab_size
+        hf_config.model_type,
+        text.model_type,
+        text.num_hidden_layers,
+        text.hidden_size,
+        text.vocab_size,
+        first_layer=first_layer(hf_config),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache, GenerationConfig
 
 from vllm_vtw.search.data.prompts import ModelInputs, Prompts
-from vllm_vtw.search.data.sample import Sample
+from vllm_vtw.search.data.sample import BadSampleError, Sample
 
 
 @dataclass
@@ -156,15 +156,22 @@ class HFModel:
 
         Raises:
             ValueError: The model's logits are not finite.
+            BadSampleError: transformers' code for the model fails.
         """
-        out = self.hf_model.generate(
-            **inputs.tensors,
-            do_sample=False,
-            max_new_tokens=max_tokens,
-            output_logits=True,
-            output_hidden_states=True,
-            return_dict_in_generate=True,
-        )
+        try:
+            out = self.hf_model.generate(
+                **inputs.tensors,
+                do_sample=False,
+                max_new_tokens=max_tokens,
+                output_logits=True,
+                output_hidden_states=True,
+                return_dict_in_generate=True,
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # Mistral3's code fails for images of a single token, for example.
+            kind = "transformers cannot compute the sample"
+            raise BadSampleError(f"{kind}: {error}", kind) from error
         prompt = inputs.tensors["input_ids"][0]
         is_text = ~inputs.is_visual
         is_text[-1] = True

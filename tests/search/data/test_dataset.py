@@ -162,6 +162,7 @@ def test_what_the_assistant_says_last_is_the_known_answer(folder):
         ({"image": "a.png", "images": ["a.png"], "prompt": "What?"}, "both 'image' and 'images'"),
         ({"image": [1], "prompt": "What?"}, "'image' or 'images' has to be a path"),
         ({"video": "a.mp4", "image": "a.png", "prompt": "What?"}, "has a 'video' and images"),
+        ({"videos": ["a.mp4"], "prompt": "What?"}, "a sample has one video, under 'video'"),
         ({"video": [], "prompt": "What?"}, "'video' has to be a path, or a list"),
         ({"video": "a.mp4", "messages": [user(IMAGE, WHAT)]}, "it has to be video, or text"),
         ({"video": "a.mp4", "messages": [user(VIDEO, VIDEO)]}, "more video placeholders than videos"),

@@ -73,6 +73,8 @@ def test_a_list_of_frames(tmp_path, count):
     [
         ("none.mp4", "^video 'none.mp4': there is no such file"),
         ("text.mp4", "^video 'text.mp4': cannot be read"),
+        ("0.png", "^video '0.png': cannot be read"),
+        ("http://a/b.mp4", "videos are not downloaded; give a path"),
         (("0.png", "none.png"), "^image 'none.png': there is no such file"),
         (("0.png", "1.png"), "^video of '0.png': the frames have different sizes"),
     ],

@@ -97,6 +97,8 @@ def _images(entry: dict[str, Any]) -> list[str]:
 def _video(entry: dict[str, Any]) -> Video | None:
     """The video of a sample: a path, or the paths of its frames."""
     video = entry.get("video")
+    if "videos" in entry:
+        raise BadSampleError("has 'videos': a sample has one video, under 'video'")
     if video is None:
         return None
     if any(entry.get(key) is not None for key in ("image", "images")):
@@ -104,5 +106,5 @@ def _video(entry: dict[str, Any]) -> Video | None:
     if isinstance(video, str):
         return video
     if not isinstance(video, list) or not video or not all(isinstance(one, str) for one in video):
-        raise BadSampleError("'video' has to be a path, or a list of paths or data URLs of its frames")
+        raise BadSampleError("'video' has to be a path, or a list of paths or data URLs of one frame or more")
     return tuple(video)

@@ -83,6 +83,11 @@ class Prompts:
                 reason = "the model's chat template refuses the chat"
                 raise BadSampleError(f"{reason}: {error}", reason) from error
         text = text.replace(PLACEHOLDERS[kind], token)
+        if sample.prompt is None and token not in text:
+            raise BadSampleError(
+                f"the model's chat template writes nothing for a part of type {kind}: give whole prompts, "
+                f"with {PLACEHOLDERS[kind]} in them"
+            )
         if text.count(token) != number:
             raise BadSampleError(
                 f"the prompt has {token} {text.count(token)} times, and the number of {kind}s is {number}"

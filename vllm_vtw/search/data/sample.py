@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """A sample of a user's data, and the messages about samples that cannot be used."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -104,6 +105,7 @@ def skip_messages(skipped: Iterable[Skipped]) -> list[str]:
 
 
 def _skip_message(same_kind: Sequence[Skipped]) -> str:
+    same_kind = sorted(same_kind, key=lambda one: [int(part) for part in re.findall(r"\d+", one.where)])
     first, reasons = same_kind[0], {str(one.error) for one in same_kind}
     if len(same_kind) == 1:
         return f"{first.where}: {first.error}"

@@ -46,6 +46,8 @@ def load_video(source: str | tuple[str, ...], folder: Path) -> Frames:
 
     if isinstance(source, str):
         name = f"video {source!r}"
+        if "://" in source:
+            raise BadImageError(name, "videos are not downloaded; give a path")
         path = folder / source
         if not path.is_file():
             raise BadImageError(name, "there is no such file", str(path))
@@ -74,4 +76,6 @@ def load_video(source: str | tuple[str, ...], folder: Path) -> Frames:
 
 def _evenly(metadata: Any, **_: Any) -> npt.NDArray[np.int_]:
     total = metadata.total_num_frames
+    if total <= 0:
+        raise ValueError("it has no frames")
     return np.linspace(0, total - 1, min(MAX_FRAMES, total), dtype=int)

@@ -30,7 +30,7 @@ def data_notes(
     if tasks_without_sample:
         said.append(
             f"No good sample was drawn of these tasks: {', '.join(sorted(tasks_without_sample))}. "
-            "A larger --limit draws more, if the data has more."
+            "The reasons for bad samples are listed. A larger --limit draws more, if the data has more."
         )
     cut = [f"{task} ({n['cut']} of {n['samples']})" for task, n in result["tasks"].items() if n["cut"]]
     if cut:
