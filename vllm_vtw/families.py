@@ -159,6 +159,14 @@ FAMILIES = (
         hub=("zai-org/GLM-4.1V-9B-Thinking",),
     ),
     Family(
+        "GLM-4.5V",
+        "glm4v_moe",
+        "Glm4vMoeForConditionalGeneration",
+        mrope=True,
+        video=FRAMES,
+        hub=("zai-org/GLM-4.5V",),
+    ),
+    Family(
         "SmolVLM",
         "smolvlm",
         "SmolVLMForConditionalGeneration",
@@ -196,6 +204,7 @@ DECODERS = {
     "qwen3_vl_text": "qwen3_vl.Qwen3LLMModel",
     "qwen3_vl_moe_text": "qwen3_vl_moe.Qwen3MoeLLMModel",
     "glm4v_text": "glm4.Glm4Model",
+    "glm4v_moe_text": "glm4_moe.Glm4MoeModel",
     "transformer": "mistral.MistralModel",  # in Mistral's own format
 }
 """By `model_type` of the text model: vLLM's decoder class, within `vllm.model_executor.models`.

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     Glm4vConfig,
     Glm4vImageProcessorPil,
+    Glm4vMoeConfig,
     Glm4vProcessor,
     Glm4vVideoProcessor,
     PreTrainedTokenizerFast,
@@ -133,7 +134,7 @@ def qwen3_vl_moe(folder: Path) -> Path:
     return folder
 
 
-def glm4v(folder: Path) -> Path:
+def glm4v(folder: Path, kind: Any = Glm4vConfig, **more: Any) -> Path:
     tokenizer = tokenizer_with(
         *("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"),
         image_token="<|image|>",
@@ -155,16 +156,23 @@ def glm4v(folder: Path) -> Path:
         "out_hidden_size": HIDDEN,
         "image_size": 112,
     }
-    options = text(tokenizer, attention_bias=True)
+    options = text(tokenizer, attention_bias=True, **more)
     options["rope_parameters"] |= {"mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}
-    config = Glm4vConfig(
+    config = kind(
         vision_config=vision,
         text_config=options,
         tie_word_embeddings=False,
         **{name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()},
     )
-    processor = Glm4vProcessor(Glm4vImageProcessorPil(**SIZE), tokenizer, Glm4vVideoProcessor(**VIDEO_SIZE))
+    processor = Glm4vProcessor(Glm4vImageProcessorPil(**VIDEO_SIZE), tokenizer, Glm4vVideoProcessor(**VIDEO_SIZE))
     return save(config, processor, folder)
 
 
-CHECKPOINTS = {made.__name__: made for made in (qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, glm4v)}
+def glm4v_moe(folder: Path) -> Path:
+    experts = {"moe_intermediate_size": 48, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    return glm4v(folder, Glm4vMoeConfig, **experts, head_dim=HIDDEN // 2, use_qk_norm=False)
+
+
+CHECKPOINTS = {
+    made.__name__: made for made in (qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, glm4v, glm4v_moe)
+}

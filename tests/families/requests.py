@@ -64,6 +64,7 @@ class Family:
 REMOTE = {"trust_remote_code": True}
 OF_MISTRAL = dict.fromkeys(("tokenizer_mode", "config_format", "load_format"), "mistral")
 AROUND = "<|vision_start|><|{}_pad|><|vision_end|>"
+AROUND_GLM = "<|begin_of_{0}|><|{0}|><|end_of_{0}|>"
 FAMILIES = {
     "llava_next": Family("<image>"),
     "llava_next_video": Family(video="<video>"),
@@ -78,9 +79,8 @@ FAMILIES = {
     "qwen2_5_vl": Family(AROUND.format("image"), AROUND.format("video")),
     "qwen3_vl": Family(AROUND.format("image"), AROUND.format("video"), first=2),
     "qwen3_vl_moe": Family(AROUND.format("image"), AROUND.format("video"), first=2),
-    "glm4v": Family(
-        "<|begin_of_image|><|image|><|end_of_image|>", "<|begin_of_video|><|video|><|end_of_video|>"
-    ),
+    "glm4v": Family(AROUND_GLM.format("image"), AROUND_GLM.format("video")),
+    "glm4v_moe": Family(AROUND_GLM.format("image"), AROUND_GLM.format("video")),
     "eagle": Family("<image>", options=REMOTE),
     "internvl_chat_video": Family("<image>", "<video>", options=REMOTE),
     "llava_onevision2": Family(AROUND.format("image"), AROUND.format("video"), options=REMOTE),

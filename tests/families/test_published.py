@@ -40,7 +40,7 @@ KV_SHAPE = {
 """Decoder layers, key-value heads and head size."""
 WITHOUT_CONFIG = {
     *("llava_onevision2", "pixtral", "eagle_2_5_vl"),
-    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v"),
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe"),
 }
 """The families of which no checkpoint's config.json is known here, by model type."""
 
