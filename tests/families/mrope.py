@@ -164,7 +164,9 @@ def glm4v(folder: Path, kind: Any = Glm4vConfig, **more: Any) -> Path:
         tie_word_embeddings=False,
         **{name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()},
     )
-    processor = Glm4vProcessor(Glm4vImageProcessorPil(**VIDEO_SIZE), tokenizer, Glm4vVideoProcessor(**VIDEO_SIZE))
+    processor = Glm4vProcessor(
+        Glm4vImageProcessorPil(**VIDEO_SIZE), tokenizer, Glm4vVideoProcessor(**VIDEO_SIZE)
+    )
     return save(config, processor, folder)
 
 
