@@ -23,8 +23,10 @@ class Family:
         hub: Names on the Hugging Face Hub of checkpoints that are meant to work.
         in_transformers: Whether transformers has the model. `vtw calibrate` and the other searches need it.
         twin: A checkpoint of the same models in the format of transformers. Empty if there is none.
-        mrope: Whether tokens have positions in time, height and width (M-RoPE). Searches cannot run such
-            models yet.
+        mrope: Whether tokens have positions in time, height and width (M-RoPE). Searches take no videos of
+            such models yet.
+        deepstack: Whether visual features are added after the first layers. Searches cannot run such models
+            yet.
     """
 
     name: str
@@ -37,11 +39,12 @@ class Family:
     in_transformers: bool = True
     twin: str = ""
     mrope: bool = False
+    deepstack: bool = False
 
     @property
     def can_be_searched(self) -> bool:
         """Whether `vtw calibrate` and the other searches can run the model."""
-        return self.in_transformers and not self.mrope
+        return self.in_transformers and not self.deepstack
 
 
 ONE_RUN = "one run"
@@ -139,6 +142,7 @@ FAMILIES = (
         "qwen3_vl",
         "Qwen3VLForConditionalGeneration",
         mrope=True,
+        deepstack=True,
         video=FRAMES,
         hub=("Qwen/Qwen3-VL-8B-Instruct",),
     ),
@@ -147,6 +151,7 @@ FAMILIES = (
         "qwen3_vl_moe",
         "Qwen3VLMoeForConditionalGeneration",
         mrope=True,
+        deepstack=True,
         video=FRAMES,
         hub=("Qwen/Qwen3-VL-30B-A3B-Instruct",),
     ),
@@ -302,7 +307,7 @@ def how_to_find_a_layer(model_type: str) -> str:
             "transformers cannot read this format, so searches cannot either: run `vtw calibrate` on the "
             f'same model in the format of transformers, such as {family.twin}, and serve its K as "layer"'
         )
-    why = "they do not support M-RoPE yet" if family.in_transformers else "transformers lacks it"
+    why = "they do not support deepstack yet" if family.in_transformers else "transformers lacks it"
     return (
         f"`vtw calibrate` and other searches cannot run this model, because {why}: serve your own questions "
         "at several layers K, starting at three quarters of all layers, and compare the answers"

@@ -3,12 +3,14 @@
 """Whole searches on families other than LLaVA-1.5, with images of several sizes and videos in the data."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from tests.engine.engines import running
+from tests.families import mrope
 from tests.families.requests import (
     FAMILIES,
     FRAMES,
@@ -44,9 +46,9 @@ def data(tmp_path, request) -> Path:
         names = [f"{number}-{image}.png" for image in range(len(images))]
         for name, image in zip(names, images, strict=True):
             image.save(tmp_path / name)
-        places = "<image>" * len(names)
+        places = re.sub(r"<\|image_pad\|>|\[IMG\]|<IMG_CONTEXT>", "<image>", family.image) * len(names)
         lines.append({"images": names, "prompt": f"USER: {places}\nWhat is number {number}? ASSISTANT:"})
-    if family.video:
+    if family.video and request.param not in mrope.CHECKPOINTS:
         names = [f"frame-{number}.png" for number in range(len(FRAMES))]
         for name, frame in zip(names, FRAMES, strict=True):
             Image.fromarray(frame).save(tmp_path / name)
@@ -63,7 +65,7 @@ def data(tmp_path, request) -> Path:
     ("name", "data"),
     [
         ("llava_onevision", "llava_onevision"),
-        *(pytest.param(name, name, marks=slow) for name in ("internvl", "mistral3", "smolvlm")),
+        *(pytest.param(name, name, marks=slow) for name in ("internvl", "mistral3", "smolvlm", "qwen2_5_vl")),
     ],
     indirect=["data"],
 )
@@ -75,7 +77,7 @@ def test_a_search_makes_a_policy_that_is_served(family_checkpoint, oracle, data,
     assert "skipped" not in ended.err
     policy = json.loads((out / "policy.json").read_text())
     assert policy["stages"]
-    if family.video and command != "dyvte":
+    if family.video and name not in mrope.CHECKPOINTS and command != "dyvte":
         assert "video" in json.loads((out / "result.json").read_text())["tasks"]
     with running(folder, {"policy": str(out / "policy.json")}, **engine(family)) as llm:
         outputs = llm.generate([ask.to_vllm() for ask in asks(family).values()], GREEDY, use_tqdm=False)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
+from tests.families import mrope
 from tests.families.checkpoints import CHECKPOINTS, LAYERS
 from tests.families.requests import FAMILIES, FIRST, MIDDLE, TWO, VIDEO, asks
 from vllm_vtw.search.checkpoint import read_config
@@ -22,9 +23,9 @@ ANSWER = 8
 CASES = [
     (name, name, kind)
     for name, family in FAMILIES.items()
-    if name in CHECKPOINTS and not family.twin_image
+    if name in CHECKPOINTS | mrope.CHECKPOINTS and not family.twin_image and family.first == 1
     for kind in (MIDDLE, FIRST, TWO, VIDEO)
-    if kind in asks(family)
+    if kind in asks(family) and not (kind == VIDEO and name in mrope.CHECKPOINTS)
 ]
 
 
@@ -45,7 +46,7 @@ def test_every_k(model, oracle, tmp_path, name, kind):
         image.save(tmp_path / f"{number}.png")
     files = tuple(f"{number}.png" for number in range(len(images)))
     media: Any = {"images": (), "video": files} if frames else {"images": files}
-    prompt = ask.prompt.replace(family.image, "<image>") if family.image else ask.prompt
+    prompt = ask.prompt.replace(model.processor.image_token, "<image>")
     sample = Sample("line 1", prompt=prompt, folder=tmp_path, **media)
     encoded = oracle(name).encode(ask.prompt, ask.images, ask.videos)
     leaving = encoded.leaving(family.bridge, 1)
@@ -77,6 +78,7 @@ def test_every_k(model, oracle, tmp_path, name, kind):
         ),
         ("llava_onevision", {"images": (), "video": ("a.png",)}, "What?", "the number of videos is 1"),
         ("llava_next_video", {"images": ("a.png",)}, "<image> What?", "vLLM takes no images for this model"),
+        ("qwen2_vl", {"images": (), "video": ("a.png",)}, "<video>", "videos of models with M-RoPE"),
         ("smolvlm", {"images": (), "video": ("a.png",)}, "<video>", "vLLM takes no videos for this model"),
     ],
 )

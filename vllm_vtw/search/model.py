@@ -26,7 +26,8 @@ class FullAnswer:
         logits: The logits from which the answer's tokens were chosen, shape `(O, vocabulary)`, float32.
         states: For each layer, the hidden states of text tokens that enter it, shape
             `(T + O - 1, hidden_size)`.
-        positions: The positions of the text tokens in prompt and answer, shape `(T + O - 1,)`.
+        position_ids: The position ids of all tokens, shape `(prompt tokens + O - 1,)`. With M-RoPE there are
+            three rows of them.
         embedded: The hidden states of all tokens that enter layer 0, shape
             `(prompt tokens + O - 1, hidden_size)`.
         is_visual: Whether each of these tokens is a visual one, and so left out of `states`, shape
@@ -37,7 +38,7 @@ class FullAnswer:
     tokens: list[int]
     logits: torch.Tensor
     states: list[torch.Tensor]
-    positions: torch.Tensor
+    position_ids: torch.Tensor
     embedded: torch.Tensor
     is_visual: torch.Tensor
     cut: bool
@@ -50,7 +51,12 @@ class FullAnswer:
     @property
     def text_tokens(self) -> int:
         """The number T of the prompt's text tokens."""
-        return len(self.positions) - len(self.tokens) + 1
+        return len(self.text_places) - len(self.tokens) + 1
+
+    @property
+    def text_places(self) -> torch.Tensor:
+        """The places of the text tokens in prompt and answer, shape `(T + O - 1,)`."""
+        return (~self.is_visual).nonzero()[:, 0]
 
     @property
     def prompt_tokens(self) -> int:
@@ -158,6 +164,10 @@ class HFModel:
             ValueError: The model's logits are not finite.
             BadSampleError: transformers' code for the model fails.
         """
+        position_ids: list[torch.Tensor] = []
+        hook = self.decoder.register_forward_pre_hook(
+            lambda module, args, given: position_ids.append(given["position_ids"]), with_kwargs=True
+        )
         try:
             out = self.hf_model.generate(
                 **inputs.tensors,
@@ -172,6 +182,8 @@ class HFModel:
         except RuntimeError as error:  # Mistral3's code fails for images of a single token, for example.
             kind = "transformers cannot compute the sample"
             raise BadSampleError(f"{kind}: {error}", kind) from error
+        finally:
+            hook.remove()
         prompt = inputs.tensors["input_ids"][0]
         is_text = ~inputs.is_visual
         is_text[-1] = True
@@ -186,13 +198,12 @@ class HFModel:
             raise ValueError(
                 f"the model's logits are not finite in {self.hf_model.dtype}: choose another --dtype"
             )
-        positions = torch.arange(len(prompt) + len(answer) - 1, device=prompt.device)
         in_states = torch.cat([is_text, is_text.new_ones(len(answer) - 1)])
         return FullAnswer(
             tokens=answer.tolist(),
             logits=logits,
             states=states,
-            positions=positions[in_states],
+            position_ids=_joined(position_ids, len(in_states)),
             embedded=torch.cat([prompt_states[0][0], *(step[0][0] for step in answer_states)]),
             is_visual=~in_states,
             cut=int(answer[-1]) not in self.eos_token_ids,
@@ -214,7 +225,7 @@ class HFModel:
         Yields:
             For each K, in the order of `layers`, the logits, shape `(O, vocabulary)`, float32.
         """
-        positions = answered.positions[None]
+        positions = answered.position_ids[..., None, ~answered.is_visual]
         rotary = self.decoder.rotary_emb(answered.states[0], position_ids=positions)
         sequences = answered.states[0].new_empty((0, *answered.states[0].shape))
         for index in range(layers[0], len(self.decoder.layers)):
@@ -243,13 +254,14 @@ class HFModel:
         prompt, cache = answered.prompt_tokens, DynamicCache()
         tokens: list[int] = []
         hidden = answered.embedded[None, :prompt]
-        positions = torch.arange(prompt, device=hidden.device)[None]
+        positions = answered.position_ids[..., None, :prompt]
+        following = positions.max() + 1
         is_text = ~answered.is_visual[:prompt]
         while True:
             rotary = self.decoder.rotary_emb(hidden, position_ids=positions)
             for index, block in enumerate(self.decoder.layers):
                 if index == layer and not tokens:
-                    hidden, positions = hidden[:, is_text], positions[:, is_text]
+                    hidden, positions = hidden[:, is_text], positions[..., is_text]
                     rotary = self.decoder.rotary_emb(hidden, position_ids=positions)
                 hidden = block(
                     hidden,
@@ -262,4 +274,18 @@ class HFModel:
             if tokens[-1] in self.eos_token_ids or len(tokens) == max_tokens:
                 return tokens
             hidden = self.decoder.embed_tokens(torch.tensor([tokens[-1:]], device=hidden.device))
-            positions = torch.tensor([[prompt + len(tokens) - 1]], device=hidden.device)
+            positions = (following + len(tokens) - 1).expand(*positions.shape[:-1], 1)
+
+
+def _joined(steps: Sequence[torch.Tensor], count: int) -> torch.Tensor:
+    """The position ids of a prompt and its answer, as `FullAnswer` has them.
+
+    Args:
+        steps: The position ids that the decoder got in each step of `generate`, for one sequence. With
+            M-RoPE, the last three rows are those of time, height and width.
+        count: The number of tokens.
+    """
+    joined = torch.cat(list(steps), dim=-1)
+    found = joined[-3:, 0] if joined.dim() == 3 else joined[0]
+    assert found.shape[-1] == count
+    return found

@@ -187,8 +187,8 @@ def _text_start(inputs: ModelInputs) -> int:
 
 def _features(answered: FullAnswer, layers: Sequence[int], text_start: int) -> torch.Tensor:
     """The features that a gate reads at each layer, shape `(layers, 2 * hidden_size)`."""
-    positions = answered.positions
-    text = (positions >= text_start) & (positions < answered.prompt_tokens)
+    places = answered.text_places
+    text = (places >= text_start) & (places < answered.prompt_tokens)
     return torch.stack([gate_features(answered.states[layer][text]) for layer in layers])
 
 

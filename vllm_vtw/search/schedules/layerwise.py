@@ -5,11 +5,11 @@
 A search can try fractions for the deeper layers without computing the shallower ones again.
 """
 
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vllm_vtw.search.model import FullAnswer, HFModel
 
@@ -20,7 +20,7 @@ class LayerInput:
 
     Attributes:
         hidden: The tokens' hidden states, shape `(rows, hidden_size)`.
-        positions: The tokens' positions in prompt and answer, withdrawn tokens counted, shape `(rows,)`.
+        position_ids: The tokens' position ids, withdrawn tokens counted, tokens in the last dimension.
         is_candidate: Whether each token may be withdrawn, shape `(rows,)`. Visual tokens may be, except the
             prompt's last token.
         attention: The attention that the prompt's last token paid to each token in the layer before, as a
@@ -30,7 +30,7 @@ class LayerInput:
     """
 
     hidden: torch.Tensor
-    positions: torch.Tensor
+    position_ids: torch.Tensor
     is_candidate: torch.Tensor
     attention: torch.Tensor
     last: int
@@ -41,7 +41,7 @@ class LayerInput:
         count = len(answered.embedded)
         return cls(
             answered.embedded,
-            torch.arange(count, device=answered.embedded.device),
+            answered.position_ids,
             answered.is_visual,
             torch.zeros(count, device=answered.embedded.device),
             count - len(answered.tokens),
@@ -65,7 +65,7 @@ class LayerInput:
         stays = order[: len(score) - self.candidates + kept].sort().values
         return LayerInput(
             self.hidden[stays],
-            self.positions[stays],
+            self.position_ids[..., stays],
             self.is_candidate[stays],
             self.attention[stays],
             int(torch.searchsorted(stays, self.last)),
@@ -82,7 +82,7 @@ def run_layer(model: HFModel, index: int, rows: LayerInput, ranks: bool) -> Laye
         rows: The tokens that the layer gets.
         ranks: Whether to compute `attention`, which is needed if tokens are withdrawn after the layer.
     """
-    layer, positions = model.decoder.layers[index], rows.positions[None]
+    layer, positions = model.decoder.layers[index], rows.position_ids[..., None, :]
     cos, sin = model.decoder.rotary_emb(rows.hidden[None], position_ids=positions)
     hidden = layer(
         rows.hidden[None], attention_mask=None, position_ids=positions, position_embeddings=(cos, sin)
@@ -109,6 +109,8 @@ def _attention_of_last(
         Shape `(rows,)`, float32.
     """
     states, module = layer.input_layernorm(hidden), layer.self_attn
+    # Families turn heads in different ways, by a function of this name beside their attention.
+    apply_rotary_pos_emb = vars(sys.modules[type(module).__module__])["apply_rotary_pos_emb"]
 
     def rotated(projected: torch.Tensor, norm: str) -> torch.Tensor:
         heads = projected.unflatten(-1, (-1, module.head_dim))
