@@ -4,7 +4,9 @@
 
 As in the files on the Hugging Face Hub, keys are left out where transformers' default holds. The files of
 LLaVA-OneVision and InternVL3 were not at hand: theirs are put together from the scripts that converted these
-checkpoints, the configurations that were converted, and what others printed of the result.
+checkpoints, the configurations that were converted, and what others printed of the result. Those of
+GLM-4.1V and GLM-4.5V are put together from what others printed of them, and Qwen2-VL's is the copy in a model
+made from it, compared with what others printed of the original.
 """
 
 from typing import Any
@@ -40,6 +42,40 @@ QWEN2_7B = {
     **{"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28},
     **{"num_attention_heads": 28, "num_key_value_heads": 4, "rope_theta": 1000000.0},
     **{"max_position_embeddings": 32768, "rms_norm_eps": 1e-06, "use_sliding_window": False},
+}
+# Of Qwen2-VL and Qwen2.5-VL. The text model's keys stand at the top level.
+QWEN_VL_7B = QWEN2_7B | {
+    **{"vision_start_token_id": 151652, "vision_end_token_id": 151653, "vision_token_id": 151654},
+    **{"image_token_id": 151655, "video_token_id": 151656, "vocab_size": 152064},
+    **{"tie_word_embeddings": False, "sliding_window": 32768, "max_window_layers": 28},
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+}
+QWEN_VISION = {
+    **{"depth": 32, "num_heads": 16, "in_chans": 3, "patch_size": 14, "spatial_patch_size": 14},
+    **{"spatial_merge_size": 2, "temporal_patch_size": 2},
+}
+QWEN3_VL = {
+    **{"image_token_id": 151655, "video_token_id": 151656, "tie_word_embeddings": False},
+    **{"vision_start_token_id": 151652, "vision_end_token_id": 151653},
+}
+QWEN3_TEXT = {
+    **{"head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 262144, "rms_norm_eps": 1e-06},
+    **{"attention_bias": False, "rope_theta": 5000000},
+    "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+}
+QWEN3_VISION = {
+    **{"hidden_size": 1152, "intermediate_size": 4304, "depth": 27, "num_heads": 16, "in_channels": 3},
+    **{"hidden_act": "gelu_pytorch_tanh", "num_position_embeddings": 2304, "patch_size": 16},
+    **{"spatial_merge_size": 2, "temporal_patch_size": 2, "deepstack_visual_indexes": [8, 16, 24]},
+}
+GLM_TEXT = {
+    **{"hidden_size": 4096, "vocab_size": 151552, "max_position_embeddings": 65536, "rms_norm_eps": 1e-05},
+    **{"attention_bias": True, "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    "rope_scaling": {"rope_type": "default", "mrope_section": [8, 12, 12]},
+}
+GLM_VISION = {
+    **{"hidden_size": 1536, "depth": 24, "num_heads": 12, "image_size": 336, "patch_size": 14},
+    **{"spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 4096, "rms_norm_eps": 1e-05},
 }
 
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -153,6 +189,72 @@ PUBLISHED: dict[str, dict[str, Any]] = {
             **{"num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 1540, "patch_size": 14},
             **{"hidden_act": "silu", "rope_theta": 10000.0},
         },
+    },
+    "Qwen/Qwen2-VL-7B-Instruct": QWEN_VL_7B
+    | {
+        "model_type": "qwen2_vl",
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "vision_config": QWEN_VISION | {"embed_dim": 1280, "hidden_size": 3584, "mlp_ratio": 4},
+    },
+    "Qwen/Qwen2.5-VL-7B-Instruct": QWEN_VL_7B
+    | {
+        "model_type": "qwen2_5_vl",
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "max_position_embeddings": 128000,
+        "vision_config": QWEN_VISION
+        | {
+            **{"hidden_size": 1280, "intermediate_size": 3420, "hidden_act": "silu", "out_hidden_size": 3584},
+            **{"window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2},
+        },
+    },
+    "Qwen/Qwen3-VL-8B-Instruct": QWEN3_VL
+    | {
+        "model_type": "qwen3_vl",
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "text_config": QWEN3_TEXT
+        | {
+            **{"model_type": "qwen3_vl_text", "hidden_size": 4096, "intermediate_size": 12288},
+            **{"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8},
+        },
+        "vision_config": QWEN3_VISION | {"model_type": "qwen3_vl", "out_hidden_size": 4096},
+    },
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": QWEN3_VL
+    | {
+        "model_type": "qwen3_vl_moe",
+        "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+        "text_config": QWEN3_TEXT
+        | {
+            **{"model_type": "qwen3_vl_moe_text", "hidden_size": 2048, "intermediate_size": 6144},
+            **{"num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4},
+            **{"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+            **{"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
+        },
+        "vision_config": QWEN3_VISION | {"model_type": "qwen3_vl_moe", "out_hidden_size": 2048},
+    },
+    "zai-org/GLM-4.1V-9B-Thinking": {
+        "model_type": "glm4v",
+        "architectures": ["Glm4vForConditionalGeneration"],
+        **{"image_token_id": 151343, "video_token_id": 151344, "tie_word_embeddings": False},
+        "text_config": GLM_TEXT
+        | {
+            **{"model_type": "glm4v_text", "intermediate_size": 13696, "num_hidden_layers": 40},
+            **{"num_attention_heads": 32, "num_key_value_heads": 2},
+        },
+        "vision_config": GLM_VISION | {"intermediate_size": 13696},
+    },
+    "zai-org/GLM-4.5V": {
+        "model_type": "glm4v_moe",
+        "architectures": ["Glm4vMoeForConditionalGeneration"],
+        **{"image_token_id": 151363, "video_token_id": 151364, "tie_word_embeddings": False},
+        "text_config": GLM_TEXT
+        | {
+            **{"model_type": "glm4v_moe_text", "intermediate_size": 10944, "num_hidden_layers": 46},
+            **{"num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128, "use_qk_norm": False},
+            **{"n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8},
+            **{"moe_intermediate_size": 1408, "first_k_dense_replace": 1, "norm_topk_prob": True},
+            **{"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0},
+        },
+        "vision_config": GLM_VISION | {"intermediate_size": 10944},
     },
     "HuggingFaceTB/SmolVLM-Instruct": {
         "model_type": "idefics3",

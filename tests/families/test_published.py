@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import SmolVLMImageProcessorPil, SmolVLMProcessor, SmolVLMVideoProcessor
+from transformers import AutoConfig, SmolVLMImageProcessorPil, SmolVLMProcessor, SmolVLMVideoProcessor
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -34,14 +34,17 @@ KV_SHAPE = {
     "OpenGVLab/InternVL2-8B": (32, 8, 128),
     "OpenGVLab/InternVL3-8B-hf": (28, 4, 128),
     "mistralai/Mistral-Small-3.1-24B-Instruct-2503": (40, 8, 128),
+    "Qwen/Qwen2-VL-7B-Instruct": (28, 4, 128),
+    "Qwen/Qwen2.5-VL-7B-Instruct": (28, 4, 128),
+    "Qwen/Qwen3-VL-8B-Instruct": (36, 8, 128),
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": (48, 4, 128),
+    "zai-org/GLM-4.1V-9B-Thinking": (40, 2, 128),
+    "zai-org/GLM-4.5V": (46, 8, 128),
     "HuggingFaceTB/SmolVLM-Instruct": (24, 32, 64),
     "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": (32, 5, 64),
 }
 """Decoder layers, key-value heads and head size."""
-WITHOUT_CONFIG = {
-    *("llava_onevision2", "pixtral", "eagle_2_5_vl"),
-    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe"),
-}
+WITHOUT_CONFIG = {"llava_onevision2", "pixtral", "eagle_2_5_vl"}
 """The families of which no checkpoint's config.json is known here, by model type."""
 
 
@@ -78,8 +81,12 @@ def test_doctor_finds_it_supported(tmp_path, name):
     architecture = content["architectures"][0]
     assert BY_ARCHITECTURE[architecture].model_type == content["model_type"]
     finding, options, _ = check_model(written(tmp_path, content))
-    text = content.get("text_config") or content["llm_config"]
-    assert finding.found == f"{tmp_path} can be served: {architecture} over {text['model_type']}"
+    if text := content.get("text_config") or content.get("llm_config"):
+        decoder = text["model_type"]
+    else:
+        # The text model's keys stand at the top level. transformers moves them.
+        decoder = AutoConfig.from_pretrained(tmp_path).text_config.model_type
+    assert finding.found == f"{tmp_path} can be served: {architecture} over {decoder}"
     assert not finding.remedy
     assert ("--trust-remote-code" in options) == ("auto_map" in content)
     assert ('{"layer": K}' in options) == (name != "llava-hf/llava-1.5-7b-hf")
@@ -208,3 +215,19 @@ def test_a_checkpoint_in_both_formats(tmp_path):
     assert "vLLM would take Mistral's own format" in finding.remark
     assert " --config-format hf " in options
     assert configure(folder, config_format="hf").model_config.hf_config.model_type == "mistral3"
+
+
+def test_readme_has_these_numbers(tmp_path):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    for name in (
+        "Qwen/Qwen2.5-VL-7B-Instruct",
+        "Qwen/Qwen3-VL-8B-Instruct",
+        "Qwen/Qwen3-VL-30B-A3B-Instruct",
+    ):
+        folder, layers = written(tmp_path, PUBLISHED[name]), KV_SHAPE[name][0]
+        cells = [f"{name.removeprefix('Qwen/').removesuffix('-Instruct')}, {layers} layers"]
+        for layer in (layers // 2, 3 * layers // 4, 7 * layers // 8):
+            fit = planned(folder, "--layer", str(layer), "--visual-tokens", "1024")["max_sequences"]
+            cells += [f"{fit['stock']}"] if len(cells) == 1 else []
+            cells.append(f"K = {layer}: x {fit['vtw'] / fit['stock']:.2f}")
+        assert f"| {' | '.join(cells)} |" in readme
