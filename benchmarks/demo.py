@@ -123,9 +123,13 @@ def measure(name: str, asked: list[tuple[Image.Image, Question]], *options: str)
     lines["most requests running at once"] = f"{max(at['vllm:num_requests_running'] for at in seen):.0f}"
     lines["KV memory of these requests"] = "100%"
     if options:
-        held = sum(at["vllm:vtw_kv_blocks"] for at in seen)
-        stock = held + sum(at["vllm:vtw_kv_blocks_saved"] for at in seen)
-        lines["KV memory of these requests"] = f"{held / stock:.0%}"
+        # The first metrics may be from before any request.
+        reported = [at for at in seen if "vllm:vtw_kv_blocks" in at]
+        held = sum(at["vllm:vtw_kv_blocks"] for at in reported)
+        saved = sum(at["vllm:vtw_kv_blocks_saved"] for at in reported)
+        if not held:
+            sys.exit("the server's metrics have no vllm:vtw_kv_blocks: it does not withdraw visual tokens")
+        lines["KV memory of these requests"] = f"{held / (held + saved):.0%}"
     return Column(name, said, lines)
 
 
