@@ -60,7 +60,9 @@ def data(tmp_path, request) -> Path:
     return file
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", ["calibrate", "dyvte", *(pytest.param(name, marks=slow) for name in ("gsearch", "psigmoid"))]
+)
 @pytest.mark.parametrize(
     ("name", "data"),
     [

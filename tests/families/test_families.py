@@ -16,7 +16,9 @@ from tests.families.requests import FAMILIES, GREEDY, asks, assert_answers, but_
     "layer", [LAYERS // 2, *(pytest.param(k, marks=slow) for k in (1, LAYERS - 1, LAYERS))]
 )
 @pytest.mark.parametrize("align", [False, pytest.param(True, marks=slow)])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=slow if name == "internvl_chat_video" else ()) for name in FAMILIES]
+)
 def test_answers(family_checkpoint, oracle, name, align, layer):
     family = FAMILIES[name]
     layer = max(layer, family.first)

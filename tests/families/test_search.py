@@ -11,7 +11,7 @@ from transformers import AutoProcessor
 
 from tests.families import mrope
 from tests.families.checkpoints import CHECKPOINTS, LAYERS
-from tests.families.requests import FAMILIES, FIRST, MIDDLE, TWO, VIDEO, asks
+from tests.families.requests import FAMILIES, FIRST, MIDDLE, TWO, VIDEO, asks, slow
 from vllm_vtw.search.checkpoint import read_config
 from vllm_vtw.search.data.prompts import Prompts
 from vllm_vtw.search.data.sample import BadSampleError, Sample
@@ -21,7 +21,7 @@ from vllm_vtw.search.schedules.sample_at_layer import SampleAtLayer
 
 ANSWER = 8
 CASES = [
-    (name, name, kind)
+    pytest.param(name, name, kind, marks=() if kind in (TWO, VIDEO) else slow)
     for name, family in FAMILIES.items()
     if name in CHECKPOINTS | mrope.CHECKPOINTS and not family.twin_image and family.first == 1
     for kind in (MIDDLE, FIRST, TWO, VIDEO)

@@ -82,7 +82,7 @@ def test_another_picture_or_other_weights_are_not_mixed_in(data, tmp_path):
     Image.new("RGB", (96, 96)).save(picture)
     ended = calibrate(file, tmp_path / "out", *options, "--resume", model=model)
     assert ended.status == 2
-    assert f"--resume: {measured['where']} had another image or prompt" in ended.err
+    assert f"--resume: {measured['where']} had another image, video or prompt" in ended.err
     picture.write_bytes(kept)
     assert calibrate(file, tmp_path / "out", *options, "--resume", model=model).status == 0
     weights = load_file(model / "model.safetensors")
