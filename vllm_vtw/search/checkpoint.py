@@ -60,11 +60,7 @@ def _config_without_class(name: str) -> Any | None:
     except Exception:
         return None
     text = content.pop("llm_config", None) or content.pop("text_config", None) or {}
-    if (
-        not content.get("auto_map")
-        or content.get("model_type") in CONFIG_MAPPING
-        or not isinstance(text, dict)
-    ):
+    if content.get("model_type") in (None, *CONFIG_MAPPING) or not isinstance(text, dict):
         return None
     kind = text.pop("model_type", None)
     model_type = content.pop("model_type", "")

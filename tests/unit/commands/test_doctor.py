@@ -3,6 +3,7 @@
 """`vtw doctor` here, where everything is in order, and where one thing is not."""
 
 import json
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError
@@ -178,6 +179,13 @@ LLAVA = {
             {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]},
             "--model-impl vtw does not support Gemma3ForConditionalGeneration: its layers have",
         ),
+        (
+            {
+                "model_type": "kimi_vl",
+                "architectures": ["KimiVLForConditionalGeneration"],
+            },
+            "does not support KimiVLForConditionalGeneration: its attention is MLA",
+        ),
         ({"text_config": {"model_type": "gemma"}}, "the text model is 'gemma'; supported are llama, mistral"),
     ],
 )
@@ -191,7 +199,7 @@ def test_a_model(capsys, quick, tmp_path, changes, found):
         can += " --trust-remote-code"
     if changes:
         can += ' --additional-config \'{"vtw": {"layer": K}}\''
-    assert lines[-1] == (cannot if "gemma" in str(changes) else can)
+    assert lines[-1] == (cannot if re.search("gemma|kimi", str(changes)) else can)
 
 
 def test_a_model_that_is_not_there(capsys, quick, tmp_path):
