@@ -24,7 +24,9 @@ from vllm_vtw.config import (
 from vllm_vtw.families import (
     BY_ARCHITECTURE,
     ELSEWHERE,
+    ONE_RUN,
     PREFIX,
+    Family,
     first_layer,
     supported_architecture,
     text_refusal,
@@ -53,20 +55,24 @@ def vtw_config(vllm_config: VllmConfig) -> VTWConfig:
 def _model(vllm_config: VllmConfig) -> ModelShape:
     model_config = vllm_config.model_config
     text = model_config.hf_text_config
-    # vLLM sets the first where it has resolved the class, to the plugin's own name of it.
-    names = [name.removeprefix(PREFIX) for name in (model_config.architecture, *model_config.architectures)]
-    architecture = supported_architecture(names)
-    assert architecture is not None
-    family = BY_ARCHITECTURE[architecture]
     return ModelShape(
         model_config.hf_config.model_type,
         text.model_type,
         text.num_hidden_layers,
         text.hidden_size,
         text.vocab_size,
-        family.bridge,
+        _family(vllm_config).bridge,
         first_layer(model_config.hf_config),
     )
+
+
+def _family(vllm_config: VllmConfig) -> Family:
+    model_config = vllm_config.model_config
+    # vLLM sets the first where it has resolved the class, to the plugin's own name of it.
+    names = [name.removeprefix(PREFIX) for name in (model_config.architecture, *model_config.architectures)]
+    architecture = supported_architecture(names)
+    assert architecture is not None
+    return BY_ARCHITECTURE[architecture]
 
 
 def layer_groups(vllm_config: VllmConfig, policy: Policy) -> LayerGroups:
@@ -201,9 +207,9 @@ def _model_refusals(vllm_config: VllmConfig) -> Iterator[str]:
             "use --tensor-parallel-size, not --data-parallel-size"
         )
     pruning = model.multimodal_config and model.multimodal_config.video_pruning_rate
-    if pruning:
+    if pruning and _family(vllm_config).video != ONE_RUN:
         yield (
-            "the places of a pruned video's tokens are known only when it is computed: remove "
+            "vLLM does not say where the timestamps between the frames of a pruned video are: remove "
             f"--video-pruning-rate {pruning:g}"
         )
     if model.uses_mrope and vllm_config.compilation_config.compile_sizes:
