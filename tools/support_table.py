@@ -30,10 +30,8 @@ def table() -> str:
 
 
 def _searches(family: Family) -> str:
-    if family.can_be_searched:
-        return "yes"
     if family.in_transformers:
-        return "not yet"
+        return "yes"
     return f"in the format of `{family.twin}`" if family.twin else "no: transformers lacks it"
 
 

@@ -23,10 +23,7 @@ class Family:
         hub: Names on the Hugging Face Hub of checkpoints that are meant to work.
         in_transformers: Whether transformers has the model. `vtw calibrate` and the other searches need it.
         twin: A checkpoint of the same models in the format of transformers. Empty if there is none.
-        mrope: Whether tokens have positions in time, height and width (M-RoPE). Searches take no videos of
-            such models yet.
-        deepstack: Whether visual features are added after the first layers. Searches cannot run such models
-            yet.
+        mrope: Whether tokens have positions in time, height and width (M-RoPE).
     """
 
     name: str
@@ -39,12 +36,6 @@ class Family:
     in_transformers: bool = True
     twin: str = ""
     mrope: bool = False
-    deepstack: bool = False
-
-    @property
-    def can_be_searched(self) -> bool:
-        """Whether `vtw calibrate` and the other searches can run the model."""
-        return self.in_transformers and not self.deepstack
 
 
 ONE_RUN = "one run"
@@ -142,7 +133,6 @@ FAMILIES = (
         "qwen3_vl",
         "Qwen3VLForConditionalGeneration",
         mrope=True,
-        deepstack=True,
         video=FRAMES,
         hub=("Qwen/Qwen3-VL-8B-Instruct",),
     ),
@@ -151,7 +141,6 @@ FAMILIES = (
         "qwen3_vl_moe",
         "Qwen3VLMoeForConditionalGeneration",
         mrope=True,
-        deepstack=True,
         video=FRAMES,
         hub=("Qwen/Qwen3-VL-30B-A3B-Instruct",),
     ),
@@ -300,17 +289,16 @@ def how_to_find_a_layer(model_type: str) -> str:
         model_type: The `model_type` of the checkpoint's configuration.
     """
     family = BY_MODEL_TYPE.get(model_type)
-    if family is None or family.can_be_searched:
+    if family is None or family.in_transformers:
         return "`vtw calibrate MODEL --data FILE` finds a layer K for your own data"
     if family.twin:
         return (
             "transformers cannot read this format, so searches cannot either: run `vtw calibrate` on the "
             f'same model in the format of transformers, such as {family.twin}, and serve its K as "layer"'
         )
-    why = "they do not support deepstack yet" if family.in_transformers else "transformers lacks it"
     return (
-        f"`vtw calibrate` and other searches cannot run this model, because {why}: serve your own questions "
-        "at several layers K, starting at three quarters of all layers, and compare the answers"
+        "`vtw calibrate` and other searches cannot run this model, because transformers lacks it: serve your "
+        "own questions at several layers K, starting at three quarters of all layers, and compare the answers"
     )
 
 

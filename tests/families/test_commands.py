@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from tests.engine.engines import running
-from tests.families import mrope
 from tests.families.requests import (
     FAMILIES,
     FRAMES,
@@ -33,6 +32,7 @@ COMMANDS = {
     "psigmoid": ("psigmoid", "--budget", "0.6", "--trials", "4"),
     "dyvte": ("dyvte", "train", "--layers", "2,4", "--epochs", "2"),
 }
+OTHERS = ("internvl", "mistral3", "smolvlm", "qwen2_5_vl", "qwen3_vl")
 
 
 @pytest.fixture
@@ -48,13 +48,14 @@ def data(tmp_path, request) -> Path:
             image.save(tmp_path / name)
         places = re.sub(r"<\|image_pad\|>|\[IMG\]|<IMG_CONTEXT>", "<image>", family.image) * len(names)
         lines.append({"images": names, "prompt": f"USER: {places}\nWhat is number {number}? ASSISTANT:"})
-    if family.video and request.param not in mrope.CHECKPOINTS:
+    if family.video:
         names = [f"frame-{number}.png" for number in range(len(FRAMES))]
         for name, frame in zip(names, FRAMES, strict=True):
             Image.fromarray(frame).save(tmp_path / name)
         asked = ("What happens?", "What comes first?")
         shown = {"video": names, "task": "video"}
-        lines += [shown | {"prompt": f"USER: <video>\n{question} ASSISTANT:"} for question in asked]
+        place = re.sub(r"<\|video_pad\|>", "<video>", family.video)
+        lines += [shown | {"prompt": f"USER: {place}\n{question} ASSISTANT:"} for question in asked]
     file = tmp_path / "data.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return file
@@ -67,7 +68,7 @@ def data(tmp_path, request) -> Path:
     ("name", "data"),
     [
         ("llava_onevision", "llava_onevision"),
-        *(pytest.param(name, name, marks=slow) for name in ("internvl", "mistral3", "smolvlm", "qwen2_5_vl")),
+        *(pytest.param(name, name, marks=slow) for name in OTHERS),
     ],
     indirect=["data"],
 )
@@ -79,7 +80,7 @@ def test_a_search_makes_a_policy_that_is_served(family_checkpoint, oracle, data,
     assert "skipped" not in ended.err
     policy = json.loads((out / "policy.json").read_text())
     assert policy["stages"]
-    if family.video and name not in mrope.CHECKPOINTS and command != "dyvte":
+    if family.video and command != "dyvte":
         assert "video" in json.loads((out / "result.json").read_text())["tasks"]
     with running(folder, {"policy": str(out / "policy.json")}, **engine(family)) as llm:
         outputs = llm.generate([ask.to_vllm() for ask in asks(family).values()], GREEDY, use_tqdm=False)

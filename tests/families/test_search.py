@@ -2,16 +2,34 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """What searches compute of every family that transformers has, against the oracle."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoProcessor
+from vllm.multimodal.media import ImageMediaIO, VideoMediaIO
+from vllm.multimodal.video import get_video_loader_backend_for_processor
 
+from tests.engine.engines import running
 from tests.families import mrope
 from tests.families.checkpoints import CHECKPOINTS, LAYERS
-from tests.families.requests import FAMILIES, FIRST, MIDDLE, TWO, VIDEO, asks, slow
+from tests.families.requests import (
+    FAMILIES,
+    FIRST,
+    GREEDY,
+    METADATA,
+    MIDDLE,
+    TWO,
+    VIDEO,
+    Ask,
+    asks,
+    engine,
+    noise,
+    slow,
+)
+from tests.search.data.test_videos import film
 from vllm_vtw.search.checkpoint import read_config
 from vllm_vtw.search.data.prompts import Prompts
 from vllm_vtw.search.data.sample import BadSampleError, Sample
@@ -23,10 +41,13 @@ ANSWER = 8
 CASES = [
     pytest.param(name, name, kind, marks=() if kind in (TWO, VIDEO) else slow)
     for name, family in FAMILIES.items()
-    if name in CHECKPOINTS | mrope.CHECKPOINTS and not family.twin_image and family.first == 1
+    if name in CHECKPOINTS | mrope.CHECKPOINTS and not family.twin_image
     for kind in (MIDDLE, FIRST, TWO, VIDEO)
-    if kind in asks(family) and not (kind == VIDEO and name in mrope.CHECKPOINTS)
+    if kind in asks(family)
 ]
+FRAMES = noise(5, 8, 56, 56, 3)
+LISTED = METADATA | {"fps": 1.0, "duration": 8.0, "total_num_frames": 8, "frames_indices": list(range(8))}
+"""What vLLM says of a video that is a list of frames."""
 
 
 @pytest.fixture
@@ -40,6 +61,8 @@ def model(family_checkpoint, request) -> HFModel:
 def test_every_k(model, oracle, tmp_path, name, kind):
     family = FAMILIES[name]
     ask = asks(family)[kind]
+    if ask.videos:
+        ask = replace(ask, videos=((FRAMES, LISTED),))
     frames = [Image.fromarray(frame) for pixels, _ in ask.videos for frame in pixels]
     images = [*ask.images, *frames]
     for number, image in enumerate(images):
@@ -54,7 +77,7 @@ def test_every_k(model, oracle, tmp_path, name, kind):
     assert inputs.tensors["input_ids"][0].tolist() == encoded.ids
     assert set(inputs.is_visual.nonzero()[:, 0].tolist()) == leaving
     answered = model.answer(inputs, ANSWER)
-    layers = list(range(1, LAYERS))
+    layers = list(range(family.first, LAYERS))
     for layer, logits in zip(layers, model.withdrawn_logits(answered, layers), strict=True):
         wanted = oracle(name).logits(encoded, answered.tokens, layer, leaving)
         torch.testing.assert_close(logits, wanted, atol=5e-4, rtol=5e-4)
@@ -64,6 +87,25 @@ def test_every_k(model, oracle, tmp_path, name, kind):
     at_end = SampleAtLayer.of(model, "all", answered).run_layers(model, 0, [1, 1, 0.5, 0.5, 0.1, 0.1])
     wanted = oracle(name).ranked_logits(encoded, answered.tokens, {2: 0.5, 4: 0.1}, leaving)
     torch.testing.assert_close(answer_logits(model, at_end.rows), wanted, atol=5e-4, rtol=5e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen3_vl", *(pytest.param(n, marks=slow) for n in ("qwen2_5_vl", "glm4v"))]
+)
+def test_a_video_file_is_the_same_prompt_as_in_vllm(family_checkpoint, tmp_path, name):
+    """A short one, of which all frames are taken, and a longer one."""
+    folder, family = family_checkpoint(name), FAMILIES[name]
+    processor, prompt = AutoProcessor.from_pretrained(folder), asks(family)[VIDEO].prompt
+    prompts = Prompts(processor, read_config(str(folder)))
+    backend = get_video_loader_backend_for_processor(type(processor.video_processor).__name__)
+    loader = VideoMediaIO(ImageMediaIO(), video_backend=backend)
+    with running(folder, {"layer": 3, "align": False}, **engine(family)) as llm:
+        for count in (6, 50):
+            file = film(tmp_path, count)
+            video = loader.load_file(tmp_path / file).media
+            (output,) = llm.generate([Ask(prompt, (), (video,)).to_vllm()], GREEDY, use_tqdm=False)
+            sample = Sample("line 1", (), prompt, video=file, folder=tmp_path)
+            assert prompts.inputs(sample, 1).tensors["input_ids"][0].tolist() == output.prompt_token_ids
 
 
 @pytest.mark.parametrize(
@@ -78,7 +120,6 @@ def test_every_k(model, oracle, tmp_path, name, kind):
         ),
         ("llava_onevision", {"images": (), "video": ("a.png",)}, "What?", "the number of videos is 1"),
         ("llava_next_video", {"images": ("a.png",)}, "<image> What?", "vLLM takes no images for this model"),
-        ("qwen2_vl", {"images": (), "video": ("a.png",)}, "<video>", "videos of models with M-RoPE"),
         ("smolvlm", {"images": (), "video": ("a.png",)}, "<video>", "vLLM takes no videos for this model"),
     ],
 )

@@ -81,7 +81,7 @@ def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
     setup = SearchSetup.of(arguments)
     shape = setup.shape
     skipped = setup.skipped
-    layers = values_of_layer(arguments.layers, shape.num_hidden_layers)
+    layers = values_of_layer(arguments.layers, shape)
     settings = CalibrationSettings(**setup.settings, layers=layers)
     journal = CalibrationJournal(arguments.out, settings, arguments.resume)
     model = HFModel(arguments.model, setup.config, setup.placement)

@@ -114,9 +114,14 @@ def _run(run: Run, arguments: argparse.Namespace) -> None:
         run(arguments)
 
 
-def default_layers(num_layers: int) -> list[int]:
-    """The layers that have a gate by default: every fourth, from a quarter of all layers on."""
-    return list(range(max(1, num_layers // 4), num_layers, 4))
+def default_layers(num_layers: int, first_layer: int = 1) -> list[int]:
+    """The layers that have a gate by default: every fourth, from a quarter of all layers on.
+
+    Args:
+        num_layers: The number of decoder layers.
+        first_layer: The first layer that visual tokens may leave at.
+    """
+    return list(range(max(first_layer, num_layers // 4), num_layers, 4))
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -130,9 +135,9 @@ def _train(arguments: argparse.Namespace) -> None:
 
     setup = SearchSetup.of(arguments)
     shape = setup.shape
-    layers = default_layers(shape.num_hidden_layers)
+    layers = default_layers(shape.num_hidden_layers, shape.first_layer)
     if arguments.layers is not None:
-        layers = values_of_layer(arguments.layers, shape.num_hidden_layers)
+        layers = values_of_layer(arguments.layers, shape)
     exit_settings = setup.settings | {"layers": layers}
     store = ExitStore(
         arguments.out, exit_settings, shape.hidden_size, with_answers=False, resume=arguments.resume

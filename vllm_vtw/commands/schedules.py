@@ -72,9 +72,9 @@ class SearchResult:
 
 
 Search = Callable[["HFModel", FullAnswers, "Price"], SearchResult]
-Prepare = Callable[[argparse.Namespace, dict[str, Any]], Search]
-"""Returns a search, given the command's options and the settings that a resumed search has to share. It
-refuses wrong options before the model is loaded."""
+Prepare = Callable[[argparse.Namespace, dict[str, Any], int], Search]
+"""Returns a search, given the command's options, the settings that a resumed search has to share, and the
+first layer that may get fewer visual tokens. It refuses wrong options before the model is loaded."""
 
 
 def add_command(commands: Any) -> None:
@@ -147,11 +147,11 @@ def _search(method: str, arguments: argparse.Namespace, prepare: Prepare) -> tup
     from vllm_vtw.search.reports.schedules import notes
     from vllm_vtw.search.schedules.baselines import baselines
     from vllm_vtw.search.schedules.sample_at_layer import divergence_by_task
-    from vllm_vtw.search.schedules.schedule import keeps_by_layer
+    from vllm_vtw.search.schedules.schedule import FIRST_LAYER, keeps_by_layer
 
     setup = SearchSetup.of(arguments)
     num_layers = setup.shape.num_hidden_layers
-    search = prepare(arguments, setup.settings)
+    search = prepare(arguments, setup.settings, max(FIRST_LAYER, setup.shape.first_layer))
     model = HFModel(arguments.model, setup.config, setup.placement)
     answers = _full_answers(model, setup, arguments)
     price = Price(num_layers, model.layer_parameters, setup.shape.hidden_size, answers.request)
@@ -168,7 +168,10 @@ def _search(method: str, arguments: argparse.Namespace, prepare: Prepare) -> tup
 
     by_memory = method == "psigmoid" and arguments.kv_budget is not None
     limited_share = price.kv_share if by_memory else price.flops_share
-    policies = {method: found.policy, **baselines(found.policy, num_layers, limited_share)}
+    policies = {
+        method: found.policy,
+        **baselines(found.policy, range(setup.shape.first_layer, num_layers), limited_share),
+    }
     result = {
         "method": method,
         "model": setup.shape.as_dict(),
@@ -213,11 +216,11 @@ def _full_answers(model: "HFModel", setup: SearchSetup, arguments: argparse.Name
                 return
             try:
                 inputs = model.encode(sample, arguments.max_tokens)
+                answered = model.answer(inputs, arguments.max_tokens)
             except BadSampleError as error:
                 yield Skipped(sample.where, error)
                 continue
             good += 1
-            answered = model.answer(inputs, arguments.max_tokens)
             digest.update(inputs_digest(inputs).encode())
             text += answered.text_tokens
             output += len(answered.tokens)
@@ -235,12 +238,12 @@ def _full_answers(model: "HFModel", setup: SearchSetup, arguments: argparse.Name
     return FullAnswers(samples, request, digest.hexdigest(), dict(sorted(tasks.items())), skipped)
 
 
-def _g_search(arguments: argparse.Namespace, settings: dict[str, Any]) -> Search:
+def _g_search(arguments: argparse.Namespace, settings: dict[str, Any], first_layer: int) -> Search:
     from tqdm import tqdm
 
     from vllm_vtw.search.journal import Journal
     from vllm_vtw.search.schedules.gsearch import g_search, search_stages
-    from vllm_vtw.search.schedules.schedule import FIRST_LAYER, GRID
+    from vllm_vtw.search.schedules.schedule import GRID
 
     budget = {name: getattr(arguments, name) for name in ("max_answer_kl", "max_token_change")}
     searched_with = budget | {"grid": GRID}
@@ -254,7 +257,7 @@ def _g_search(arguments: argparse.Namespace, settings: dict[str, Any]) -> Search
         # The first item of `found` says which samples the search uses.
         earlier = [line["keep"] for line in journal.found[1:]]
         keeps = list(earlier)
-        borders = range(FIRST_LAYER, price.num_layers)
+        borders = range(first_layer, price.num_layers)
         with tqdm(total=price.num_layers, initial=len(earlier), unit="layer", desc="searching") as bar:
             for keep in g_search(model, answers.samples, within, borders, earlier):
                 journal.add({"layer": len(keeps), "keep": keep})
@@ -266,7 +269,7 @@ def _g_search(arguments: argparse.Namespace, settings: dict[str, Any]) -> Search
     return search
 
 
-def _p_sigmoid(arguments: argparse.Namespace, settings: dict[str, Any]) -> Search:
+def _p_sigmoid(arguments: argparse.Namespace, settings: dict[str, Any], first_layer: int) -> Search:
     from tqdm import tqdm
 
     from vllm_vtw.search.journal import Journal
@@ -287,7 +290,7 @@ def _p_sigmoid(arguments: argparse.Namespace, settings: dict[str, Any]) -> Searc
             # Stages are chosen by the KV memory that they take. Their work counts a thousandth of that.
             price = replace(price, work_weight=1e-3)
         limited_share = price.kv_share if by_memory else price.flops_share
-        least = limited_share(cheapest(max_stages, price))
+        least = limited_share(cheapest(first_layer, max_stages, price))
         if least > budget:
             raise ValueError(
                 f"{option} {budget:g}: on this data, no schedule takes less than {least:.3f}: allow more"
@@ -297,7 +300,7 @@ def _p_sigmoid(arguments: argparse.Namespace, settings: dict[str, Any]) -> Searc
         journal.begin(answers.identity)
         with tqdm(total=arguments.trials, unit="schedule", desc="searching") as bar:
             best, trials = p_sigmoid(
-                lambda k, m: affordable(k, m, max_stages, price, limited_share, budget),
+                lambda k, m: affordable(k, m, first_layer, max_stages, price, limited_share, budget),
                 lambda policy: divergence_by_task(
                     model, answers.samples, 0, keeps_by_layer(policy, price.num_layers)
                 ),

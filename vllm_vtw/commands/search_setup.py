@@ -142,20 +142,22 @@ def share(text: str) -> float:
     return value
 
 
-def values_of_layer(text: str | None, num_layers: int) -> list[int]:
+def values_of_layer(text: str | None, shape: ModelShape) -> list[int]:
     """The values of K that `--layers` asks for, ascending.
 
     For example, `"8-10,12"` means 8, 9, 10 and 12.
 
     Args:
         text: The option's value. None means all values from 5 on, as published.
-        num_layers: The number of decoder layers.
+        shape: The shape of the model.
 
     Raises:
-        ValueError: The text is not a list of numbers and ranges, or names layers that the model lacks.
+        ValueError: The text is not a list of numbers and ranges, or names layers that the model lacks or at
+            which it needs all visual tokens.
     """
+    num_layers, first_layer = shape.num_hidden_layers, shape.first_layer
     if text is None:
-        text = f"{min(FIRST_LAYER, num_layers - 1)}-{num_layers - 1}"
+        text = f"{max(first_layer, min(FIRST_LAYER, num_layers - 1))}-{num_layers - 1}"
     layers: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.partition("-")
@@ -163,8 +165,10 @@ def values_of_layer(text: str | None, num_layers: int) -> list[int]:
         if not all(end.isdecimal() for end in ends):
             raise ValueError(f"--layers {text}: has to be like 8-20 or 8,12,16")
         start, stop = map(int, ends)
-        if not 1 <= start <= stop < num_layers:
-            within = f"1-{num_layers - 1}, as the model has {num_layers} layers"
+        if not first_layer <= start <= stop < num_layers:
+            within = f"{first_layer}-{num_layers - 1}, as the model has {num_layers} layers"
+            if first_layer > 1:
+                within += f" and adds visual features to hidden states after the first {first_layer}"
             raise ValueError(f"--layers {text}: {part} is not a range within {within}")
         layers.update(range(start, stop + 1))
     return sorted(layers)
@@ -222,7 +226,7 @@ class SearchSetup:
             raise ValueError(f"--data {arguments.data}: {error.strerror or error}") from error
         config = read_config(arguments.model)
         shape = supported_model(config)
-        if not BY_MODEL_TYPE[shape.model_type].can_be_searched:
+        if not BY_MODEL_TYPE[shape.model_type].in_transformers:
             raise ValueError(f"{arguments.model}: {how_to_find_a_layer(shape.model_type)}")
         placement = Placement.of(arguments.device, arguments.dtype, config)
         settings = {

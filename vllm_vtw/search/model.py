@@ -3,7 +3,9 @@
 """Runs a model on transformers, with visual tokens in all layers or withdrawn from layer K on."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCach
 
 from vllm_vtw.search.data.prompts import ModelInputs, Prompts
 from vllm_vtw.search.data.sample import BadSampleError, Sample
+from vllm_vtw.search.mrope import count_as_in_vllm
 
 
 @dataclass
@@ -33,6 +36,9 @@ class FullAnswer:
         is_visual: Whether each of these tokens is a visual one, and so left out of `states`, shape
             `(prompt tokens + O - 1,)`.
         cut: Whether the answer reached the most tokens allowed without an end-of-sequence token.
+        deepstack: For each of the first layers, what is added to the hidden states of the prompt after it,
+            shape `(prompt tokens, hidden_size)`. Empty for models that add nothing. Withdrawal begins behind
+            these layers.
     """
 
     tokens: list[int]
@@ -42,6 +48,7 @@ class FullAnswer:
     embedded: torch.Tensor
     is_visual: torch.Tensor
     cut: bool
+    deepstack: Sequence[torch.Tensor]
 
     @property
     def visual_tokens(self) -> int:
@@ -62,6 +69,52 @@ class FullAnswer:
     def prompt_tokens(self) -> int:
         """The number of the prompt's tokens, text and visual ones together."""
         return len(self.is_visual) - len(self.tokens) + 1
+
+
+@dataclass
+class DecoderInputs:
+    """What a decoder and its layers get in each step of `generate`, for one sequence.
+
+    Attributes:
+        is_text: Whether the layers' inputs are kept, for each token of the prompt.
+        position_ids: By step, the position ids that the decoder gets.
+        embedded: By step, the hidden states that enter layer 0.
+        states: By layer and step, the hidden states that enter the layer. Those of the prompt as `is_text`
+            says.
+        deepstack: As `FullAnswer` has it.
+    """
+
+    is_text: torch.Tensor
+    position_ids: list[torch.Tensor]
+    embedded: list[torch.Tensor]
+    states: list[list[torch.Tensor]]
+    deepstack: list[torch.Tensor]
+
+    @classmethod
+    @contextmanager
+    def of(cls, decoder: Any, is_text: torch.Tensor) -> "Iterator[DecoderInputs]":
+        """Records what a decoder gets, as long as the context lasts."""
+        seen = cls(is_text, [], [], [[] for _ in decoder.layers], [])
+        with ExitStack() as hooks:
+            for index, layer in enumerate(decoder.layers):
+                hook = layer.register_forward_pre_hook(partial(seen._enter_layer, index))
+                hooks.callback(hook.remove)
+            hooks.callback(decoder.register_forward_pre_hook(seen._enter, with_kwargs=True).remove)
+            yield seen
+
+    def _enter(self, decoder: Any, args: Any, given: dict[str, Any]) -> None:
+        self.position_ids.append(given["position_ids"])
+        for added in given.get("deepstack_visual_embeds") or ():
+            everywhere = added.new_zeros(len(self.is_text), added.shape[-1])
+            everywhere[given["visual_pos_masks"][0]] = added
+            self.deepstack.append(everywhere)
+
+    def _enter_layer(self, index: int, layer: Any, args: tuple[Any, ...]) -> None:
+        (hidden,) = args[0]
+        is_prompt = not self.states[index]
+        self.states[index].append(hidden[self.is_text] if is_prompt else hidden)
+        if index == 0:
+            self.embedded.append(hidden)
 
 
 @dataclass(frozen=True)
@@ -128,6 +181,8 @@ class HFModel:
             raise ValueError(f"cannot load {name}: {error}") from error
         self.prompts = Prompts(self.processor, config)
         self.hf_model: Any = model.to(placement.device).eval()
+        if self.prompts.family.mrope:
+            count_as_in_vllm(self.hf_model.model, self.prompts.visual_ids)
         self.decoder: Any = self.hf_model.get_decoder()
         self.head: Any = self.hf_model.get_output_embeddings()
         # A checkpoint's own generation configuration may set a repetition penalty, for example. The tokens of
@@ -164,35 +219,23 @@ class HFModel:
             ValueError: The model's logits are not finite.
             BadSampleError: transformers' code for the model fails.
         """
-        position_ids: list[torch.Tensor] = []
-        hook = self.decoder.register_forward_pre_hook(
-            lambda module, args, given: position_ids.append(given["position_ids"]), with_kwargs=True
-        )
+        is_text = ~inputs.is_visual
+        is_text[-1] = True
         try:
-            out = self.hf_model.generate(
-                **inputs.tensors,
-                do_sample=False,
-                max_new_tokens=max_tokens,
-                output_logits=True,
-                output_hidden_states=True,
-                return_dict_in_generate=True,
-            )
+            with DecoderInputs.of(self.decoder, is_text) as seen:
+                out = self.hf_model.generate(
+                    **inputs.tensors,
+                    do_sample=False,
+                    max_new_tokens=max_tokens,
+                    output_logits=True,
+                    return_dict_in_generate=True,
+                )
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # Mistral3's code fails for images of a single token, for example.
             kind = "transformers cannot compute the sample"
             raise BadSampleError(f"{kind}: {error}", kind) from error
-        finally:
-            hook.remove()
-        prompt = inputs.tensors["input_ids"][0]
-        is_text = ~inputs.is_visual
-        is_text[-1] = True
-        prompt_states, *answer_states = out.hidden_states
-        states = [
-            torch.cat([prompt_states[layer][0, is_text], *(step[layer][0] for step in answer_states)])
-            for layer in range(len(self.decoder.layers))
-        ]
-        answer = out.sequences[0, len(prompt) :]
+        answer = out.sequences[0, len(is_text) :]
         logits = torch.cat(out.logits).float()
         if not logits.isfinite().all():
             raise ValueError(
@@ -202,11 +245,12 @@ class HFModel:
         return FullAnswer(
             tokens=answer.tolist(),
             logits=logits,
-            states=states,
-            position_ids=_joined(position_ids, len(in_states)),
-            embedded=torch.cat([prompt_states[0][0], *(step[0][0] for step in answer_states)]),
+            states=[torch.cat(steps) for steps in seen.states],
+            position_ids=_joined(seen.position_ids, len(in_states)),
+            embedded=torch.cat(seen.embedded),
             is_visual=~in_states,
             cut=int(answer[-1]) not in self.eos_token_ids,
+            deepstack=seen.deepstack,
         )
 
     @torch.inference_mode()
@@ -220,7 +264,8 @@ class HFModel:
 
         Args:
             answered: The full model's answer. For each K the model reads the same tokens.
-            layers: Values of K, ascending, each less than the number of layers.
+            layers: Values of K, ascending, each less than the number of layers and behind those of
+                `FullAnswer.deepstack`.
 
         Yields:
             For each K, in the order of `layers`, the logits, shape `(O, vocabulary)`, float32.
@@ -245,7 +290,7 @@ class HFModel:
 
         Args:
             answered: The full model's answer to the same sample. Only its prompt is used.
-            layer: The withdrawal layer K.
+            layer: The withdrawal layer K, behind the layers of `FullAnswer.deepstack`.
             max_tokens: The most tokens of the answer.
 
         Returns:
@@ -270,6 +315,8 @@ class HFModel:
                     position_embeddings=rotary,
                     past_key_values=cache,
                 )
+                if index < len(answered.deepstack) and not tokens:
+                    hidden = hidden + answered.deepstack[index]
             tokens.append(int(self.head(self.decoder.norm(hidden[0, -1])).argmax()))
             if tokens[-1] in self.eos_token_ids or len(tokens) == max_tokens:
                 return tokens

@@ -5,15 +5,18 @@
 import base64
 import io
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import Glm4vVideoProcessor, Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
 from vllm.multimodal.media import ImageMediaIO, VideoMediaIO
+from vllm.multimodal.video import get_video_loader_backend_for_processor
 
 from vllm_vtw.search.data.sample import BadSampleError, Sample, Video
-from vllm_vtw.search.data.videos import Frames
+from vllm_vtw.search.data.videos import Frames, Sampler, as_processor, evenly
 
 SIDE, RATE = 48, 10
 
@@ -31,22 +34,30 @@ def film(folder: Path, count: int) -> str:
     return "film.avi"
 
 
-def loaded(video: Video, folder: Path) -> Frames:
-    found = Sample("line 1", (), "What?", video=video, folder=folder).load_video()
+def loaded(video: Video, folder: Path, sampler: Sampler = evenly) -> Frames:
+    found = Sample("line 1", (), "What?", video=video, folder=folder).load_video(sampler)
     assert found is not None
     return found
 
 
-def in_vllm() -> VideoMediaIO:
-    return VideoMediaIO(ImageMediaIO())
+def in_vllm(**options: Any) -> VideoMediaIO:
+    return VideoMediaIO(ImageMediaIO(), **options)
+
+
+PROCESSORS = [Qwen2VLVideoProcessor, Qwen3VLVideoProcessor, Glm4vVideoProcessor]
 
 
 @pytest.mark.parametrize("count", [7, 32, 50])
-def test_a_file(tmp_path, count):
-    name = film(tmp_path, count)
-    found = loaded(name, tmp_path)
-    wanted, metadata = in_vllm().load_file(tmp_path / name).media
-    assert len(wanted) == min(count, 32)
+@pytest.mark.parametrize("processor", [None, *PROCESSORS])
+def test_a_file(tmp_path, processor, count):
+    name, options = film(tmp_path, count), {}
+    if processor:
+        options["video_backend"] = get_video_loader_backend_for_processor(processor.__name__)
+        assert options["video_backend"]
+    sampler = as_processor(processor()) if processor else evenly
+    found = loaded(name, tmp_path, sampler)
+    wanted, metadata = in_vllm(**options).load_file(tmp_path / name).media
+    assert processor or len(wanted) == min(count, 32)
     np.testing.assert_array_equal(found.pixels, wanted)
     assert list(found.metadata.frames_indices) == list(metadata["frames_indices"])
     assert (found.metadata.fps, found.metadata.duration) == (metadata["fps"], metadata["duration"])

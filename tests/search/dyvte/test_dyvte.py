@@ -138,6 +138,7 @@ def test_exits_are_where_the_first_gate_says_so():
 def test_gates_stand_at_every_fourth_layer():
     assert default_layers(32) == [8, 12, 16, 20, 24, 28]
     assert default_layers(2) == [1]
+    assert default_layers(8, first_layer=3) == [3, 7]
 
 
 def dyvte(command: str, data: Path, out: Path, *options: str) -> Ended:

@@ -80,12 +80,13 @@ def test_the_least_number_that_is_within():
 PRICE = Price(32, 12 * 4096 * 4096, 4096, RequestTokens(576, 64, 128))
 
 
+FALLING = range(2, 32)
 FOR_MEMORY = replace(PRICE, work_weight=1e-3)
 
 
 def test_the_published_schedule_is_such_a_sigmoid():
     """Whose layers the paper counts from 1."""
-    keeps = sigmoid(0.224, 11.6, 0.75, 32)
+    keeps = sigmoid(0.224, 11.6, 0.75, FALLING)
     published = {3: 0.65, 4: 0.64, 6: 0.62, 9: 0.50, 12: 0.485, 15: 0.235, 18: 0.18, 22: 0.07, 28: 0.04}
     assert keeps[:2] == [1, 1]
     assert all(abs(keeps[layer - 1] - keep) < 0.1 for layer, keep in published.items())
@@ -103,30 +104,30 @@ def test_the_published_schedule_is_such_a_sigmoid():
 def test_a_budget_is_held_and_spent(k, m, max_stages, spent, more):
     price, share, least = spent
     budget = least + more
-    assert share(cheapest(max_stages, price)) <= budget
-    afforded = affordable(k, m, max_stages, price, share, budget)
+    assert share(cheapest(2, max_stages, price)) <= budget
+    afforded = affordable(k, m, 2, max_stages, price, share, budget)
     unspent = budget - share(afforded.policy)
     assert unspent >= 0
     # More is left only where the least more would cost too much: another width of KV-cache groups.
-    more_tokens = sigmoid(k, m, afforded.r_max * 1.0001, 32)
+    more_tokens = sigmoid(k, m, afforded.r_max * 1.0001, FALLING)
     borders = [stage.layer for stage in afforded.policy.stages]
     with_more = [policy_at_borders(more_tokens, [*borders, border]) for border in range(2, 32)]
     assert unspent < 0.03 or any(
         share(policy) > budget for policy in with_more if len(policy.stages) < max_stages
     )
     assert len(afforded.policy.stages) < max_stages
-    assert list(afforded.keeps) == sigmoid(k, m, afforded.r_max, 32)
+    assert list(afforded.keeps) == sigmoid(k, m, afforded.r_max, FALLING)
 
 
 def test_a_whole_budget_pays_for_everything():
-    assert affordable(0.2, 12, 4, PRICE, PRICE.flops_share, 1.0).policy == Policy(())
+    assert affordable(0.2, 12, 2, 4, PRICE, PRICE.flops_share, 1.0).policy == Policy(())
 
 
 @given(st.floats(0.02, 3), st.floats(0, 32))
 def test_every_sigmoid_comes_to_the_cheapest(k, m):
     assert (
-        merge_stages(sigmoid(k, m, MIN_R_MAX, 32), 4, PRICE)
-        == cheapest(4, PRICE)
+        merge_stages(sigmoid(k, m, MIN_R_MAX, FALLING), 4, PRICE)
+        == cheapest(2, 4, PRICE)
         == Policy.withdraw_at(2, 32)
     )
 
@@ -144,7 +145,7 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(tmp_path):
             return {"any": TaskDivergence(abs(PRICE.kv_share(policy) - 0.3), 0, 0, 0)}
 
         def afford(k: float, m: float):
-            return affordable(k, m, 4, PRICE, PRICE.flops_share, 0.3)
+            return affordable(k, m, 2, 4, PRICE, PRICE.flops_share, 0.3)
 
         made: list[int] = []
         return p_sigmoid(afford, effect, 32, trials, 7, storage, made.append), made
@@ -172,7 +173,7 @@ def stored(storage: Path) -> optuna.Study:
 @pytest.mark.parametrize("share", [PRICE.flops_share, PRICE.kv_share])
 def test_rivals_take_no_more(share):
     ours = Policy((Stage(4, 0.6), Stage(12, 0.3), Stage(20, 0.05)))
-    found = baselines(ours, 32, share)
+    found = baselines(ours, range(1, 32), share)
     published = found.pop("FastV as published, 0.5")
     assert published == Policy((Stage(2, 0.5),))
     for name, policy in found.items():
@@ -186,3 +187,10 @@ def test_rivals_take_no_more(share):
         fastv = f"FastV, {stage.keep:.3g} from layer 2 on"
         assert name == (fastv if stage.keep else f"VTW, K = {stage.layer}")
     assert len(found) == 2
+
+
+def test_rivals_begin_where_the_model_allows():
+    """As with the deepstack of Qwen3-VL, which adds visual features after the first three layers."""
+    found = baselines(Policy((Stage(3, 0.1),)), range(3, 32), PRICE.flops_share)
+    assert len(found) == 2
+    assert all(stage.layer >= 3 for policy in found.values() for stage in policy.stages)

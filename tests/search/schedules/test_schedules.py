@@ -111,7 +111,7 @@ def test_p_sigmoid_spends_its_budget_and_begins_where_it_stopped(data, tmp_path)
     assert 0.65 < found["prefill_flops_share"] <= 0.7
     assert len(policy_of(once).stages) < 4
     made = result["made"]
-    assert result["keeps"] == sigmoid(made["k"], made["m"], made["r_max"], LAYERS)
+    assert result["keeps"] == sigmoid(made["k"], made["m"], made["r_max"], range(2, LAYERS))
     again = searched("psigmoid", data, once, *options)
     assert (again.status, "holds results (P-Sigmoid): go on with --resume" in again.err) == (2, True)
     for resume in ((), ("--resume",)):

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html import escape, unescape
 from html.parser import HTMLParser
 
@@ -264,9 +265,14 @@ def test_a_llava_next_is_calibrated(data, tmp_path):
 
 
 def test_values_of_layer():
-    assert values_of_layer(None, 8) == [5, 6, 7]
-    assert values_of_layer(None, 4) == [3]
-    assert values_of_layer("8,2-4,3", 10) == [2, 3, 4, 8]
+    shape = ModelShape("qwen3_vl", "qwen3_vl_text", 8, 64)
+    assert values_of_layer(None, shape) == [5, 6, 7]
+    assert values_of_layer(None, replace(shape, num_hidden_layers=4)) == [3]
+    assert values_of_layer("7,2-4,3", shape) == [2, 3, 4, 7]
+    with_deepstack = replace(shape, first_layer=6)
+    assert values_of_layer(None, with_deepstack) == [6, 7]
+    with pytest.raises(ValueError, match="5-7 is not a range within 6-7, as the model has 8 layers and adds"):
+        values_of_layer("5-7", with_deepstack)
 
 
 def test_the_readme_says_what_was_calibrated():

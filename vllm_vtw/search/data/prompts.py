@@ -13,6 +13,7 @@ from vllm_vtw.families import BY_MODEL_TYPE
 from vllm_vtw.search.checkpoint import VISION_TOWERS
 from vllm_vtw.search.data.chats import PLACEHOLDERS
 from vllm_vtw.search.data.sample import BadSampleError, Message, Sample
+from vllm_vtw.search.data.videos import as_processor, evenly
 
 
 class ModelInputs(NamedTuple):
@@ -50,6 +51,7 @@ class Prompts:
         ids = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
         self.visual_ids = torch.tensor([token for token in ids if token is not None])
         self.family = BY_MODEL_TYPE[config.model_type]
+        self.sampler = as_processor(processor.video_processor) if self.family.mrope else evenly
         self.max_model_len = config.get_text_config().max_position_embeddings
         self.template = processor.chat_template or processor.tokenizer.chat_template
         self.template_takes_parts = self._takes_parts()
@@ -68,10 +70,6 @@ class Prompts:
         taken = {"image": self.family.images, "video": bool(self.family.video)}
         if not taken[kind]:
             raise BadSampleError(f"vLLM takes no {kind}s for this model")
-        if kind == "video" and self.family.mrope:
-            # vLLM samples frames by rules of these models' own, and transformers 5.19 counts the positions of
-            # text after a video otherwise.
-            raise BadSampleError("videos of models with M-RoPE are not searched yet")
         token = getattr(self.processor, f"{kind}_token")
         if sample.prompt is not None:
             text = sample.prompt
@@ -118,7 +116,7 @@ class Prompts:
                 and answer are too long for the model.
         """
         text = self.text(sample)
-        images, video = sample.load_images(), sample.load_video()
+        images, video = sample.load_images(), sample.load_video(self.sampler)
         media: dict[str, Any] = {"images": images}
         if video is not None:
             metadata = [video.metadata]

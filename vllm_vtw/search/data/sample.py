@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from vllm_vtw.search.data.images import BadImageError, load_image
-from vllm_vtw.search.data.videos import Frames, load_video
+from vllm_vtw.search.data.videos import Frames, Sampler, load_video
 
 Message = dict[str, Any]
 Video = str | tuple[str, ...]
@@ -71,14 +71,17 @@ class Sample:
         except BadImageError as error:
             raise BadSampleError(str(error), error.kind) from error
 
-    def load_video(self) -> Frames | None:
+    def load_video(self, sampler: Sampler) -> Frames | None:
         """Reads the video. None if the sample has none.
+
+        Args:
+            sampler: Chooses frames of a file.
 
         Raises:
             BadSampleError: The video or a frame cannot be read.
         """
         try:
-            return None if self.video is None else load_video(self.video, self.folder)
+            return None if self.video is None else load_video(self.video, self.folder, sampler)
         except BadImageError as error:
             raise BadSampleError(str(error), error.kind) from error
 

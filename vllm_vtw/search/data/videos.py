@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Loads videos in the way in which `vllm serve` does by default before it gives them to a model."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,11 @@ MAX_FRAMES = 32
 """The most frames that are taken of a video, as in vLLM (`num_frames` in `--media-io-kwargs`)."""
 FRAMES_PER_SECOND = 1.0
 """The rate of a video that is given as a list of frames, as in vLLM."""
+SAMPLED_PER_SECOND = 2
+"""The rate at which vLLM samples a video for a model whose processor has a rule of its own."""
+
+Sampler = Callable[[Any], npt.NDArray[np.int_]]
+"""Chooses frames of a video: returns their numbers, ascending, given its metadata."""
 
 
 class Frames(NamedTuple):
@@ -28,14 +34,34 @@ class Frames(NamedTuple):
     metadata: Any
 
 
-def load_video(source: str | tuple[str, ...], folder: Path) -> Frames:
-    """Loads a video: up to `MAX_FRAMES` of its frames.
+def evenly(metadata: Any) -> npt.NDArray[np.int_]:
+    """Chooses up to `MAX_FRAMES` frames, spread evenly over a video's whole length."""
+    total = metadata.total_num_frames
+    return np.linspace(0, total - 1, min(MAX_FRAMES, total), dtype=int)
 
-    Of a file, they are spread evenly over its whole length. Of a list, they are the first ones.
+
+def as_processor(video_processor: Any) -> Sampler:
+    """Chooses frames by the rule of a video processor, as vLLM does for Qwen-VL and GLM-V.
+
+    Args:
+        video_processor: The checkpoint's video processor, of transformers.
+    """
+
+    def sample(metadata: Any) -> npt.NDArray[np.int_]:
+        frames = video_processor.sample_frames(metadata, fps=SAMPLED_PER_SECOND)
+        # Rounding may lead behind the last frame.
+        return np.unique(np.asarray(frames).clip(max=metadata.total_num_frames - 1))
+
+    return sample
+
+
+def load_video(source: str | tuple[str, ...], folder: Path, sampler: Sampler) -> Frames:
+    """Loads frames of a video: of a file those that a rule chooses, of a list the first `MAX_FRAMES`.
 
     Args:
         source: The path of a video, or the paths or data URLs of its frames.
         folder: The folder that relative paths start from.
+        sampler: The rule.
 
     Raises:
         BadImageError: The video or a frame cannot be read.
@@ -43,6 +69,11 @@ def load_video(source: str | tuple[str, ...], folder: Path) -> Frames:
     """
     from transformers.video_utils import VideoMetadata
     from transformers.video_utils import load_video as load_file
+
+    def sample(metadata: Any, **_: Any) -> npt.NDArray[np.int_]:
+        if metadata.total_num_frames <= 0:
+            raise ValueError("it has no frames")
+        return sampler(metadata)
 
     if isinstance(source, str):
         name = f"video {source!r}"
@@ -52,7 +83,7 @@ def load_video(source: str | tuple[str, ...], folder: Path) -> Frames:
         if not path.is_file():
             raise BadImageError(name, "there is no such file", str(path))
         try:
-            pixels, metadata = load_file(str(path), backend="opencv", sample_indices_fn=_evenly)
+            pixels, metadata = load_file(str(path), backend="opencv", sample_indices_fn=sample)
         except ImportError:
             raise
         except Exception as error:  # OpenCV and transformers let through errors of many types
@@ -72,10 +103,3 @@ def load_video(source: str | tuple[str, ...], folder: Path) -> Frames:
             video_backend="jpeg_sequence",
         ),
     )
-
-
-def _evenly(metadata: Any, **_: Any) -> npt.NDArray[np.int_]:
-    total = metadata.total_num_frames
-    if total <= 0:
-        raise ValueError("it has no frames")
-    return np.linspace(0, total - 1, min(MAX_FRAMES, total), dtype=int)

@@ -11,28 +11,32 @@ from vllm_vtw.search.schedules.schedule import GRID
 FASTV_LAYER, FASTV_KEEP = 2, 0.5
 
 
-def baselines(policy: Policy, num_layers: int, share: Callable[[Policy], float]) -> dict[str, Policy]:
+def baselines(policy: Policy, layers: range, share: Callable[[Policy], float]) -> dict[str, Policy]:
     """Returns VTW (arXiv 2405.05803) and FastV (arXiv 2403.06764) policies that cost no more than `policy`.
 
     Of each method the policy is taken that withdraws least and still costs no more: VTW with the largest K,
     and FastV with the largest fraction of visual tokens from layer 2 on. A method that always costs more is
-    left out. FastV as published, which drops half of the visual tokens, is always there, whatever it costs.
+    left out. FastV as published, which drops half of the visual tokens, is always there, whatever it costs,
+    unless the model needs all visual tokens in layer 2. FastV then begins at the first layer that allows it.
 
     Args:
         policy: The policy that the others are compared with.
-        num_layers: The number of decoder layers.
+        layers: The layers at which withdrawal may begin, up to the last one.
         share: The cost of a policy that is compared, such as `Price.flops_share`.
 
     Returns:
         The policies by the names that reports show.
     """
     most = share(policy)
-    vtw = [Policy.withdraw_at(layer, num_layers) for layer in range(1, num_layers)]
-    fastv = [Policy((Stage(FASTV_LAYER, part / GRID),)) for part in range(1, GRID)]
+    vtw = [Policy.withdraw_at(layer, layers.stop) for layer in layers]
+    fastv_layer = max(FASTV_LAYER, layers.start)
+    fastv = [Policy((Stage(fastv_layer, part / GRID),)) for part in range(1, GRID)]
     # The last policy that fits disturbs answers least. It need not cost most: KV-cache groups can
     # waste so much less memory that a policy that keeps more takes less.
     best = [last for method in (vtw, fastv) for last in [one for one in method if share(one) <= most][-1:]]
     published = Policy((Stage(FASTV_LAYER, FASTV_KEEP),))
+    if fastv_layer != FASTV_LAYER:
+        return {_name(one): one for one in best}
     return {_name(one): one for one in best if one != published} | {
         f"FastV as published, {FASTV_KEEP:g}": published
     }

@@ -6,6 +6,7 @@ A search can try fractions for the deeper layers without computing the shallower
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ class LayerInput:
             mean over heads, shape `(rows,)`, float32. All 0 before the first layer, and if the layer before
             was run without `ranks`.
         last: The row of the prompt's last token.
+        deepstack: As `FullAnswer` has it.
     """
 
     hidden: torch.Tensor
@@ -34,6 +36,7 @@ class LayerInput:
     is_candidate: torch.Tensor
     attention: torch.Tensor
     last: int
+    deepstack: Sequence[torch.Tensor]
 
     @classmethod
     def of(cls, answered: FullAnswer) -> "LayerInput":
@@ -45,6 +48,7 @@ class LayerInput:
             answered.is_visual,
             torch.zeros(count, device=answered.embedded.device),
             count - len(answered.tokens),
+            answered.deepstack,
         )
 
     @property
@@ -63,12 +67,13 @@ class LayerInput:
         score = torch.where(self.is_candidate, self.attention, torch.inf)
         order = score.sort(descending=True, stable=True).indices
         stays = order[: len(score) - self.candidates + kept].sort().values
-        return LayerInput(
-            self.hidden[stays],
-            self.position_ids[..., stays],
-            self.is_candidate[stays],
-            self.attention[stays],
-            int(torch.searchsorted(stays, self.last)),
+        return replace(
+            self,
+            hidden=self.hidden[stays],
+            position_ids=self.position_ids[..., stays],
+            is_candidate=self.is_candidate[stays],
+            attention=self.attention[stays],
+            last=int(torch.searchsorted(stays, self.last)),
         )
 
 
@@ -87,6 +92,8 @@ def run_layer(model: HFModel, index: int, rows: LayerInput, ranks: bool) -> Laye
     hidden = layer(
         rows.hidden[None], attention_mask=None, position_ids=positions, position_embeddings=(cos, sin)
     )[0]
+    if index < len(rows.deepstack):
+        hidden = torch.cat([hidden[: rows.last + 1] + rows.deepstack[index], hidden[rows.last + 1 :]])
     attention = torch.zeros(len(hidden), device=hidden.device)
     if ranks:
         seen = slice(rows.last + 1)

@@ -24,17 +24,17 @@ from vllm_vtw.policy import Policy
 from vllm_vtw.search.data.random_order import SEEDS
 from vllm_vtw.search.divergence import TaskDivergence
 from vllm_vtw.search.price import Price
-from vllm_vtw.search.schedules.schedule import FIRST_LAYER, GRID, merge_stages, policy_at_borders
+from vllm_vtw.search.schedules.schedule import GRID, merge_stages, policy_at_borders
 
 MIN_R_MAX = 1e-4
-"""The smallest r_max. On the grid, all layers from `FIRST_LAYER` on then get nothing."""
+"""The smallest r_max. On the grid, all layers that may get fewer visual tokens then get none."""
 BISECTIONS = 24
 """The number of bisection steps in a search for r_max."""
 STEEPNESS = (0.02, 3.0)
 """The range in which k is searched."""
 
 
-def sigmoid(k: float, m: float, r_max: float, num_layers: int) -> list[float]:
+def sigmoid(k: float, m: float, r_max: float, layers: range) -> list[float]:
     """The fraction of visual tokens that each layer gets, rounded down to the grid.
 
     Args:
@@ -42,10 +42,10 @@ def sigmoid(k: float, m: float, r_max: float, num_layers: int) -> list[float]:
         m: The middle of the sigmoid, as a layer.
         r_max: The fraction that the sigmoid starts from, far before layer m. If it is more than 1, more
             layers get all visual tokens.
-        num_layers: The number of decoder layers.
+        layers: The layers that may get fewer visual tokens, up to the last one.
     """
-    falling = [min(1.0, r_max / (1 + exp(k * (layer - m)))) for layer in range(num_layers)]
-    return [1.0] * FIRST_LAYER + [floor(GRID * keep) / GRID for keep in falling[FIRST_LAYER:]]
+    falling = [min(1.0, r_max / (1 + exp(k * (layer - m)))) for layer in layers]
+    return [1.0] * layers.start + [floor(GRID * keep) / GRID for keep in falling]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,13 @@ class BudgetedSchedule:
 
 
 def affordable(
-    k: float, m: float, max_stages: int, price: Price, share: Callable[[Policy], float], budget: float
+    k: float,
+    m: float,
+    first_layer: int,
+    max_stages: int,
+    price: Price,
+    share: Callable[[Policy], float],
+    budget: float,
 ) -> BudgetedSchedule:
     """Returns the schedule of a sigmoid with the largest r_max that is within a budget.
 
@@ -79,6 +85,7 @@ def affordable(
     Args:
         k: The steepness of the sigmoid.
         m: The middle of the sigmoid, as a layer.
+        first_layer: The first layer that may get fewer visual tokens.
         max_stages: The largest number of stages, stage 0 included.
         price: Computes the cost of policies.
         share: The cost of a policy that the budget limits, such as `Price.flops_share`.
@@ -86,7 +93,7 @@ def affordable(
     """
 
     def keeps(log_r_max: float) -> list[float]:
-        return sigmoid(k, m, exp(log_r_max), price.num_layers)
+        return sigmoid(k, m, exp(log_r_max), range(first_layer, price.num_layers))
 
     def highest(low: float, high: float, policy: Callable[[float], Policy]) -> float:
         """The largest logarithm of r_max from `low` to `high` that is within budget. `low` has to be."""
@@ -112,9 +119,9 @@ def affordable(
     return BudgetedSchedule(k, m, exp(most), tuple(keeps(most)), with_these_borders(most))
 
 
-def cheapest(max_stages: int, price: Price) -> Policy:
-    """The policy of any sigmoid with the least r_max: layers from `FIRST_LAYER` on get no visual tokens."""
-    return merge_stages([1.0] * FIRST_LAYER + [0.0] * (price.num_layers - FIRST_LAYER), max_stages, price)
+def cheapest(first_layer: int, max_stages: int, price: Price) -> Policy:
+    """The policy of any sigmoid with the least r_max: layers from `first_layer` on get no visual tokens."""
+    return merge_stages([1.0] * first_layer + [0.0] * (price.num_layers - first_layer), max_stages, price)
 
 
 def p_sigmoid(
