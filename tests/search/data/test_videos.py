@@ -26,8 +26,8 @@ def frames(count: int, side: int = SIDE) -> list[Image.Image]:
     return [Image.new("RGB", (side, side), (5 * number, 250 - 5 * number, 100)) for number in range(count)]
 
 
-def film(folder: Path, count: int) -> str:
-    writer = cv2.VideoWriter(str(folder / "film.avi"), cv2.VideoWriter.fourcc(*"MJPG"), RATE, (SIDE, SIDE))
+def film(folder: Path, count: int, rate: int = RATE) -> str:
+    writer = cv2.VideoWriter(str(folder / "film.avi"), cv2.VideoWriter.fourcc(*"MJPG"), rate, (SIDE, SIDE))
     for frame in frames(count):
         writer.write(np.asarray(frame)[..., ::-1])
     writer.release()
