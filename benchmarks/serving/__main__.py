@@ -2,10 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Compares the speed of stock vLLM and the plugin at equal KV memory.
 
-    python -m benchmarks.serving [small | schedule | cards | full] [--only TEXT] [--output FILE [--resume]]
+    python -m benchmarks.serving [SETUP] [--only TEXT] [--output FILE [--resume]]
 
-`small` and `schedule` need two cores of a CPU, and the others need one GPU. Nothing else should run at the
-same time.
+The setups `small`, `small-qwen` and `schedule` need two cores of a CPU, and the others need one GPU. Nothing
+else should run at the same time.
 """
 
 import argparse
@@ -21,11 +21,10 @@ import torch
 
 from benchmarks.serving.compare import read
 from benchmarks.serving.run import measure
+from benchmarks.serving.setups import ON_GPU, SETUPS
 from benchmarks.serving.show import write_plots, write_tables
-from benchmarks.serving.sweeps import SETUPS
 
 FOLDER = Path(".cache/serving")
-ON_GPU = ("cards", "full")
 
 
 def main() -> None:

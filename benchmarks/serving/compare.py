@@ -10,7 +10,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.serving.limits import Limits, limits
-from benchmarks.serving.models import Llava
+from benchmarks.serving.models import Model
 from vllm_vtw.policy import Policy, Stage
 from vllm_vtw.search.price import RequestTokens
 
@@ -68,7 +68,7 @@ class Comparison:
     """
 
     point: Mapping[str, Any]
-    model: Llava
+    model: Model
     policy: Policy
     stock: Sequence[Run]
     vtw: Sequence[Run]
@@ -141,7 +141,7 @@ class Comparison:
     def request(self) -> RequestTokens:
         """The mean numbers of tokens of a request."""
         output, workload = self.stock[0]["output"], self.point["workload"]
-        visual = self.model.visual_tokens * workload["images"]
+        visual = self.model.visual_tokens(workload.get("image_side")) * workload["images"]
         return RequestTokens(
             visual, output["total_input_tokens"] / output["completed"] - visual, workload["output"]
         )
@@ -188,5 +188,5 @@ def compare(result: Mapping[str, Any]) -> list[Comparison]:
             vtw = [run for run in runs if run["policy"] == policy]
             if len(stock) == len(vtw) == 2:
                 stages = tuple(Stage(**stage) for stage in policy["stages"])
-                compared.append(Comparison(point, Llava(**result["model"]), Policy(stages), stock, vtw))
+                compared.append(Comparison(point, Model(**result["model"]), Policy(stages), stock, vtw))
     return compared

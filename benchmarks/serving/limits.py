@@ -4,7 +4,7 @@
 
 from dataclasses import dataclass, replace
 
-from benchmarks.serving.models import Llava
+from benchmarks.serving.models import Model
 from vllm_vtw.policy import Policy
 from vllm_vtw.search.price import RequestTokens
 
@@ -29,7 +29,7 @@ class Limits:
 
 def limits(
     request: RequestTokens,
-    model: Llava,
+    model: Model,
     policy: Policy,
     prefill_share: float,
     running: float,
@@ -57,8 +57,9 @@ def limits(
     share = model.price(middle).kv_share(policy)
     decode = 1 / share
     if not short_of_memory:
-        weights = model.layers * model.layer_parameters + model.vocab * model.hidden
-        cache = running * (middle.visual + middle.text + middle.output) * model.layers * 2 * model.hidden
+        # Of many tokens, some are for every expert.
+        weights = model.layers * model.layer_parameters(model.experts) + model.vocab * model.hidden
+        cache = running * (middle.visual + middle.text + middle.output) * model.layers * 2 * model.kv_width
         decode = (weights + cache) / (weights + share * cache)
     prefill = 1 / model.price(request).flops_share(policy)
     return Limits(1 / share, prefill, decode, 1 / (prefill_share / prefill + (1 - prefill_share) / decode))

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Measures how much time each part of an engine takes, in stock vLLM and with the plugin.
 
-    python -m benchmarks.serving.profile [small | cards | full] [--only TEXT...] [--output FILE]
+    python -m benchmarks.serving.profile [SETUP] [--only TEXT...] [--output FILE]
 
 PyTorch's profiler records an engine that answers up to 32 of a point's requests, all at once.
 """
@@ -33,7 +33,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks.machine import measured_on
 from benchmarks.serving.compare import label, named
 from benchmarks.serving.run import Side
-from benchmarks.serving.sweeps import SETUPS, Point, Setup, told
+from benchmarks.serving.setups import SETUPS
+from benchmarks.serving.sweeps import Point, Setup, told
 
 MARK = "part: "
 REST = "the rest"
@@ -166,7 +167,8 @@ def profiled(setup: Setup, point: Point, side: Side) -> Seconds:
         llm = LLM.from_engine_args(EngineArgs.from_cli_args(parser.parse_args(["--model", model, *options])))
     for part in parts(llm):
         mark(*part)
-    workload, pixels = point.workload, setup.model.pixels
+    workload = point.workload
+    pixels = setup.model.pixels(workload.image_side)
     rng = np.random.default_rng(0)
 
     def request() -> dict[str, Any]:
@@ -174,7 +176,7 @@ def profiled(setup: Setup, point: Point, side: Side) -> Seconds:
             Image.fromarray(rng.integers(0, 256, (pixels, pixels, 3), dtype=np.uint8))
             for _ in range(workload.images)
         ]
-        prompt = "USER: " + "<image>\n" * workload.images + "the " * workload.text + "ASSISTANT:"
+        prompt = "USER: " + setup.model.placeholder * workload.images + "the " * workload.text + "ASSISTANT:"
         return {"prompt": prompt, "multi_modal_data": {"image": images}}
 
     answer = SamplingParams(temperature=0, max_tokens=workload.output, ignore_eos=True, detokenize=False)

@@ -140,7 +140,7 @@ def runs_of(
                 workload,
                 url=server.url,
                 model=model,
-                pixels=setup.model.pixels,
+                pixels=setup.model.pixels(workload.image_side),
                 seed=seed,
                 slo=setup.slo,
                 folder=model.parent,

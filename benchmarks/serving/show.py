@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.serving.compare import LITTLE, Comparison, compare, read
-from benchmarks.serving.models import Llava
+from benchmarks.serving.models import Model
 
 MADE_FROM = "Source"
 """The key of a plot's metadata under which the digest of its result is stored."""
@@ -128,12 +128,12 @@ def table(columns: Sequence[Column], compared: Sequence[Comparison]) -> str:
 def tables(result: dict[str, Any]) -> str:
     """A Markdown page: what was measured, the tables, and why some ratios are low."""
     compared = compare(result)
-    machine, model = result["machine"], Llava(**result["model"])
+    machine, model = result["machine"], Model(**result["model"])
     slo = ", ".join(f"{name.upper()} {value:,g} ms" for name, value in result["slo_milliseconds"].items())
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     hardware = [f"{machine['cores']} cores of {machine['processor']}", *machine["gpus"]]
     text = [
-        f"# {model.name}, {model.visual_tokens} visual tokens an image",
+        f"# {model.name}, {model.visual_tokens()} visual tokens an image",
         f"`{result['command']}`, {result['when']}, revision {result['revision'] or 'unknown'}, {versions}; "
         f"{', '.join(hardware)}.",
         NOTES.format(slo=slo),

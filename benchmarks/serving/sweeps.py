@@ -1,22 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""What is measured: for each setup a model, and points at which one thing is varied at a time."""
+"""What is measured: the points of a setup, at which one thing is varied at a time."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.serving.compare import label, named
-from benchmarks.serving.models import LLAVA_7B, QUARTER, Llava
+from benchmarks.serving.models import Model
 from benchmarks.serving.workload import Workload
 from vllm_vtw.policy import Policy
-from vllm_vtw.search.price import RequestTokens
-from vllm_vtw.search.schedules.schedule import FIRST_LAYER, merge_stages
-
-GIB = 1 << 10  # in MiB
 
 
 @dataclass(frozen=True)
@@ -89,7 +84,7 @@ class Setup:
             on CUDA.
     """
 
-    model: Llava
+    model: Model
     options: tuple[str, ...]
     slo: Mapping[str, float]
     points: tuple[Point, ...]
@@ -151,142 +146,3 @@ def vary(
         Point(sweep, f"{value:,}", replace(workload, **{name: value}, **more), engine, (policy,))
         for value, more in values.items()
     ]
-
-
-PUBLISHED = (
-    *[1.0] * 2,
-    *(0.65, 0.64, 0.62, 0.62, 0.62, 0.5, 0.5, 0.5, 0.5, 0.485),
-    *[0.235] * 4,
-    *[0.18] * 3,
-    *[0.07] * 6,
-    *(0.06, 0.04, 0.04, 0.04, 0.03, 0.03, 0.03),
-)
-"""G-Search's schedule for LLaVA-1.5-7B (arXiv 2412.00556): the fraction of visual tokens of each layer. It is
-read off the paper's figure, which leaves out the last layer."""
-
-
-def published_beside_vtw(model: Llava, workload: Workload) -> tuple[Policy, ...]:
-    """`PUBLISHED` in four stages, and VTW with the largest K that takes no more of the decoder's work."""
-    request = RequestTokens(model.visual_tokens, workload.text, workload.output)
-    price = model.price(request)
-    keeps = PUBLISHED[:: len(PUBLISHED) // model.layers]
-    policy = merge_stages([*PUBLISHED[:FIRST_LAYER], *keeps[FIRST_LAYER:]], 4, price)
-    most = price.flops_share(policy)
-    vtw = [Policy.withdraw_at(layer, model.layers) for layer in range(1, model.layers)]
-    return policy, max((one for one in vtw if price.flops_share(one) <= most), key=price.flops_share)
-
-
-def small() -> Setup:
-    """The setup for two CPU cores: a quarter of LLaVA-1.5's lengths, and KV memory for about six requests."""
-    model, half = QUARTER, Policy.withdraw_at(8, QUARTER.layers)
-    base = Workload(requests=16, text=8, output=32)
-    engine = Engine(kv_mib=168)
-    few = replace(base, requests=8)
-    return Setup(
-        model,
-        (
-            "--load-format=dummy",
-            "--dtype=float32",
-            "--block-size=32",
-            "--max-model-len=512",
-            "--max-num-batched-tokens=2048",
-            "--enforce-eager",
-            '--limit-mm-per-prompt={"image": 4}',
-        ),
-        {"ttft": 10_000, "tpot": 150},
-        (
-            Point("K", "of 16", base, engine, (half, Policy.withdraw_at(12, model.layers))),
-            *vary("output tokens", base, engine, half, "output", {4: {}, 64: {}, 128: {"requests": 8}}),
-            *vary("words of text", few, engine, half, "text", {256: {}}),
-            *vary("images a request", few, engine, half, "images", {2: {}}),
-            *vary("requests at once", base, engine, half, "concurrency", {1: {"requests": 4}, 4: {}}),
-            Point("KV memory", "enough for all", base, Engine(1 * GIB), (half,)),
-            Point(
-                "prefix caching",
-                "4 questions an image",
-                replace(base, questions=4),
-                replace(engine, prefix_caching=True),
-                (half,),
-            ),
-        ),
-        resident=True,
-        asynchronous=False,
-        # By default, vLLM leaves one core to the API server. On two cores, that is half of the machine.
-        env={"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0))))},
-    )
-
-
-def schedule() -> Setup:
-    """The setup `small` with other policies: a ranked schedule, and VTW at no more of the decoder's work."""
-    setup = small()
-    k, *_ = setup.points
-    policies = published_beside_vtw(setup.model, k.workload)
-    return replace(setup, points=(replace(k, sweep="schedule", value="", policies=policies),))
-
-
-GPU_OPTIONS = (
-    "--load-format=dummy",
-    "--dtype=bfloat16",
-    "--max-model-len=4096",
-    "--max-num-seqs=1024",
-    "--max-num-batched-tokens=8192",
-    '--limit-mm-per-prompt={"image": 4}',
-)
-GPU_SLO = {"ttft": 5_000, "tpot": 50}
-GPU_BASE = Workload(requests=256, text=56, output=128)
-CARDS = {"24 GB": 5.6, "40 GB": 19.0, "80 GB": 52.5}
-"""The GiB of KV cache on GPUs of these sizes: 0.9 of the GPU's memory, less 14.1 GB for weights and 1.5 GB of
-working memory."""
-
-
-def cards() -> Setup:
-    """The setup for LLaVA-1.5-7B's shape on one GPU, with the KV memory that GPUs of several sizes have."""
-    half = Policy.withdraw_at(16, LLAVA_7B.layers)
-    workloads = (GPU_BASE, replace(GPU_BASE, requests=512), replace(GPU_BASE, requests=1024))
-    points = [
-        Point("KV memory", f"{card} card", workload, Engine(int(gib * GIB)), (half,))
-        for (card, gib), workload in zip(CARDS.items(), workloads, strict=True)
-    ]
-    whole = Point("KV memory", "whole card", replace(GPU_BASE, requests=1536), Engine(None), (half,))
-    return Setup(LLAVA_7B, GPU_OPTIONS, GPU_SLO, (*points, whole))
-
-
-def full() -> Setup:
-    """The setup for LLaVA-1.5-7B's shape on one GPU, in which one thing is varied at a time."""
-    base, engine, half = GPU_BASE, Engine(8 * GIB), Policy.withdraw_at(16, LLAVA_7B.layers)
-    memory = {8: 256, 16: 512, 24: 512, 40: 1024, 80: 1536}
-    return Setup(
-        LLAVA_7B,
-        GPU_OPTIONS,
-        GPU_SLO,
-        (
-            Point("K", "of 32", base, engine, tuple(Policy.withdraw_at(k, 32) for k in (8, 16, 24))),
-            Point("schedule", "", base, engine, published_beside_vtw(LLAVA_7B, base)),
-            *vary("output tokens", base, engine, half, "output", {16: {}, 64: {}, 256: {}, 512: {}}),
-            *vary("words of text", base, engine, half, "text", {256: {}, 1024: {}}),
-            *vary("images a request", base, engine, half, "images", {2: {}, 4: {"requests": 128}}),
-            *vary(
-                "requests at once",
-                base,
-                engine,
-                half,
-                "concurrency",
-                {1: {"requests": 16}, 4: {"requests": 64}, 16: {}},
-            ),
-            *(
-                Point("KV memory", f"{gib} GiB", replace(base, requests=requests), Engine(gib * GIB), (half,))
-                for gib, requests in memory.items()
-            ),
-            Point("KV memory", "whole card", replace(base, requests=1536), Engine(None), (half,)),
-            Point(
-                "prefix caching",
-                "4 questions an image",
-                replace(base, questions=4),
-                replace(engine, prefix_caching=True),
-                (half,),
-            ),
-        ),
-    )
-
-
-SETUPS = {"small": small, "schedule": schedule, "cards": cards, "full": full}

@@ -32,6 +32,7 @@ class Workload:
         questions: The number of questions about each image, each of them a request. If there is more than
             one, images and questions are drawn by `write_image_set`, and the image comes before the text. If
             not, vLLM's `random-mm` draws them, and the text comes first.
+        image_side: The width and height of an image in visual tokens. None for the model's.
     """
 
     requests: int
@@ -40,6 +41,7 @@ class Workload:
     images: int = 1
     concurrency: int | None = None
     questions: int = 1
+    image_side: int | None = None
 
     def options(self, pixels: int, seed: int, folder: Path) -> list[str]:
         """The options of `vllm bench serve`.

@@ -12,7 +12,8 @@ import pytest
 
 from benchmarks.server import ServerError
 from benchmarks.serving.run import Side, by_engine, palindromes, why
-from benchmarks.serving.sweeps import SETUPS, Engine, Point
+from benchmarks.serving.setups import SETUPS
+from benchmarks.serving.sweeps import Engine, Point
 from benchmarks.serving.workload import Workload, write_image_set
 from vllm_vtw.policy import Policy
 from vllm_vtw.search.price import RequestTokens
@@ -65,7 +66,12 @@ def test_points_can_be_served(name):
     for point in setup.points:
         workload = point.workload
         template = 20
-        tokens = workload.images * setup.model.visual_tokens + workload.text + template + workload.output
+        tokens = (
+            workload.images * setup.model.visual_tokens(workload.image_side)
+            + workload.text
+            + template
+            + workload.output
+        )
         assert tokens <= int(options["max-model-len"])
         assert workload.images <= images
         model = setup.model.served_as
@@ -91,7 +97,7 @@ def test_vtw_takes_no_more_work_than_the_schedule_beside_it(name):
     (point,) = (point for point in setup.points if point.sweep == "schedule")
     ranked, vtw = point.policies
     model, workload = setup.model, point.workload
-    request = RequestTokens(model.visual_tokens, workload.text, workload.output)
+    request = RequestTokens(model.visual_tokens(), workload.text, workload.output)
     price = model.price(request)
     assert (len(ranked.stages), ranked.ranking, vtw.ranking) == (3, "last-token-attention", None)
     most = price.flops_share(ranked)
