@@ -120,7 +120,7 @@ def small_qwen() -> Setup:
     ]
     return Setup(
         SMALL_QWEN,
-        (*CPU_OPTIONS, "--max-model-len=2048", limit(SMALL_QWEN)),
+        (*CPU_OPTIONS, "--max-model-len=1280", limit(SMALL_QWEN)),
         CPU_SLO,
         tuple(points),
         resident=True,
