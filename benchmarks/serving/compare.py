@@ -124,7 +124,12 @@ class Comparison:
 
     @property
     def short_of_memory(self) -> bool:
-        """Whether requests waited in stock vLLM because one more would not have fitted into the KV cache."""
+        """Whether requests waited in stock vLLM because one more would not have fitted into the KV cache.
+
+        If a prompt takes several steps, stock vLLM may begin too many at once, and preempt some later.
+        """
+        if any(run["preemptions"] for run in self.stock):
+            return True
         workload = self.point["workload"]
         wanted = min(workload["requests"], workload["concurrency"] or workload["requests"])
         running, used = (self.means("steps", metric)[0] for metric in ("most_running", "most_kv"))

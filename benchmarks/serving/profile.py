@@ -55,6 +55,8 @@ def parts(llm: Any) -> list[tuple[type, str, str]]:
     core = llm.llm_engine.engine_core.engine_core
     runner = core.model_executor.driver_worker.worker.model_runner
     model, scheduler = type(runner.get_model()), type(core.scheduler)
+    decoders = [getattr(module, "staged_decoder", None) for module in runner.get_model().modules()]
+    segments = [segment for decoder in decoders if decoder for segment in decoder.segments.values()]
     found = [
         (LLMEngine, "step", REST),
         (scheduler, "schedule", "scheduler"),
@@ -62,7 +64,7 @@ def parts(llm: Any) -> list[tuple[type, str, str]]:
         (model, "embed_multimodal", "vision tower"),
         (model, "compute_logits", "logits and sampling"),
         (StagedDecoder, "__call__", "gather and scatter"),
-        (StagedDecoder, "_run", "decoder"),
+        *((type(segment), "__call__", "decoder") for segment in segments),
         *((StageStep, method, "step plan") for method in ("set_ranks", "write_slots", "metadata")),
         (CurrentStep, "begin", "step plan"),
     ]
