@@ -25,6 +25,8 @@ PIXELS = {"qwen2_5_vl": 28, "qwen3_vl": 32, "qwen3_vl_moe": 32}
 """By model type: the width and height in pixels of four patches, which become one visual token."""
 SIDES = (2, 32)
 """The smallest and the largest width and height of an image, in visual tokens."""
+FRAMES = 1000
+"""The largest number of frames of a video."""
 AROUND = ("<|vision_start|>", "<|vision_end|>")
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
 PLACEHOLDER = IMAGE.join(AROUND)
@@ -48,10 +50,12 @@ def processor(model_type: str, of: PreTrainedTokenizerFast) -> Qwen2_5_VLProcess
         "size": {"shortest_edge": shortest, "longest_edge": longest},
         "patch_size": pixels // 2,
     }
+    # Of videos, the sizes are those of all frames together.
+    of_videos = sizes | {"size": {"shortest_edge": shortest, "longest_edge": FRAMES * longest}}
     if model_type == "qwen2_5_vl":
-        kind, video = Qwen2_5_VLProcessor, Qwen2VLVideoProcessor(**sizes)
+        kind, video = Qwen2_5_VLProcessor, Qwen2VLVideoProcessor(**of_videos)
     else:
-        kind, video = Qwen3VLProcessor, Qwen3VLVideoProcessor(**sizes)
+        kind, video = Qwen3VLProcessor, Qwen3VLVideoProcessor(**of_videos)
     return kind(Qwen2VLImageProcessorPil(**sizes), of, video, chat_template=of.chat_template)
 
 

@@ -1,19 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""What is refused of models with M-RoPE and deepstack."""
+"""What compiled code gets of models with M-RoPE, and what is refused of them and of deepstack."""
 
 import json
+from typing import Any
 
 import pytest
+import torch
+from vllm.compilation.counter import compilation_counter
 from vllm.engine.arg_utils import EngineArgs
 
-from tests.families.requests import FAMILIES, engine, shape
+from tests.engine.engines import running
+from tests.families.checkpoints import LAYERS
+from tests.families.requests import FAMILIES, FIRST, GREEDY, asks, assert_answers, engine, shape, slow
 from vllm_vtw.policy import Policy, Stage
 
 
 def configure(folder, vtw, **options):
     arguments = {"model_impl": "vtw", "additional_config": {"vtw": vtw}, "dtype": "float32", **options}
     return EngineArgs(str(folder), **arguments).create_engine_config()
+
+
+KINDS = (
+    lambda count, kept: kept == count,
+    lambda count, kept: 0 < kept < count,
+    lambda count, kept: kept == 0,
+)
+"""Whether no tokens of a step leave, some do, or all do."""
+
+
+class Spy:
+    """A segment that records the positions of each call: their number of tokens and their strides."""
+
+    def __init__(self, segment: Any) -> None:
+        self.segment, self.layer_names = segment, segment.layer_names
+        self.seen: list[tuple[int, tuple[int, ...]]] = []
+
+    def __call__(self, positions: torch.Tensor, *others: Any) -> Any:
+        self.seen.append((positions.shape[-1], positions.stride()))
+        return self.segment(positions, *others)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", pytest.param("qwen3_vl", marks=slow)])
+def test_compiled_code_always_gets_the_strides_that_it_was_made_for(
+    family_checkpoint, oracle, monkeypatch, tmp_path, name
+):
+    """In steps in which no tokens leave, some do, and all do."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    family, layer, chunk = FAMILIES[name], LAYERS // 2, 32
+    asked = asks(family)
+    options = engine(family, enforce_eager=False, max_num_batched_tokens=chunk, max_num_seqs=4)
+    with running(family_checkpoint(name), {"layer": layer, "align": False}, **options) as llm:
+        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        (decoder,) = (
+            module.staged_decoder
+            for module in worker.model_runner.model.modules()
+            if hasattr(module, "staged_decoder")
+        )
+        first, second = decoder.segments.values()
+        spies = Spy(first), Spy(second)
+        decoder.segments = dict(enumerate(spies))
+        steps: list[tuple[int, int]] = []
+        run = decoder._run
+
+        def counted(
+            stage: int, step: Any, positions: torch.Tensor, hidden: torch.Tensor, *others: Any
+        ) -> Any:
+            steps.append((positions.shape[-1], len(hidden)))
+            return run(stage, step, positions, hidden, *others)
+
+        decoder._run = counted
+        warm = compilation_counter.clone()
+        llm.generate(asked[FIRST].to_vllm(), GREEDY, use_tqdm=False)
+        outputs = llm.generate([ask.to_vllm() for ask in asked.values()], GREEDY, use_tqdm=False)
+        assert compilation_counter == warm
+    assert_answers(oracle(name), family, outputs, layer, 1)
+    whole, some, none = ({step for step in steps if kind(*step)} for kind in KINDS)
+    assert len(whole) > 2
+    assert len(some) > 2
+    assert none
+    assert [count for count, _ in spies[0].seen] == [count for count, _ in steps]
+    assert [count for count, _ in spies[1].seen] == [kept for _, kept in steps if kept]
+    assert {strides for spy in spies for _, strides in spy.seen} == {(chunk + 1, 1)}
 
 
 def test_code_for_one_number_of_tokens_is_refused(family_checkpoint):

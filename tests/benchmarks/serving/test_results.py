@@ -18,13 +18,15 @@ from vllm_vtw.policy import Policy
 
 ROOT = Path(__file__).parents[3]
 SCHEMA = json.loads((ROOT / "benchmarks/serving/result.schema.json").read_text())
-PROFILE = ROOT / "benchmarks/results/serving-cpu-profile.json"
-RESULTS = sorted({*(ROOT / "benchmarks/results").glob("serving-*.json")} - {PROFILE})
-CPU, SCHEDULE = (ROOT / f"benchmarks/results/serving-cpu{what}.json" for what in ("", "-schedule"))
+PROFILE, QWEN_PROFILE = (ROOT / f"benchmarks/results/serving-cpu{of}-profile.json" for of in ("", "-qwen"))
+RESULTS = sorted({*(ROOT / "benchmarks/results").glob("serving-*.json")} - {PROFILE, QWEN_PROFILE})
+CPU, QWEN, SCHEDULE = (
+    ROOT / f"benchmarks/results/serving-cpu{what}.json" for what in ("", "-qwen", "-schedule")
+)
 
 
 def test_there_are_results():
-    assert {CPU, SCHEDULE} <= set(RESULTS)
+    assert {CPU, QWEN, SCHEDULE} <= set(RESULTS)
 
 
 @pytest.fixture(params=RESULTS, ids=lambda file: file.stem)
@@ -88,7 +90,9 @@ def test_readme_says_what_was_measured():
     number, numbers = r"([\d.]+)", r"([\d.]+), ([\d.]+)"
     row = rf"^\| ([^|]+) \| {numbers} \| \*\*{number}\*\* \| ([\d.]*) \| ([\d.]*) \| {numbers} \|$"
     rows = re.findall(row, readme, re.M)
-    compared = {one.label: one for file in (CPU, SCHEDULE) for one in compare(json.loads(file.read_text()))}
+    compared = {
+        one.label: one for file in (CPU, QWEN, SCHEDULE) for one in compare(json.loads(file.read_text()))
+    }
     assert {label for label, *_ in rows} == compared.keys()
     for label, stock, vtw, ratio, limit, reached, *at_once in rows:
         one = compared[label]
@@ -121,6 +125,19 @@ def test_readme_says_where_the_time_went():
         f"The vision tower, which is not withdrawn, takes {shares('stock', 'vision tower')} of stock vLLM's "
         f"time and {shares('vtw', 'vision tower')} of the plugin's"
     ) in readme
+
+
+def test_readme_says_what_the_vision_tower_takes():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    tower = []
+    for profile in json.loads(QWEN_PROFILE.read_text())["profiles"]:
+        for side in ("stock", "vtw"):
+            host = profile["seconds"][side]["host"]
+            tower.append(f"{100 * host['vision tower'] / sum(host.values()):.0f}")
+    assert (
+        "the vision tower takes {} and {}% of stock vLLM's time with 256 and 1,024 visual tokens, and {} and "
+        "{}% of the plugin's"
+    ).format(*tower[::2], *tower[1::2]) in readme
 
 
 @pytest.mark.parametrize("content", [None, "no JSON", "{}", "[]"])
