@@ -10,7 +10,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import statistics
 import tempfile
 from collections import defaultdict
@@ -45,14 +44,14 @@ ENGINES: dict[str, dict[str, Any]] = {
     "stock": {},
     "vtw": {"model_impl": "vtw", "additional_config": {"vtw": {"layer": LAYER, "align": False}}},
 }
-PARTS = ("arrival", "scheduler", "KV manager", "attention metadata", "step plan", "whole step")
+PARTS = ("arrival", "scheduler", "KV manager", "attention metadata", "step plan")
 
 
 def measured_parts(core: Any) -> dict[str, tuple[type, str]]:
     """The methods that are measured, each as its class and its name.
 
-    A part contains those that it calls: the scheduler the KV manager, and a step everything but `arrival`,
-    which is once a request.
+    The scheduler's time contains that of the KV manager. `arrival` is once a request, the others are once a
+    step.
 
     Args:
         core: vLLM's `EngineCore`.
@@ -63,7 +62,6 @@ def measured_parts(core: Any) -> dict[str, tuple[type, str]]:
         (type(core.scheduler.kv_cache_manager), "allocate_slots"),
         (GPUModelRunner, "_build_attention_metadata"),
         (CurrentStep, "begin"),
-        (type(core), "step"),
     )
     return dict(zip(PARTS, methods, strict=True))
 
@@ -84,11 +82,17 @@ def prompt(frames: int) -> dict[str, Any]:
     return {"prompt": text, "multi_modal_data": {"video": [(pixels, metadata)]}}
 
 
+def resident_mib() -> int:
+    """The MiB of memory that this process has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") >> 20
+
+
 def compute(pipe: Connection, folder: Path, options: dict[str, Any]) -> None:
     """Runs an engine that computes the prompt of a video of so many frames whenever it receives their number.
 
-    It sends the steps and tokens, how full the KV cache was, the process's largest memory so far, and by part
-    the CPU time of every call in microseconds. It ends at 0.
+    It sends the numbers of tokens and steps, the largest share of the KV cache that was in use, the process's
+    largest memory between steps, and by part the CPU time of every call in microseconds. It ends at 0.
 
     Args:
         pipe: The connection to the process that measures.
@@ -125,16 +129,17 @@ def compute(pipe: Connection, folder: Path, options: dict[str, Any]) -> None:
             times.clear()
         engine.add_request("video", prompt(frames), params)
         (request,) = scheduler.requests.values()
-        least_free = pool.num_gpu_blocks
+        free, mib = [], []
         while engine.has_unfinished_requests():
             engine.step()
-            least_free = min(least_free, pool.get_num_free_blocks())
+            free.append(pool.get_num_free_blocks())
+            mib.append(resident_mib())
         pipe.send(
             {
                 "prompt_tokens": request.num_prompt_tokens,
-                "steps": len(samples["whole step"]),
-                "kv_share": 1 - least_free / pool.num_gpu_blocks,
-                "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
+                "steps": len(free),
+                "kv_share": 1 - min(free) / pool.num_gpu_blocks,
+                "most_mib": max(mib),
                 "microseconds": {part: list(times) for part, times in samples.items()},
             }
         )
@@ -167,7 +172,7 @@ def main() -> None:
     for (name, frames), measured in runs.items():
         first = measured[0]
         row = {"engine": name, "frames": frames}
-        row |= {key: first[key] for key in ("prompt_tokens", "steps", "kv_share", "peak_mib")}
+        row |= {key: first[key] for key in ("prompt_tokens", "steps", "kv_share", "most_mib")}
         row["median_microseconds"] = {
             part: round(statistics.median(one for run in measured for one in run["microseconds"][part]), 1)
             for part in PARTS
