@@ -27,8 +27,24 @@ def test_answers(family_checkpoint, oracle, name, align, layer):
     with running(family_checkpoint(name), {"layer": layer, "align": align}, **options) as llm:
         all_free = free_blocks(llm)
         outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+        again = llm.generate(prompts, GREEDY, use_tqdm=False) if align else []
         assert free_blocks(llm) == all_free
     assert_answers(oracle(name), family, outputs, layer, BLOCK_SIZE if align else 1)
+    if align:
+        assert any(output.num_cached_tokens for output in again)
+        assert_answers(oracle(name), family, again, layer, BLOCK_SIZE)
+
+
+@pytest.mark.parametrize("name", but_one("qwen3_vl"))
+def test_with_all_layers_it_is_stock_vllm(family_checkpoint, name):
+    family = FAMILIES[name]
+    prompts = [ask.to_vllm() for ask in asks(family).values()]
+    told = []
+    for vtw in (None, {"layer": LAYERS}):
+        with running(family_checkpoint(name), vtw, **engine(family)) as llm:
+            outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+        told.append([output.outputs[0].token_ids for output in outputs])
+    assert told[0] == told[1]
 
 
 @pytest.mark.parametrize("name", but_one("internvl"))

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
+"""README says what long videos cost, as it was measured."""
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+VIDEOS = json.loads((ROOT / "benchmarks/results/cpu-long-video.json").read_text())["videos"]
+
+
+def of(engine: str, part: str) -> list[float]:
+    return [row["median_microseconds"][part] for row in VIDEOS if row["engine"] == engine]
+
+
+def test_readme():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+
+    def span(engine: str, part: str) -> str:
+        return f"{min(of(engine, part)):.0f} to {max(of(engine, part)):.0f}"
+
+    assert (
+        f"the scheduler took {span('stock', 'scheduler')} microseconds of CPU time in stock vLLM and "
+        f"{span('vtw', 'scheduler')} with the plugin, and the attention metadata "
+        f"{span('stock', 'attention metadata')} and {span('vtw', 'attention metadata')}, of which "
+        f"{span('vtw', 'step plan')} are the step plan"
+    ) in readme
+    arrival = [1e-3 * microseconds for microseconds in of("vtw", "arrival")]
+    assert f"in {min(arrival):.2f} to {max(arrival):.2f} milliseconds" in readme
+    held, most = (
+        {engine: max(row[key] for row in VIDEOS if row["engine"] == engine) for engine in ("stock", "vtw")}
+        for key in ("kv_share", "most_mib")
+    )
+    assert f"The video took {held['vtw'] / held['stock']:.2f} times the KV memory" in readme
+    assert f"at most {most['vtw']:,} MiB of memory, against {most['stock']:,}" in readme
