@@ -91,8 +91,9 @@ def resident_mib() -> int:
 def compute(pipe: Connection, folder: Path, options: dict[str, Any]) -> None:
     """Runs an engine that computes the prompt of a video of so many frames whenever it receives their number.
 
-    It sends the numbers of tokens and steps, the largest share of the KV cache that was in use, the process's
-    largest memory between steps, and by part the CPU time of every call in microseconds. It ends at 0.
+    It sends the numbers of tokens and steps, the largest share of the KV cache that was in use, how much more
+    memory the process had between steps than before the request, and by part the CPU time of every call in
+    microseconds. It ends at 0.
 
     Args:
         pipe: The connection to the process that measures.
@@ -127,7 +128,8 @@ def compute(pipe: Connection, folder: Path, options: dict[str, Any]) -> None:
     while frames := pipe.recv():
         for times in samples.values():
             times.clear()
-        engine.add_request("video", prompt(frames), params)
+        request_of_video, before = prompt(frames), resident_mib()
+        engine.add_request("video", request_of_video, params)
         (request,) = scheduler.requests.values()
         free, mib = [], []
         while engine.has_unfinished_requests():
@@ -139,7 +141,7 @@ def compute(pipe: Connection, folder: Path, options: dict[str, Any]) -> None:
                 "prompt_tokens": request.num_prompt_tokens,
                 "steps": len(free),
                 "kv_share": 1 - min(free) / pool.num_gpu_blocks,
-                "most_mib": max(mib),
+                "more_mib": max(mib) - before,
                 "microseconds": {part: list(times) for part, times in samples.items()},
             }
         )
@@ -162,6 +164,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = MODEL.save(Path(folder) / "model")
         engines = {name: engine(model, options) for name, options in ENGINES.items()}
+        for pipe in engines.values():
+            pipe.send(FRAMES[0])  # not counted
+            pipe.recv()
         for frames in FRAMES:
             for name in [*engines, *reversed(engines)] * ROUNDS:
                 engines[name].send(frames)
@@ -170,13 +175,13 @@ def main() -> None:
             pipe.send(0)
     result = {**measured_on(), "model": asdict(MODEL), "layer": LAYER, "chunk": CHUNK, "videos": []}
     for (name, frames), measured in runs.items():
-        first = measured[0]
-        row = {"engine": name, "frames": frames}
-        row |= {key: first[key] for key in ("prompt_tokens", "steps", "kv_share", "most_mib")}
+        row: dict[str, Any] = {"engine": name, "frames": frames}
+        for key in ("prompt_tokens", "steps", "kv_share", "more_mib"):
+            row[key] = max(run[key] for run in measured)
         row["median_microseconds"] = {
             part: round(statistics.median(one for run in measured for one in run["microseconds"][part]), 1)
             for part in PARTS
-            if first["microseconds"][part]
+            if measured[0]["microseconds"][part]
         }
         print(json.dumps(row))
         result["videos"].append(row)

@@ -24,7 +24,7 @@ from vllm_vtw.config import (
 from vllm_vtw.families import (
     BY_ARCHITECTURE,
     ELSEWHERE,
-    ONE_RUN,
+    FRAMES,
     PREFIX,
     Family,
     first_layer,
@@ -207,7 +207,7 @@ def _model_refusals(vllm_config: VllmConfig) -> Iterator[str]:
             "use --tensor-parallel-size, not --data-parallel-size"
         )
     pruning = model.multimodal_config and model.multimodal_config.video_pruning_rate
-    if pruning and _family(vllm_config).video != ONE_RUN:
+    if pruning and FRAMES in _family(vllm_config).video:
         yield (
             "vLLM does not say where the timestamps between the frames of a pruned video are: remove "
             f"--video-pruning-rate {pruning:g}"

@@ -61,9 +61,14 @@ class Model:
         return 4096 if self.model_type == "llava" else 8192
 
     @property
+    def attention_width(self) -> int:
+        """The number of attention heads times their size."""
+        return self.heads * (self.head_dim or self.hidden // self.heads)
+
+    @property
     def kv_width(self) -> int:
-        """The number of values in a token's keys, or in its values."""
-        return (self.kv_heads or self.heads) * (self.head_dim or self.hidden // self.heads)
+        """The number of key-value heads times their size."""
+        return self.attention_width // self.heads * (self.kv_heads or self.heads)
 
     @property
     def placeholder(self) -> str:
@@ -89,13 +94,12 @@ class Model:
 
     def layer_parameters(self, experts: int) -> int:
         """The number of parameters of a decoder layer with so many experts."""
-        heads = self.heads * (self.head_dim or self.hidden // self.heads)
-        attention = 2 * self.hidden * (heads + self.kv_width)
+        attention = 2 * self.hidden * (self.attention_width + self.kv_width)
         return attention + 3 * self.hidden * self.intermediate * experts
 
     def price(self, request: RequestTokens) -> Price:
         """Computes the cost of policies for requests of one kind."""
-        return Price(self.layers, self.layer_parameters(self.active_experts), self.hidden, request)
+        return Price(self.layers, self.layer_parameters(self.active_experts), self.attention_width, request)
 
     def save(self, folder: Path) -> Path:
         """Writes the configuration, tokenizer and processor to `folder`, and returns `folder`."""
@@ -155,7 +159,7 @@ class Model:
                 "num_experts_per_tok": self.active_experts,
                 "norm_topk_prob": True,
             }
-        head_dim = self.head_dim or self.hidden // self.heads
+        head_dim = self.attention_width // self.heads
         vision = {
             "depth": self.vision_layers,
             "hidden_size": self.vision_hidden,

@@ -21,7 +21,7 @@ from benchmarks.serving.sweeps import Engine, Point, Setup, vary
 from benchmarks.serving.workload import Workload
 from vllm_vtw.policy import Policy
 from vllm_vtw.search.price import RequestTokens
-from vllm_vtw.search.schedules.schedule import FIRST_LAYER, merge_stages
+from vllm_vtw.search.schedules.schedule import FIRST_RANKED_LAYER, merge_stages
 
 GIB = 1 << 10  # in MiB
 
@@ -49,7 +49,7 @@ def published_beside_vtw(model: Model, workload: Workload) -> tuple[Policy, ...]
     request = RequestTokens(model.visual_tokens(workload.image_side), workload.text, workload.output)
     price = model.price(request)
     keeps = PUBLISHED[:: len(PUBLISHED) // model.layers]
-    policy = merge_stages([*PUBLISHED[:FIRST_LAYER], *keeps[FIRST_LAYER:]], 4, price)
+    policy = merge_stages([*PUBLISHED[:FIRST_RANKED_LAYER], *keeps[FIRST_RANKED_LAYER:]], 4, price)
     most = price.flops_share(policy)
     vtw = [Policy.withdraw_at(layer, model.layers) for layer in range(1, model.layers)]
     return policy, max((one for one in vtw if price.flops_share(one) <= most), key=price.flops_share)

@@ -130,10 +130,11 @@ def tables(result: dict[str, Any]) -> str:
     compared = compare(result)
     machine, model = result["machine"], Model(**result["model"])
     slo = ", ".join(f"{name.upper()} {value:,g} ms" for name, value in result["slo_milliseconds"].items())
+    varied = any(point["workload"].get("image_side") for point in result["points"])
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     hardware = [f"{machine['cores']} cores of {machine['processor']}", *machine["gpus"]]
     text = [
-        f"# {model.name}, {model.visual_tokens()} visual tokens an image",
+        f"# {model.name}" + ("" if varied else f", {model.visual_tokens()} visual tokens an image"),
         f"`{result['command']}`, {result['when']}, revision {result['revision'] or 'unknown'}, {versions}; "
         f"{', '.join(hardware)}.",
         NOTES.format(slo=slo),

@@ -11,10 +11,14 @@ import torch
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
 KERNEL = CPUUnquantizedExperts.apply
+workers = 0
+"""The number of workers that the experts are spread over, once they have computed something."""
 
 
 def apply(self: Any, *args: Any, **kwargs: Any) -> None:
+    global workers  # noqa: PLW0603
     own = kwargs["expert_map"]
+    workers = 1 if own is None else len(own) // int((own >= 0).sum())
     if own is not None:
         ids = own.to(kwargs["topk_ids"].dtype)[kwargs["topk_ids"]]
         weights = kwargs["topk_weights"]
@@ -26,4 +30,7 @@ CPUUnquantizedExperts.apply = apply
 
 
 class WorkerExtension:
-    """Makes vLLM's workers import this file."""
+    """Makes vLLM's workers import this file, and tells how many of them share the experts."""
+
+    def workers_of_experts(self) -> int:
+        return workers

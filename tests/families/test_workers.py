@@ -37,6 +37,8 @@ def test_two_workers(family_checkpoint, oracle, two_cores, name, kind):
     options = engine(family, **OPTIONS[kind])
     with running(family_checkpoint(name), {"layer": layer, "align": False}, **options) as llm:
         outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+        if kind == "experts":
+            assert llm.collective_rpc("workers_of_experts") == [2, 2]
     assert_answers(oracle(name), family, outputs, layer, 1)
 
 

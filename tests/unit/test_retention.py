@@ -2,7 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Tests of `Retention` against a slow, simple computation, and of the retentions of vLLM's requests."""
 
+from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ from vllm.multimodal.inputs import PlaceholderRange
 
 from tests.unit.strategies import ALIGNMENTS, Prompt, prompts
 from vllm_vtw.policy import Gate, Policy, Stage
-from vllm_vtw.retention import after_exit, awaits_gates, request_retentions, visual_spans
+from vllm_vtw.retention import after_exit, awaits_gates, prompt_retention, request_retentions, visual_spans
 
 
 @given(prompts(), ALIGNMENTS, st.integers(0, 20))
@@ -23,6 +25,32 @@ def test_counts_and_ranks(prompt: Prompt, align_to: int, output_tokens: int):
     held = prompt.held(prompt.length + output_tokens, align_to)
     assert [retention.count(position) for position in held] == list(range(len(held)))
     assert [retention.position(rank) for rank in range(len(held))] == held
+
+
+class Counted(Sequence[int]):
+    """Numbers, and how often one of them was looked at."""
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self.numbers = numbers
+        self.looks = 0
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index):
+        self.looks += 1
+        return self.numbers[index]
+
+
+def test_the_chunks_of_a_long_video_do_not_look_at_all_of_its_frames():
+    """A thousand frames of 64 tokens with 8 between them, in chunks of 720 tokens: ten frames each."""
+    frames, chunk = 1000, 720
+    video: Any = prompt_retention([(72 * n, 72 * n + 64) for n in range(frames)], 72 * frames + 8, align_to=1)
+    video._starts, video._stops = starts, stops = Counted(video._starts), Counted(video._stops)
+    kept = [video.keep_mask(start, start + chunk).sum() for start in range(0, 72 * frames, chunk)]
+    assert kept == [80] * 100
+    bisections = 2 * 100 * frames.bit_length()
+    assert starts.looks + stops.looks <= 2 * frames + bisections
 
 
 @given(prompts(), ALIGNMENTS, st.data())

@@ -17,7 +17,7 @@ from vllm_vtw.commands.search_setup import (
     values_of_layer,
 )
 from vllm_vtw.policy import Policy
-from vllm_vtw.search.vtw.criteria import FIRST_LAYER, default_eta
+from vllm_vtw.search.vtw.criteria import FIRST_LAYER_TRIED, default_eta
 
 CRITERIA = ("answer", "first-token")
 
@@ -39,7 +39,8 @@ def add_command(commands: Any) -> None:
     )
     add(
         "--layers",
-        help=f"values of K to try, as in 8-20 or 8,12,16 (default: all from {FIRST_LAYER} on, as published)",
+        help="values of K to try, as in 8-20 or 8,12,16 "
+        f"(default: all from {FIRST_LAYER_TRIED} on, as published)",
     )
     add(
         "--criterion",

@@ -212,7 +212,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 
     def price(sample: "SampleExits") -> Price:
         request = RequestTokens(sample.visual_tokens, sample.text_tokens, sample.output_tokens)
-        return Price(shape.num_hidden_layers, model.layer_parameters, shape.hidden_size, request)
+        return Price(shape.num_hidden_layers, model.layer_parameters, model.attention_width, request)
 
     tasks = _tasks(exits)
     result = {

@@ -147,14 +147,14 @@ def _search(method: str, arguments: argparse.Namespace, prepare: Prepare) -> tup
     from vllm_vtw.search.reports.schedules import notes
     from vllm_vtw.search.schedules.baselines import baselines
     from vllm_vtw.search.schedules.sample_at_layer import divergence_by_task
-    from vllm_vtw.search.schedules.schedule import FIRST_LAYER, keeps_by_layer
+    from vllm_vtw.search.schedules.schedule import FIRST_RANKED_LAYER, keeps_by_layer
 
     setup = SearchSetup.of(arguments)
     num_layers = setup.shape.num_hidden_layers
-    search = prepare(arguments, setup.settings, max(FIRST_LAYER, setup.shape.first_layer))
+    search = prepare(arguments, setup.settings, max(FIRST_RANKED_LAYER, setup.shape.first_layer))
     model = HFModel(arguments.model, setup.config, setup.placement)
     answers = _full_answers(model, setup, arguments)
-    price = Price(num_layers, model.layer_parameters, setup.shape.hidden_size, answers.request)
+    price = Price(num_layers, model.layer_parameters, model.attention_width, answers.request)
     found = search(model, answers, price)
 
     def measure(policy: Policy) -> dict[str, Any]:
@@ -216,11 +216,11 @@ def _full_answers(model: "HFModel", setup: SearchSetup, arguments: argparse.Name
                 return
             try:
                 inputs = model.encode(sample, arguments.max_tokens)
-                answered = model.answer(inputs, arguments.max_tokens)
             except BadSampleError as error:
                 yield Skipped(sample.where, error)
                 continue
             good += 1
+            answered = model.answer(inputs, arguments.max_tokens)
             digest.update(inputs_digest(inputs).encode())
             text += answered.text_tokens
             output += len(answered.tokens)

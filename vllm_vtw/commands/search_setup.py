@@ -15,7 +15,7 @@ from vllm_vtw.config import ModelShape
 from vllm_vtw.families import BY_MODEL_TYPE, how_to_find_a_layer
 from vllm_vtw.search.checkpoint import read_config, revision, supported_model
 from vllm_vtw.search.data.random_order import SEEDS
-from vllm_vtw.search.vtw.criteria import FIRST_LAYER
+from vllm_vtw.search.vtw.criteria import FIRST_LAYER_TRIED
 
 if TYPE_CHECKING:
     from vllm_vtw.search.data.dataset import Dataset
@@ -157,7 +157,7 @@ def values_of_layer(text: str | None, shape: ModelShape) -> list[int]:
     """
     num_layers, first_layer = shape.num_hidden_layers, shape.first_layer
     if text is None:
-        text = f"{max(first_layer, min(FIRST_LAYER, num_layers - 1))}-{num_layers - 1}"
+        text = f"{max(first_layer, min(FIRST_LAYER_TRIED, num_layers - 1))}-{num_layers - 1}"
     layers: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.partition("-")

@@ -134,6 +134,7 @@ class StagedDecoder:
                     positions, states.hidden, states.residual, deepstack
                 )
             else:
+                assert states.residual is not None
                 states.hidden, states.residual = self._run(
                     stage, steps[stage], positions, states.hidden, states.residual
                 )
@@ -154,13 +155,12 @@ class StagedDecoder:
         step: StageStep | None,
         positions: torch.Tensor,
         hidden: torch.Tensor,
-        residual: torch.Tensor | None,
+        residual: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Runs one segment past the first, which may compute fewer tokens than the batch has.
 
-        If the step uses piecewise CUDA
-        graphs, or would use them if the batch were not too large, the segment runs the smallest graph that is
-        large enough for its own tokens.
+        If the step uses piecewise CUDA graphs, or would use them if the batch were not too large, the segment
+        runs the smallest graph that is large enough for its own tokens.
 
         Args:
             stage: The segment's stage.
@@ -176,7 +176,6 @@ class StagedDecoder:
         rows = len(hidden)
         if rows == 0:
             return hidden, residual  # all tokens of the step are withdrawn
-        assert residual is not None
         piecewise = context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE
         kept = None if step is None else step.kept
         size = rows if piecewise else None

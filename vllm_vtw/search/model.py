@@ -12,8 +12,36 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache, GenerationConfig
 
 from vllm_vtw.search.data.prompts import ModelInputs, Prompts
-from vllm_vtw.search.data.sample import BadSampleError, Sample
+from vllm_vtw.search.data.sample import Sample
 from vllm_vtw.search.mrope import count_as_in_vllm
+
+
+@dataclass(frozen=True)
+class Deepstack:
+    """What Qwen3-VL adds to the hidden states of visual tokens after each of its first layers.
+
+    Withdrawal begins behind these layers. For other models, there are none.
+
+    Attributes:
+        places: The places of visual tokens in the prompt, shape `(visual tokens,)`.
+        added: For each of the first layers what is added, shape `(visual tokens, hidden_size)`.
+    """
+
+    places: torch.Tensor
+    added: Sequence[torch.Tensor]
+
+    def after(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The hidden states after a layer, with what is added there.
+
+        Args:
+            layer: The layer's number, from 0.
+            hidden: The hidden states of a prompt, shape `(..., tokens, hidden_size)`.
+        """
+        if layer >= len(self.added):
+            return hidden
+        hidden = hidden.clone()
+        hidden[..., self.places, :] += self.added[layer]
+        return hidden
 
 
 @dataclass
@@ -36,9 +64,7 @@ class FullAnswer:
         is_visual: Whether each of these tokens is a visual one, and so left out of `states`, shape
             `(prompt tokens + O - 1,)`.
         cut: Whether the answer reached the most tokens allowed without an end-of-sequence token.
-        deepstack: For each of the first layers, what is added to the hidden states of the prompt after it,
-            shape `(prompt tokens, hidden_size)`. Empty for models that add nothing. Withdrawal begins behind
-            these layers.
+        deepstack: What is added to the hidden states of visual tokens after the first layers.
     """
 
     tokens: list[int]
@@ -48,7 +74,7 @@ class FullAnswer:
     embedded: torch.Tensor
     is_visual: torch.Tensor
     cut: bool
-    deepstack: Sequence[torch.Tensor]
+    deepstack: Deepstack
 
     @property
     def visual_tokens(self) -> int:
@@ -88,13 +114,14 @@ class DecoderInputs:
     position_ids: list[torch.Tensor]
     embedded: list[torch.Tensor]
     states: list[list[torch.Tensor]]
-    deepstack: list[torch.Tensor]
+    deepstack: Deepstack
 
     @classmethod
     @contextmanager
     def of(cls, decoder: Any, is_text: torch.Tensor) -> "Iterator[DecoderInputs]":
         """Records what a decoder gets, as long as the context lasts."""
-        seen = cls(is_text, [], [], [[] for _ in decoder.layers], [])
+        nothing = Deepstack(is_text.new_empty(0, dtype=torch.long), ())
+        seen = cls(is_text, [], [], [[] for _ in decoder.layers], nothing)
         with ExitStack() as hooks:
             for index, layer in enumerate(decoder.layers):
                 hook = layer.register_forward_pre_hook(partial(seen._enter_layer, index))
@@ -104,10 +131,8 @@ class DecoderInputs:
 
     def _enter(self, decoder: Any, args: Any, given: dict[str, Any]) -> None:
         self.position_ids.append(given["position_ids"])
-        for added in given.get("deepstack_visual_embeds") or ():
-            everywhere = added.new_zeros(len(self.is_text), added.shape[-1])
-            everywhere[given["visual_pos_masks"][0]] = added
-            self.deepstack.append(everywhere)
+        if added := given.get("deepstack_visual_embeds"):
+            self.deepstack = Deepstack(given["visual_pos_masks"][0].nonzero()[:, 0], added)
 
     def _enter_layer(self, index: int, layer: Any, args: tuple[Any, ...]) -> None:
         (hidden,) = args[0]
@@ -195,8 +220,14 @@ class HFModel:
 
     @property
     def layer_parameters(self) -> int:
-        """The number of parameters of one decoder layer."""
-        return sum(parameter.numel() for parameter in self.decoder.layers[0].parameters())
+        """The number of parameters of one decoder layer that compute a token."""
+        return active_parameters(self.decoder.layers[-1], self.config.get_text_config())
+
+    @property
+    def attention_width(self) -> int:
+        """The number of values in a token's queries: the number of heads times their size."""
+        attention = self.decoder.layers[0].self_attn
+        return int(attention.head_dim) * int(self.config.get_text_config().num_attention_heads)
 
     def encode(self, sample: Sample, max_tokens: int) -> ModelInputs:
         """Makes the model's inputs of a sample, on the model's device and in its data type.
@@ -217,24 +248,17 @@ class HFModel:
 
         Raises:
             ValueError: The model's logits are not finite.
-            BadSampleError: transformers' code for the model fails.
         """
         is_text = ~inputs.is_visual
         is_text[-1] = True
-        try:
-            with DecoderInputs.of(self.decoder, is_text) as seen:
-                out = self.hf_model.generate(
-                    **inputs.tensors,
-                    do_sample=False,
-                    max_new_tokens=max_tokens,
-                    output_logits=True,
-                    return_dict_in_generate=True,
-                )
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # Mistral3's code fails for images of a single token, for example.
-            kind = "transformers cannot compute the sample"
-            raise BadSampleError(f"{kind}: {error}", kind) from error
+        with DecoderInputs.of(self.decoder, is_text) as seen:
+            out = self.hf_model.generate(
+                **inputs.tensors,
+                do_sample=False,
+                max_new_tokens=max_tokens,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
         answer = out.sequences[0, len(is_text) :]
         logits = torch.cat(out.logits).float()
         if not logits.isfinite().all():
@@ -315,13 +339,29 @@ class HFModel:
                     position_embeddings=rotary,
                     past_key_values=cache,
                 )
-                if index < len(answered.deepstack) and not tokens:
-                    hidden = hidden + answered.deepstack[index]
+                if not tokens:
+                    hidden = answered.deepstack.after(index, hidden)
             tokens.append(int(self.head(self.decoder.norm(hidden[0, -1])).argmax()))
             if tokens[-1] in self.eos_token_ids or len(tokens) == max_tokens:
                 return tokens
             hidden = self.decoder.embed_tokens(torch.tensor([tokens[-1:]], device=hidden.device))
             positions = (following + len(tokens) - 1).expand(*positions.shape[:-1], 1)
+
+
+def active_parameters(layer: Any, text_config: Any) -> int:
+    """The number of parameters of a decoder layer that compute a token. Of all experts, some do.
+
+    Args:
+        layer: The decoder layer, of transformers. The first layers of a mixture of experts may have none, so
+            this should be the last one.
+        text_config: The text model's configuration.
+    """
+    count = sum(parameter.numel() for parameter in layer.parameters())
+    for name, module in layer.named_modules():
+        if name.rpartition(".")[2] == "experts":
+            of_experts = sum(parameter.numel() for parameter in module.parameters())
+            count -= of_experts - of_experts * text_config.num_experts_per_tok // module.num_experts
+    return count
 
 
 def _joined(steps: Sequence[torch.Tensor], count: int) -> torch.Tensor:

@@ -32,15 +32,15 @@ class Price:
 
     Attributes:
         num_layers: The number of the decoder's layers.
-        layer_parameters: The number of parameters of one decoder layer.
-        hidden_size: The model's hidden size.
+        layer_parameters: The number of parameters of one decoder layer that compute a token.
+        attention_width: The number of attention heads times their size.
         request: The tokens of a request.
         work_weight: How much a share of the work counts in `cost`, relative to the same share of KV memory.
     """
 
     num_layers: int
     layer_parameters: int
-    hidden_size: int
+    attention_width: int
     request: RequestTokens
     work_weight: float = 1.0
 
@@ -54,7 +54,7 @@ class Price:
             keep: The fraction of visual tokens that the layer gets.
         """
         tokens = keep * self.request.visual + self.request.text
-        return 2 * self.layer_parameters * tokens + 4 * self.hidden_size * tokens**2
+        return 2 * self.layer_parameters * tokens + 4 * self.attention_width * tokens**2
 
     def prefill_flops(self, policy: Policy) -> float:
         """The floating-point operations that all decoder layers together need for a prompt."""

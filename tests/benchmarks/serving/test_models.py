@@ -14,6 +14,7 @@ from vllm import SamplingParams
 from benchmarks.serving.models import QUARTER, SMALL_QWEN, Model
 from benchmarks.serving.setups import WEIGHTS
 from tests.engine.engines import running
+from vllm_vtw.search.model import active_parameters
 
 
 def made(folder, model: Model):
@@ -30,8 +31,10 @@ def count(module: torch.nn.Module) -> int:
 @pytest.mark.parametrize("model", [QUARTER, SMALL_QWEN, *WEIGHTS], ids=lambda model: model.name)
 def test_parameters(tmp_path, model):
     hf_model = made(tmp_path, replace(model, vocab=1024))
-    of_layer = count(hf_model.get_decoder().layers[0])
-    assert model.layer_parameters(model.experts) == pytest.approx(of_layer, rel=0.01)
+    layer = hf_model.get_decoder().layers[-1]
+    assert model.layer_parameters(model.experts) == pytest.approx(count(layer), rel=0.01)
+    active = active_parameters(layer, hf_model.config.get_text_config())
+    assert model.layer_parameters(model.active_experts) == pytest.approx(active, rel=0.01)
     embeddings = 2 * (model.vocab - 1024) * model.hidden
     if model in WEIGHTS:
         assert 2e-9 * (count(hf_model) + embeddings) == pytest.approx(WEIGHTS[model], rel=0.01)

@@ -97,7 +97,7 @@ def _images(entry: dict[str, Any]) -> list[str]:
 def _video(entry: dict[str, Any]) -> Video | None:
     """The video of a sample: a path, or the paths of its frames."""
     video = entry.get("video")
-    if "videos" in entry:
+    if entry.get("videos"):
         raise BadSampleError("has 'videos': a sample has one video, under 'video'")
     if video is None:
         return None

@@ -135,6 +135,8 @@ class Prompts:
                 f"than the model's {self.max_model_len}",
                 "too long",
             )
+        if self.family.model_type == "mistral3" and any(self._visual_tokens(image) == 1 for image in images):
+            raise BadSampleError("transformers cannot compute an image of one visual token for this model")
         self._note_first_token(prompt, is_whole)
         return ModelInputs(inputs, self._is_visual(ids, images))
 

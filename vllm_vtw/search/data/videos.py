@@ -3,6 +3,7 @@
 """Loads videos in the way in which `vllm serve` does by default before it gives them to a model."""
 
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,9 @@ MAX_FRAMES = 32
 FRAMES_PER_SECOND = 1.0
 """The rate of a video that is given as a list of frames, as in vLLM."""
 SAMPLED_PER_SECOND = 2
-"""The rate at which vLLM samples a video for a model whose processor has a rule of its own."""
+LIMITS = {"min_frames": 4, "max_frames": 768, "max_duration": 300, "temporal_patch_size": 2}
+"""The rate at which vLLM samples a video for a model whose processor has a rule of its own, and what it takes
+for the processor's own limits."""
 
 Sampler = Callable[[Any], npt.NDArray[np.int_]]
 """Chooses frames of a video: returns their numbers, ascending, given its metadata."""
@@ -47,8 +50,13 @@ def as_processor(video_processor: Any) -> Sampler:
         video_processor: The checkpoint's video processor, of transformers.
     """
 
+    limited = copy(video_processor)
+    for name, limit in LIMITS.items():
+        if getattr(limited, name, None) is not None:
+            setattr(limited, name, limit)
+
     def sample(metadata: Any) -> npt.NDArray[np.int_]:
-        frames = video_processor.sample_frames(metadata, fps=SAMPLED_PER_SECOND)
+        frames = limited.sample_frames(metadata, fps=SAMPLED_PER_SECOND)
         # Rounding may lead behind the last frame.
         return np.unique(np.asarray(frames).clip(max=metadata.total_num_frames - 1))
 
@@ -77,8 +85,9 @@ def load_video(source: str | tuple[str, ...], folder: Path, sampler: Sampler) ->
 
     if isinstance(source, str):
         name = f"video {source!r}"
-        if "://" in source:
-            raise BadImageError(name, "videos are not downloaded; give a path")
+        if "://" in source or source.startswith("data:"):
+            name = f"video {source[:40]!r}"
+            raise BadImageError(name, "only paths are read; give one, or a list of the frames")
         path = folder / source
         if not path.is_file():
             raise BadImageError(name, "there is no such file", str(path))

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from vllm_vtw.search.reports.data_notes import data_notes
 from vllm_vtw.search.reports.page import MARKERS, Draw, label_layers, page
-from vllm_vtw.search.vtw.criteria import FIRST_LAYER
+from vllm_vtw.search.vtw.criteria import FIRST_LAYER_TRIED
 
 LEAST_KL = 1e-6
 """Smaller values are drawn at this one, because a logarithmic axis has no 0."""
@@ -121,11 +121,11 @@ def notes(result: dict[str, Any], criterion: str, tasks_without_sample: Collecti
             f"{raise_budget} to allow a smaller K, or serve without withdrawal."
         )
     said += data_notes(result, most, tasks_without_sample)
-    published = [layer for layer in layers if layer >= FIRST_LAYER]
-    if not published or published != list(range(FIRST_LAYER, published[-1] + 1)):
+    published = [layer for layer in layers if layer >= FIRST_LAYER_TRIED]
+    if not published or published != list(range(FIRST_LAYER_TRIED, published[-1] + 1)):
         considered = ", ".join(map(str, published)) or "none"
         said.append(
-            f"As published, the first-token criterion considers every K from {FIRST_LAYER} on; "
+            f"As published, the first-token criterion considers every K from {FIRST_LAYER_TRIED} on; "
             f"here it considered {considered}."
         )
     return said

@@ -16,8 +16,8 @@ def baselines(policy: Policy, layers: range, share: Callable[[Policy], float]) -
 
     Of each method the policy is taken that withdraws least and still costs no more: VTW with the largest K,
     and FastV with the largest fraction of visual tokens from layer 2 on. A method that always costs more is
-    left out. FastV as published, which drops half of the visual tokens, is always there, whatever it costs,
-    unless the model needs all visual tokens in layer 2. FastV then begins at the first layer that allows it.
+    left out. If the model needs all visual tokens in layer 2, FastV begins at the first layer that allows it.
+    If not, FastV as published, which drops half of the visual tokens, is there, too, whatever it costs.
 
     Args:
         policy: The policy that the others are compared with.
@@ -35,11 +35,10 @@ def baselines(policy: Policy, layers: range, share: Callable[[Policy], float]) -
     # waste so much less memory that a policy that keeps more takes less.
     best = [last for method in (vtw, fastv) for last in [one for one in method if share(one) <= most][-1:]]
     published = Policy((Stage(FASTV_LAYER, FASTV_KEEP),))
-    if fastv_layer != FASTV_LAYER:
-        return {_name(one): one for one in best}
-    return {_name(one): one for one in best if one != published} | {
-        f"FastV as published, {FASTV_KEEP:g}": published
-    }
+    found = {_name(one): one for one in best if one != published}
+    if fastv_layer == FASTV_LAYER:
+        found[f"FastV as published, {FASTV_KEEP:g}"] = published
+    return found
 
 
 def _name(policy: Policy) -> str:

@@ -6,13 +6,12 @@ A search can try fractions for the deeper layers without computing the shallower
 """
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from vllm_vtw.search.model import FullAnswer, HFModel
+from vllm_vtw.search.model import Deepstack, FullAnswer, HFModel
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class LayerInput:
     is_candidate: torch.Tensor
     attention: torch.Tensor
     last: int
-    deepstack: Sequence[torch.Tensor]
+    deepstack: Deepstack
 
     @classmethod
     def of(cls, answered: FullAnswer) -> "LayerInput":
@@ -92,8 +91,7 @@ def run_layer(model: HFModel, index: int, rows: LayerInput, ranks: bool) -> Laye
     hidden = layer(
         rows.hidden[None], attention_mask=None, position_ids=positions, position_embeddings=(cos, sin)
     )[0]
-    if index < len(rows.deepstack):
-        hidden = torch.cat([hidden[: rows.last + 1] + rows.deepstack[index], hidden[rows.last + 1 :]])
+    hidden = rows.deepstack.after(index, hidden)
     attention = torch.zeros(len(hidden), device=hidden.device)
     if ranks:
         seen = slice(rows.last + 1)

@@ -12,7 +12,7 @@ from math import inf
 from vllm_vtw.policy import Policy, Stage
 from vllm_vtw.search.price import Price
 
-FIRST_LAYER = 2
+FIRST_RANKED_LAYER = 2
 """The first layer that may get fewer visual tokens, if the model allows. Attention in layer 0 says little
 about which tokens deeper layers attend to."""
 GRID = 64

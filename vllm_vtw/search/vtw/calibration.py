@@ -133,7 +133,7 @@ def result(
             for name in ("visual_tokens", "text_tokens", "output_tokens")
         )
     )
-    price = Price(num_layers, model.layer_parameters, shape.hidden_size, request)
+    price = Price(num_layers, model.layer_parameters, model.attention_width, request)
     policies = [Policy.withdraw_at(layer, num_layers) for layer in layers]
     return {
         "model": shape.as_dict(),

@@ -15,7 +15,7 @@ budget on every task.
 from vllm_vtw.config import VICUNA_VOCABULARY, ModelShape
 from vllm_vtw.search.divergence import TaskDivergence
 
-FIRST_LAYER = 5
+FIRST_LAYER_TRIED = 5
 """The first K that the first-token criterion considers."""
 # The eta values of arXiv 2405.05803, by (model type, text model type, decoder layers, hidden size). All of
 # these models have Vicuna as their text model.
@@ -39,13 +39,13 @@ def default_eta(model: ModelShape, vocabulary: int) -> float:
 
 
 def first_token_layer(mean_kl: dict[int, float], eta: float) -> int | None:
-    """The K that the first-token criterion chooses. None if no K from `FIRST_LAYER` on satisfies it.
+    """The K that the first-token criterion chooses. None if no K from `FIRST_LAYER_TRIED` on satisfies it.
 
     Args:
         mean_kl: For each K, ascending, the mean of `AnswerDivergence.first_token_kl` over all samples.
         eta: The largest mean that is allowed, in nats.
     """
-    return next((layer for layer, kl in mean_kl.items() if layer >= FIRST_LAYER and kl <= eta), None)
+    return next((layer for layer, kl in mean_kl.items() if layer >= FIRST_LAYER_TRIED and kl <= eta), None)
 
 
 def answer_layer(
