@@ -103,7 +103,7 @@ METADATA = {
     "video_backend": "opencv",
     "do_sample_frames": False,
 }
-MIDDLE, FIRST, TWO, TEXT, VIDEO = "middle", "first", "two", "text", "video"
+MIDDLE, FIRST, TWO, TEXT, VIDEO, BOTH = "middle", "first", "two", "text", "video", "both"
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,9 @@ def asks(family: Family) -> dict[str, Ask]:
         made[TWO] = Ask(f"USER: {image}{image}\nWhat differs? ASSISTANT:", (WIDE, SQUARE))
     if video:
         made[VIDEO] = Ask(f"USER: {video}\nWhat happens? ASSISTANT:", (), ((FRAMES, METADATA),))
+    if image and video:
+        text = f"USER: {image} and {video}\nWhich is it? ASSISTANT:"
+        made[BOTH] = Ask(text, (WIDE,), ((FRAMES, METADATA),))
     return {kind: replace(ask, tokenize=family.tokenize) for kind, ask in made.items()}
 
 
@@ -192,3 +195,14 @@ def assert_answers(
         said.add(tuple(answer))
     assert some_leave
     assert len(said) == len(outputs)
+
+
+def assert_ranked_answers(
+    oracle: FamilyOracle, family: Family, outputs: Sequence[Any], schedule: Mapping[int, float]
+) -> None:
+    """The same for a ranked schedule, which says by layer what fraction of visual tokens goes on there."""
+    for (kind, ask), output in zip(asks(family).items(), outputs, strict=True):
+        encoded = oracle.encode(family.for_oracle(ask.prompt), ask.images, ask.videos)
+        answer = output.outputs[0].token_ids
+        logits = oracle.ranked_logits(encoded, answer, schedule, encoded.leaving(family.bridge, 1))
+        assert list(answer) == logits.argmax(-1).tolist(), kind

@@ -9,7 +9,17 @@ from tests.engine.gates import gated, random_gates
 from tests.engine.test_ranked import written
 from tests.families.checkpoints import CHECKPOINTS, LAYERS
 from tests.families.oracle import FamilyOracle
-from tests.families.requests import FAMILIES, GREEDY, asks, assert_answers, but_one, engine, shape, slow
+from tests.families.requests import (
+    FAMILIES,
+    GREEDY,
+    asks,
+    assert_answers,
+    assert_ranked_answers,
+    but_one,
+    engine,
+    shape,
+    slow,
+)
 
 
 @pytest.mark.parametrize(
@@ -50,14 +60,11 @@ def test_with_all_layers_it_is_stock_vllm(family_checkpoint, name):
 @pytest.mark.parametrize("name", but_one("internvl"))
 def test_a_ranked_schedule(family_checkpoint, oracle, tmp_path, name):
     family, schedule = FAMILIES[name], {2: 0.5, 4: 0.1}
-    asked, options = asks(family), written(tmp_path, schedule, shape(name))
+    prompts = [ask.to_vllm() for ask in asks(family).values()]
+    options = written(tmp_path, schedule, shape(name))
     with running(family_checkpoint(name), options, **engine(family)) as llm:
-        outputs = llm.generate([ask.to_vllm() for ask in asked.values()], GREEDY, use_tqdm=False)
-    for (kind, ask), output in zip(asked.items(), outputs, strict=True):
-        encoded = oracle(name).encode(family.for_oracle(ask.prompt), ask.images, ask.videos)
-        answer = output.outputs[0].token_ids
-        logits = oracle(name).ranked_logits(encoded, answer, schedule, encoded.leaving(family.bridge, 1))
-        assert list(answer) == logits.argmax(-1).tolist(), kind
+        outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert_ranked_answers(oracle(name), family, outputs, schedule)
 
 
 @pytest.mark.parametrize("name", but_one("mistral3"))

@@ -3,6 +3,7 @@
 """What compiled code gets of models with M-RoPE, and what is refused of them and of deepstack."""
 
 import json
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -11,22 +12,25 @@ from vllm.compilation.counter import compilation_counter
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.engine.engines import running
+from tests.engine.test_ranked import written
 from tests.families.checkpoints import LAYERS
-from tests.families.requests import FAMILIES, FIRST, GREEDY, asks, assert_answers, engine, shape, slow
+from tests.families.requests import (
+    FAMILIES,
+    FIRST,
+    GREEDY,
+    asks,
+    assert_answers,
+    assert_ranked_answers,
+    engine,
+    shape,
+    slow,
+)
 from vllm_vtw.policy import Policy, Stage
 
 
 def configure(folder, vtw, **options):
     arguments = {"model_impl": "vtw", "additional_config": {"vtw": vtw}, "dtype": "float32", **options}
     return EngineArgs(str(folder), **arguments).create_engine_config()
-
-
-KINDS = (
-    lambda count, kept: kept == count,
-    lambda count, kept: 0 < kept < count,
-    lambda count, kept: kept == 0,
-)
-"""Whether no tokens of a step leave, some do, or all do."""
 
 
 class Spy:
@@ -41,32 +45,40 @@ class Spy:
         return self.segment(positions, *others)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", pytest.param("qwen3_vl", marks=slow)])
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [
+        ("qwen2_5_vl", {LAYERS // 2: 0.0}),
+        pytest.param("qwen3_vl", {LAYERS // 2: 0.0}, marks=slow),
+        pytest.param("glm4v", {LAYERS // 2: 0.0}, marks=slow),
+        pytest.param("qwen2_5_vl", {2: 0.5, 4: 0.1}, marks=slow),
+    ],
+)
 def test_compiled_code_always_gets_the_strides_that_it_was_made_for(
-    family_checkpoint, oracle, monkeypatch, tmp_path, name
+    family_checkpoint, oracle, monkeypatch, tmp_path, name, schedule
 ):
-    """In steps in which no tokens leave, some do, and all do."""
+    """In steps in which no tokens leave, some do, and all do. A ranked prompt takes one step."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-    family, layer, chunk = FAMILIES[name], LAYERS // 2, 32
-    asked = asks(family)
+    family, is_ranked = FAMILIES[name], len(schedule) > 1
+    asked, chunk = asks(family), 256 if is_ranked else 32
+    vtw = written(tmp_path, schedule, shape(name)) if is_ranked else {"layer": LAYERS // 2, "align": False}
     options = engine(family, enforce_eager=False, max_num_batched_tokens=chunk, max_num_seqs=4)
-    with running(family_checkpoint(name), {"layer": layer, "align": False}, **options) as llm:
+    with running(family_checkpoint(name), vtw, **options) as llm:
         worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
         (decoder,) = (
             module.staged_decoder
             for module in worker.model_runner.model.modules()
             if hasattr(module, "staged_decoder")
         )
-        first, second = decoder.segments.values()
-        spies = Spy(first), Spy(second)
-        decoder.segments = dict(enumerate(spies))
-        steps: list[tuple[int, int]] = []
+        spies = {stage: Spy(segment) for stage, segment in decoder.segments.items()}
+        decoder.segments = spies
+        steps: dict[int, list[tuple[int, int]]] = defaultdict(list)
         run = decoder._run
 
         def counted(
             stage: int, step: Any, positions: torch.Tensor, hidden: torch.Tensor, *others: Any
         ) -> Any:
-            steps.append((positions.shape[-1], len(hidden)))
+            steps[stage].append((positions.shape[-1], len(hidden)))
             return run(stage, step, positions, hidden, *others)
 
         decoder._run = counted
@@ -74,14 +86,18 @@ def test_compiled_code_always_gets_the_strides_that_it_was_made_for(
         llm.generate(asked[FIRST].to_vllm(), GREEDY, use_tqdm=False)
         outputs = llm.generate([ask.to_vllm() for ask in asked.values()], GREEDY, use_tqdm=False)
         assert compilation_counter == warm
-    assert_answers(oracle(name), family, outputs, layer, 1)
-    whole, some, none = ({step for step in steps if kind(*step)} for kind in KINDS)
-    assert len(whole) > 2
-    assert len(some) > 2
-    assert none
-    assert [count for count, _ in spies[0].seen] == [count for count, _ in steps]
-    assert [count for count, _ in spies[1].seen] == [kept for _, kept in steps if kept]
-    assert {strides for spy in spies for _, strides in spy.seen} == {(chunk + 1, 1)}
+    if is_ranked:
+        assert_ranked_answers(oracle(name), family, outputs, schedule)
+    else:
+        assert_answers(oracle(name), family, outputs, LAYERS // 2, 1)
+    assert steps.keys() == set(range(1, len(schedule) + 1))
+    for stage, seen in steps.items():
+        assert len({step for step in seen if step[1] == step[0]}) > 2
+        assert len({step for step in seen if 0 < step[1] < step[0]}) > 2
+        assert is_ranked or any(kept == 0 for _, kept in seen)
+        assert [count for count, _ in spies[0].seen] == [count for count, _ in seen]
+        assert [count for count, _ in spies[stage].seen] == [kept for _, kept in seen if kept]
+    assert {strides for spy in spies.values() for _, strides in spy.seen} == {(chunk + 1, 1)}
 
 
 def test_code_for_one_number_of_tokens_is_refused(family_checkpoint):
