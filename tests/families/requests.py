@@ -46,6 +46,7 @@ class Family:
         tokenize: Makes token ids of a prompt, if vLLM takes no text.
         options: Options of the engine.
         first: The first layer that tokens may leave at.
+        takes_both: Whether transformers computes a prompt with an image and a video.
     """
 
     image: str = ""
@@ -55,6 +56,7 @@ class Family:
     tokenize: Callable[[str, Sequence[Any]], list[int]] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     first: int = 1
+    takes_both: bool = True
 
     def for_oracle(self, prompt: str) -> str:
         """The prompt with the placeholders of the twin, if transformers lacks the model."""
@@ -79,8 +81,8 @@ FAMILIES = {
     "qwen2_5_vl": Family(AROUND.format("image"), AROUND.format("video")),
     "qwen3_vl": Family(AROUND.format("image"), AROUND.format("video"), first=2),
     "qwen3_vl_moe": Family(AROUND.format("image"), AROUND.format("video"), first=2),
-    "glm4v": Family(AROUND_GLM.format("image"), AROUND_GLM.format("video")),
-    "glm4v_moe": Family(AROUND_GLM.format("image"), AROUND_GLM.format("video")),
+    "glm4v": Family(AROUND_GLM.format("image"), AROUND_GLM.format("video"), takes_both=False),
+    "glm4v_moe": Family(AROUND_GLM.format("image"), AROUND_GLM.format("video"), takes_both=False),
     "eagle": Family("<image>", options=REMOTE),
     "internvl_chat_video": Family("<image>", "<video>", options=REMOTE),
     "llava_onevision2": Family(AROUND.format("image"), AROUND.format("video"), options=REMOTE),
@@ -136,7 +138,7 @@ def asks(family: Family) -> dict[str, Ask]:
         made[TWO] = Ask(f"USER: {image}{image}\nWhat differs? ASSISTANT:", (WIDE, SQUARE))
     if video:
         made[VIDEO] = Ask(f"USER: {video}\nWhat happens? ASSISTANT:", (), ((FRAMES, METADATA),))
-    if image and video:
+    if image and video and family.takes_both:
         text = f"USER: {image} and {video}\nWhich is it? ASSISTANT:"
         made[BOTH] = Ask(text, (WIDE,), ((FRAMES, METADATA),))
     return {kind: replace(ask, tokenize=family.tokenize) for kind, ask in made.items()}

@@ -60,7 +60,7 @@ def test_compiled_code_always_gets_the_strides_that_it_was_made_for(
     """In steps in which no tokens leave, some do, and all do. A ranked prompt takes one step."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     family, is_ranked = FAMILIES[name], len(schedule) > 1
-    asked, chunk = asks(family), 256 if is_ranked else 32
+    asked, chunk = asks(family), 512 if is_ranked else 32
     vtw = written(tmp_path, schedule, shape(name)) if is_ranked else {"layer": LAYERS // 2, "align": False}
     options = engine(family, enforce_eager=False, max_num_batched_tokens=chunk, max_num_seqs=4)
     with running(family_checkpoint(name), vtw, **options) as llm:
