@@ -66,21 +66,25 @@ def tokenizer_with(*words: str, **named: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def text_config(backbone: str, tokenizer: PreTrainedTokenizerFast, **more: Any) -> Any:
-    options: dict[str, Any] = {
+def text_options(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """What the text models of all families have in common."""
+    return {
         "vocab_size": VOCAB,
         "hidden_size": HIDDEN,
         "intermediate_size": 2 * HIDDEN,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
-        "head_dim": HIDDEN // 2,
         "max_position_embeddings": 4096,
         "tie_word_embeddings": False,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+
+
+def text_config(backbone: str, tokenizer: PreTrainedTokenizerFast, **more: Any) -> Any:
+    options = text_options(tokenizer) | {"head_dim": HIDDEN // 2}
     if backbone == "mistral":
         options["sliding_window"] = None
     if backbone == "qwen3_moe":

@@ -25,7 +25,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from tests.families.checkpoints import HIDDEN, LAYERS, VOCAB, save, tokenizer_with
+from tests.families.checkpoints import HIDDEN, save, text_options, tokenizer_with
 
 SIZE = {"size": {"shortest_edge": 784, "longest_edge": 50176}}
 VIDEO_SIZE = {"size": {"shortest_edge": 784, "longest_edge": 401408}}
@@ -34,21 +34,8 @@ HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
 def text(tokenizer: PreTrainedTokenizerFast, **more: Any) -> dict[str, Any]:
-    return {
-        "vocab_size": VOCAB,
-        "hidden_size": HIDDEN,
-        "intermediate_size": 2 * HIDDEN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": False,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
-        **more,
-    }
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    return text_options(tokenizer) | {"rope_parameters": rope, **more}
 
 
 def qwen_tokenizer() -> PreTrainedTokenizerFast:
