@@ -160,6 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    measured: dict[str, Any] = {**measured_on(), "model": asdict(MODEL), "layer": LAYER, "chunk": CHUNK}
     runs: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         model = MODEL.save(Path(folder) / "model")
@@ -173,15 +174,15 @@ def main() -> None:
                 runs[name, frames].append(engines[name].recv())
         for pipe in engines.values():
             pipe.send(0)
-    result = {**measured_on(), "model": asdict(MODEL), "layer": LAYER, "chunk": CHUNK, "videos": []}
-    for (name, frames), measured in runs.items():
+    result = measured | {"videos": []}
+    for (name, frames), of_video in runs.items():
         row: dict[str, Any] = {"engine": name, "frames": frames}
         for key in ("prompt_tokens", "steps", "kv_share", "more_mib"):
-            row[key] = max(run[key] for run in measured)
+            row[key] = max(run[key] for run in of_video)
         row["median_microseconds"] = {
-            part: round(statistics.median(one for run in measured for one in run["microseconds"][part]), 1)
+            part: round(statistics.median(one for run in of_video for one in run["microseconds"][part]), 1)
             for part in PARTS
-            if measured[0]["microseconds"][part]
+            if of_video[0]["microseconds"][part]
         }
         print(json.dumps(row))
         result["videos"].append(row)
