@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_vtw.families import how_to_find_a_layer
+from vllm_vtw.families import DEEPSTACK, how_to_find_a_layer
 from vllm_vtw.policy import Policy
 from vllm_vtw.untrusted_files import shorten
 
@@ -169,7 +169,7 @@ def _policy(options: dict[str, Any], model: ModelShape) -> Policy:
         layer = options["layer"]
         least = model.first_layer
         if type(layer) is not int or not least <= layer <= num_layers:
-            why = "" if least == 1 else "; the layers before it get visual features"
+            why = f". {DEEPSTACK.format(least)}" if least > 1 else ""
             raise _error(
                 "layer",
                 layer,
@@ -186,8 +186,8 @@ def _policy(options: dict[str, Any], model: ModelShape) -> Policy:
         return Policy.withdraw_at(published, num_layers)
     raise ValueError(
         '--additional-config ["vtw"]: no withdrawal layer is published for this model, so "layer" or '
-        f'"policy" has to be set. --additional-config \'{{"vtw": {{"layer": K}}}}\' sets it, with K from 1 '
-        f"to {num_layers}. The larger K is, the fewer answers change; "
+        f'"policy" has to be set. --additional-config \'{{"vtw": {{"layer": K}}}}\' sets it, with K '
+        f"from {model.first_layer} to {num_layers}. The larger K is, the fewer answers change; "
         f"{how_to_find_a_layer(model.model_type)}"
     )
 

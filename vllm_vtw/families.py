@@ -302,6 +302,10 @@ def how_to_find_a_layer(model_type: str) -> str:
     )
 
 
+DEEPSTACK = "The model adds visual features to hidden states after its first {} layers (deepstack)"
+"""Why withdrawal cannot begin at a layer before `first_layer`, as a sentence without a full stop."""
+
+
 def first_layer(hf_config: Any) -> int:
     """The first layer that visual tokens may be withdrawn at.
 

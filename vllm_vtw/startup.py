@@ -75,6 +75,11 @@ def _family(vllm_config: VllmConfig) -> Family:
     return BY_ARCHITECTURE[architecture]
 
 
+def has_timestamps(vllm_config: VllmConfig) -> bool:
+    """Whether text tokens stand between the visual tokens of a video's frames."""
+    return FRAMES in _family(vllm_config).video
+
+
 def layer_groups(vllm_config: VllmConfig, policy: Policy) -> LayerGroups:
     """The KV-cache groups under a policy. They are the same in all processes of an engine."""
     num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
@@ -207,11 +212,13 @@ def _model_refusals(vllm_config: VllmConfig) -> Iterator[str]:
             "use --tensor-parallel-size, not --data-parallel-size"
         )
     pruning = model.multimodal_config and model.multimodal_config.video_pruning_rate
-    if pruning and FRAMES in _family(vllm_config).video:
+    if pruning and has_timestamps(vllm_config):
         yield (
             "vLLM does not say where the timestamps between the frames of a pruned video are: remove "
             f"--video-pruning-rate {pruning:g}"
         )
+    elif pruning and current_platform.is_cpu():
+        yield f"vLLM fails with pruned videos on the CPU: remove --video-pruning-rate {pruning:g}"
     if model.uses_mrope and vllm_config.compilation_config.compile_sizes:
         yield (
             "code for one number of tokens reads M-RoPE's positions wrongly after tokens have left: remove "

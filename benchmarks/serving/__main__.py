@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.serving.compare import read
 from benchmarks.serving.run import measure
-from benchmarks.serving.setups import ON_GPU, SETUPS
+from benchmarks.serving.setups import ON_CPU, ON_GPU, SETUPS
 from benchmarks.serving.show import write_plots, write_tables
 
 FOLDER = Path(".cache/serving")
@@ -35,7 +35,9 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on where the output file ends")
     arguments = parser.parse_args()
     if arguments.setup in ON_GPU and not torch.cuda.is_available():
-        parser.error(f"{arguments.setup} takes a GPU, and there is none: `small` takes two cores of a CPU")
+        parser.error(
+            f"{arguments.setup} takes a GPU, and there is none: {', '.join(ON_CPU)} take two cores of a CPU"
+        )
     name = "-".join([arguments.setup, *re.findall(r"\w+", arguments.only)])
     output = arguments.output or FOLDER / f"{name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -242,9 +242,5 @@ ON_GPU: dict[str, Callable[[], Setup]] = {
     **{f"cards-{name}": partial(cards, model) for name, model in OF_QWEN.items()},
     **{f"full-{name}": partial(full, model) for name, model in OF_QWEN.items()},
 }
-SETUPS: dict[str, Callable[[], Setup]] = {
-    "small": small,
-    "small-qwen": small_qwen,
-    "schedule": schedule,
-    **ON_GPU,
-}
+ON_CPU: dict[str, Callable[[], Setup]] = {"small": small, "small-qwen": small_qwen, "schedule": schedule}
+SETUPS = ON_CPU | ON_GPU

@@ -3,6 +3,7 @@
 """Videos that vLLM prunes before the decoder (EVS) and that the plugin withdraws within it."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tests.engine.test_runner_v2 import run
 from tests.families.oracle import Encoded
 from tests.families.requests import FAMILIES, GREEDY, METADATA, VIDEO, Ask, asks, engine, noise, slow
 from tests.families.test_mrope import configure
+from vllm_vtw import startup
 
 RATE = 0.5
 GRID = (4, 2, 3)
@@ -42,7 +44,8 @@ def pruned(encoded: Encoded) -> Encoded:
     )
 
 
-def test_answers(family_checkpoint, oracle):
+def test_answers(family_checkpoint, oracle, monkeypatch):
+    monkeypatch.setattr(startup, "current_platform", SimpleNamespace(is_cpu=lambda: False))
     family, layer = FAMILIES["qwen2_5_vl"], 3
     video = (noise(4, 8, 56, 84, 3), METADATA | {"total_num_frames": 8, "frames_indices": list(range(8))})
     ask = Ask(asks(family)[VIDEO].prompt, (), (video,))
@@ -67,8 +70,15 @@ def test_answers_under_v2():
     run("triton_interpreter", "../families/test_evs.py::test_answers")
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_vl_moe"])
-def test_is_refused_where_timestamps_would_leave(family_checkpoint, name):
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("qwen3_vl", "the timestamps between the frames"),
+        ("qwen3_vl_moe", "the timestamps between the frames"),
+        ("qwen2_5_vl", "vLLM fails with pruned videos on the CPU"),
+    ],
+)
+def test_is_refused(family_checkpoint, name, why):
     options = engine(FAMILIES[name], video_pruning_rate=RATE)
-    with pytest.raises(ValueError, match=r"remove --video-pruning-rate 0\.5"):
+    with pytest.raises(ValueError, match=rf"{why}.*remove --video-pruning-rate 0\.5"):
         configure(family_checkpoint(name), {"layer": 3}, **options)

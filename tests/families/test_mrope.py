@@ -3,6 +3,7 @@
 """What compiled code gets of models with M-RoPE, and what is refused of them and of deepstack."""
 
 import json
+import logging
 from collections import defaultdict
 from typing import Any
 
@@ -107,10 +108,25 @@ def test_code_for_one_number_of_tokens_is_refused(family_checkpoint):
         configure(family_checkpoint("qwen2_5_vl"), {"layer": 3}, **engine(family, **options))
 
 
+def test_the_log_says_that_frames_are_withdrawn_by_blocks(family_checkpoint, caplog):
+    logging.getLogger("vllm.vtw").addHandler(caplog.handler)
+    with caplog.at_level(logging.INFO, "vllm.vtw"):
+        for align in (True, False):
+            caplog.clear()
+            options = engine(FAMILIES["qwen3_vl"], enable_prefix_caching=align)
+            with running(family_checkpoint("qwen3_vl"), {"layer": 3, "align": align}, **options):
+                pass
+            said = "of each frame of a video, which stands between timestamps, up to 62 visual tokens stay"
+            assert (said in caplog.text) == align
+    logging.getLogger("vllm.vtw").removeHandler(caplog.handler)
+
+
 def test_layers_with_visual_features_keep_visual_tokens(family_checkpoint, tmp_path):
     folder, options = family_checkpoint("qwen3_vl"), engine(FAMILIES["qwen3_vl"])
     configure(folder, {"layer": 2}, **options)
-    with pytest.raises(ValueError, match="has to be an integer from 2 to 6"):
+    with pytest.raises(
+        ValueError, match=r"integer from 2 to 6, the number of decoder layers\. The model adds visual"
+    ):
         configure(folder, {"layer": 1}, **options)
     file = tmp_path / "policy.json"
     model = {"model_type": "qwen3_vl", "num_hidden_layers": 6, "hidden_size": shape("qwen3_vl").hidden}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_vtw.config import ModelShape
-from vllm_vtw.families import BY_MODEL_TYPE, how_to_find_a_layer
+from vllm_vtw.families import BY_MODEL_TYPE, DEEPSTACK, how_to_find_a_layer
 from vllm_vtw.search.checkpoint import read_config, revision, supported_model
 from vllm_vtw.search.data.random_order import SEEDS
 from vllm_vtw.search.vtw.criteria import FIRST_LAYER_TRIED
@@ -168,8 +168,8 @@ def values_of_layer(text: str | None, shape: ModelShape) -> list[int]:
         if not first_layer <= start <= stop < num_layers:
             within = f"{first_layer}-{num_layers - 1}, as the model has {num_layers} layers"
             if first_layer > 1:
-                within += f" and adds visual features to hidden states after the first {first_layer}"
-            raise ValueError(f"--layers {text}: {part} is not a range within {within}")
+                within += f". {DEEPSTACK.format(first_layer)}"
+            raise ValueError(f"--layers {text}: {part} is not within {within}")
         layers.update(range(start, stop + 1))
     return sorted(layers)
 

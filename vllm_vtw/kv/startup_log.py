@@ -13,6 +13,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm_vtw.capacity import TYPICAL_TEXT, LayerGroup, LayerGroups, best_partition, visual_tokens_held
 from vllm_vtw.config import VTWConfig
 from vllm_vtw.policy import Policy
+from vllm_vtw.startup import has_timestamps
 
 logger = logging.getLogger("vllm.vtw")
 
@@ -67,6 +68,12 @@ def log_startup(
         )
     elif stages and tokens:
         _warn_of_rounding(groups, by_stage, what, tokens, block_size)
+    if stages and config.align and has_timestamps(vllm_config):
+        logger.info(
+            "vtw: of each frame of a video, which stands between timestamps, up to %d visual tokens stay, "
+            'because only whole KV blocks are withdrawn: "align": false withdraws all of them',
+            2 * (block_size - 1),
+        )
     if stages and tokens and len(groups.ranks) > 1:
         _log_better_partition(groups, by_stage, policy)
 

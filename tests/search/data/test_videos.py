@@ -47,7 +47,7 @@ def in_vllm(**options: Any) -> VideoMediaIO:
 PROCESSORS = [Qwen2VLVideoProcessor, Qwen3VLVideoProcessor, Glm4vVideoProcessor]
 
 
-@pytest.mark.parametrize("count", [7, 32, 50])
+@pytest.mark.parametrize("count", [12, 32, 50])
 @pytest.mark.parametrize("processor", [None, *PROCESSORS])
 def test_a_file(tmp_path, processor, count):
     name, options = film(tmp_path, count), {}
@@ -62,6 +62,12 @@ def test_a_file(tmp_path, processor, count):
     np.testing.assert_array_equal(found.pixels, wanted)
     assert list(found.metadata.frames_indices) == list(metadata["frames_indices"])
     assert (found.metadata.fps, found.metadata.duration) == (metadata["fps"], metadata["duration"])
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_a_video_of_one_frame_is_too_short(tmp_path, processor):
+    with pytest.raises(BadSampleError, match="it is too short: the model takes at least two frames"):
+        loaded(film(tmp_path, 1), tmp_path, as_processor(processor()))
 
 
 @pytest.mark.parametrize("count", [1, 40])

@@ -236,7 +236,7 @@ def test_evaluation_by_threshold(gates, data, tmp_path):
 
 def test_what_is_wrong_is_said(gates, data, done, tmp_path):
     for command, options, said in (
-        ("train", ["--layers=12"], "12 is not a range within 1-11"),
+        ("train", ["--layers=12"], "12 is not within 1-11"),
         ("train", ["--limit=7"], "--limit 7: has to be at least 8"),
         ("eval", [], "the following arguments are required: --policy"),
         ("eval", [f"--policy={done[0] / 'policy.json'}"], "has no gates: `vtw dyvte train` makes them"),

@@ -96,8 +96,9 @@ class Prompts:
             )
         (other,) = PLACEHOLDERS.keys() - {kind}
         other_token = getattr(self.processor, f"{other}_token", None)
-        if taken[other] and other_token is not None and other_token != token and other_token in text:
-            raise BadSampleError(f"the prompt has {other_token}, and the sample has no {other}")
+        for named in (PLACEHOLDERS[other], other_token):
+            if taken[other] and named is not None and named != token and named in text:
+                raise BadSampleError(f"the prompt has {named}, and the sample has no {other}")
         return text
 
     def inputs(self, sample: Sample, max_tokens: int) -> ModelInputs:

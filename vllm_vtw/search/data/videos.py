@@ -56,9 +56,15 @@ def as_processor(video_processor: Any) -> Sampler:
             setattr(limited, name, limit)
 
     def sample(metadata: Any) -> npt.NDArray[np.int_]:
-        frames = limited.sample_frames(metadata, fps=SAMPLED_PER_SECOND)
+        try:
+            frames = limited.sample_frames(metadata, fps=SAMPLED_PER_SECOND)
+        except ZeroDivisionError:
+            frames = []
         # Rounding may lead behind the last frame.
-        return np.unique(np.asarray(frames).clip(max=metadata.total_num_frames - 1))
+        found = np.unique(np.asarray(frames, dtype=int).clip(max=metadata.total_num_frames - 1))
+        if len(found) < LIMITS["temporal_patch_size"]:
+            raise ValueError("it is too short: the model takes at least two frames")
+        return found
 
     return sample
 
@@ -89,7 +95,11 @@ def load_video(source: str | tuple[str, ...], folder: Path, sampler: Sampler) ->
             name = f"video {source[:40]!r}"
             raise BadImageError(name, "only paths are read; give one, or a list of the frames")
         path = folder / source
-        if not path.is_file():
+        try:
+            is_file = path.is_file()
+        except OSError:  # The name is too long, for example.
+            is_file = False
+        if not is_file:
             raise BadImageError(name, "there is no such file", str(path))
         try:
             pixels, metadata = load_file(str(path), backend="opencv", sample_indices_fn=sample)
