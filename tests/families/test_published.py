@@ -88,6 +88,8 @@ def test_doctor_finds_it_supported(tmp_path, name):
         decoder = AutoConfig.from_pretrained(tmp_path).text_config.model_type
     assert finding.found == f"{tmp_path} can be served: {architecture} over {decoder}"
     assert not finding.remedy
+    has_deepstack = "K has to be at least 3, because of deepstack" in finding.remark
+    assert has_deepstack == name.startswith("Qwen/Qwen3-VL")
     assert ("--trust-remote-code" in options) == ("auto_map" in content)
     assert ('{"layer": K}' in options) == (name != "llava-hf/llava-1.5-7b-hf")
 

@@ -121,6 +121,7 @@ def test_a_video_file_is_the_same_prompt_as_in_vllm(family_checkpoint, tmp_path,
         ("llava_onevision", {"images": (), "video": ("a.png",)}, "What?", "the number of videos is 1"),
         ("llava_next_video", {"images": ("a.png",)}, "<image> What?", "vLLM takes no images for this model"),
         ("smolvlm", {"images": (), "video": ("a.png",)}, "<video>", "vLLM takes no videos for this model"),
+        ("qwen2_vl", {"images": (), "video": ("a.png",)}, "<video><image>", "the prompt has <image>, and"),
     ],
 )
 def test_media_that_do_not_fit_are_told(family_checkpoint, tmp_path, name, media, prompt, said):

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from vllm_vtw.config import ModelShape
-from vllm_vtw.families import how_to_find_a_layer, refusal, supported_architecture, text_refusal
+from vllm_vtw.families import first_layer, how_to_find_a_layer, refusal, supported_architecture, text_refusal
 from vllm_vtw.plugin import SUPPORTED_VLLM
 
 MAX_ERROR_SHOWN = 300
@@ -120,6 +120,8 @@ def check_model(name: str) -> ModelCheck:
     if shape.published_layer is None:
         options += ' --additional-config \'{"vtw": {"layer": K}}\''
         remarks.append(f"no withdrawal layer K is published for it: {how_to_find_a_layer(shape.model_type)}")
+    if (least := first_layer(hf_config)) > 1:
+        remarks.append(f"K has to be at least {least}, because of deepstack")
     if has_mistrals_format(name):
         options += " --config-format hf --load-format auto --tokenizer-mode auto"
         remarks.append("vLLM would take Mistral's own format, of which policy files are other ones")

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from vllm_vtw.search.model import Deepstack, FullAnswer, HFModel
+from vllm_vtw.search.decoder_inputs import Deepstack
+from vllm_vtw.search.model import FullAnswer, HFModel
 
 
 @dataclass(frozen=True)
