@@ -17,9 +17,9 @@ MAX_FRAMES = 32
 FRAMES_PER_SECOND = 1.0
 """The rate of a video that is given as a list of frames, as in vLLM."""
 SAMPLED_PER_SECOND = 2
+"""The rate at which vLLM samples a video for a model whose processor has a rule of its own."""
 LIMITS = {"min_frames": 4, "max_frames": 768, "max_duration": 300, "temporal_patch_size": 2}
-"""The rate at which vLLM samples a video for a model whose processor has a rule of its own, and what it takes
-for the processor's own limits."""
+"""What vLLM's loaders have in place of a processor's own limits, whatever the checkpoint says."""
 
 Sampler = Callable[[Any], npt.NDArray[np.int_]]
 """Chooses frames of a video: returns their numbers, ascending, given its metadata."""
@@ -49,7 +49,6 @@ def as_processor(video_processor: Any) -> Sampler:
     Args:
         video_processor: The checkpoint's video processor, of transformers.
     """
-
     limited = copy(video_processor)
     for name, limit in LIMITS.items():
         if getattr(limited, name, None) is not None:
