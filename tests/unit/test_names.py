@@ -3,6 +3,7 @@
 """Tests that a subclass of a vLLM class reuses a name of its base only if it means to override it."""
 
 import ast
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -95,6 +96,7 @@ def subclasses() -> dict[str, type]:
     }
 
 
+@functools.cache
 def names(cls: type) -> set[str]:
     """The names that a class itself defines, annotates or assigns to `self`."""
     found = {name for name in vars(cls) if not (name.startswith("__") and name.endswith("__"))}
@@ -128,8 +130,9 @@ def test_every_override_is_one():
     """If the base no longer has a name, nobody calls the override."""
     found: dict[str, set[str]] = {}
     for cls in subclasses().values():
+        here = reused(cls)
         for base in cls.__mro__:
-            found.setdefault(base.__name__, set()).update(reused(cls))
+            found.setdefault(base.__name__, set()).update(here)
     gone = {name: meant - found.get(name, set()) for name, meant in OVERRIDES.items()}
     assert not any(gone.values()), gone
 
