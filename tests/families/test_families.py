@@ -21,13 +21,16 @@ from tests.families.requests import (
     slow,
 )
 
+LIKE_OTHERS = ("glm4v_moe", "idefics3", "internvl_chat_video", "llava_over_pixtral", "qwen2_vl")
+"""Families that differ little from another one. All their tests are slow."""
+
 
 @pytest.mark.parametrize(
     "layer", [LAYERS // 2, *(pytest.param(k, marks=slow) for k in (1, LAYERS - 1, LAYERS))]
 )
 @pytest.mark.parametrize("align", [False, pytest.param(True, marks=slow)])
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=slow if name == "internvl_chat_video" else ()) for name in FAMILIES]
+    "name", [pytest.param(name, marks=slow if name in LIKE_OTHERS else ()) for name in FAMILIES]
 )
 def test_answers(family_checkpoint, oracle, name, align, layer):
     family = FAMILIES[name]
