@@ -73,6 +73,14 @@ def cpu_env() -> dict[str, str]:
     return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0))))}
 
 
+def with_prefix_caching(base: Workload, engine: Engine, policy: Policy) -> Point:
+    """A point at which requests share images, and the engine their blocks."""
+    shared = replace(base, questions=4)
+    return Point(
+        "prefix caching", "4 questions an image", shared, replace(engine, prefix_caching=True), (policy,)
+    )
+
+
 def small() -> Setup:
     """The setup for two CPU cores: a quarter of LLaVA-1.5's lengths, and KV memory for about six requests."""
     model, half = QUARTER, Policy.withdraw_at(8, QUARTER.layers)
@@ -90,13 +98,7 @@ def small() -> Setup:
             *vary("images a request", few, engine, half, "images", {2: {}}),
             *vary("requests at once", base, engine, half, "concurrency", {1: {"requests": 4}, 4: {}}),
             Point("KV memory", "enough for all", base, Engine(1 * GIB), (half,)),
-            Point(
-                "prefix caching",
-                "4 questions an image",
-                replace(base, questions=4),
-                replace(engine, prefix_caching=True),
-                (half,),
-            ),
+            with_prefix_caching(base, engine, half),
         ),
         resident=True,
         asynchronous=False,
@@ -221,13 +223,7 @@ def full(model: Model) -> Setup:
                 for gib, requests in memory.items()
             ),
             Point("KV memory", "whole card", replace(base, requests=1536), Engine(None), (half,)),
-            Point(
-                "prefix caching",
-                "4 questions an image",
-                replace(base, questions=4),
-                replace(engine, prefix_caching=True),
-                (half,),
-            ),
+            with_prefix_caching(base, engine, half),
         ),
     )
 

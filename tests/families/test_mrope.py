@@ -115,9 +115,10 @@ def test_the_log_says_that_frames_are_withdrawn_by_blocks(family_checkpoint, cap
             caplog.clear()
             options = engine(FAMILIES["qwen3_vl"], enable_prefix_caching=align)
             with running(family_checkpoint("qwen3_vl"), {"layer": 3, "align": align}, **options):
-                pass
-            said = "of each frame of a video, which stands between timestamps, up to 62 visual tokens stay"
-            assert (said in caplog.text) == align
+                said = (
+                    "of each frame of a video, which stands between timestamps, up to 62 visual tokens stay"
+                )
+                assert (said in caplog.text) == align
     logging.getLogger("vllm.vtw").removeHandler(caplog.handler)
 
 
