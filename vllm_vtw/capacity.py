@@ -107,7 +107,8 @@ class LayerGroups:
         """The groups with which requests under a policy take little memory, and as few groups as that allows.
 
         They are chosen for a request of LLaVA-1.5's lengths, among those with which a request without images
-        takes little more than in stock vLLM. With gates, the exit that takes the most in comparison counts.
+        takes little more than in stock vLLM. If requests have exits of their own, the exit that takes the
+        most in comparison counts.
 
         Args:
             policy: What is withdrawn.
@@ -234,8 +235,8 @@ def _overlap(one: range, other: range) -> range:
 
 
 def _possible_keeps(policy: Policy) -> Iterator[tuple[float, ...]]:
-    """The fractions of its visual tokens that stages hold of a request, for each exit if there are gates."""
-    if policy.gate is None:
+    """The fractions of its visual tokens that stages hold of a request, for each exit that it may have."""
+    if not policy.has_exits:
         yield policy.keeps
         return
     stages = range(len(policy.keeps))
@@ -349,7 +350,7 @@ def visual_tokens_held(
         images: The number of images in the request.
         tokens_per_image: The number of visual tokens of an image.
         align_to: 1 to withdraw every visual token, the KV block size to withdraw whole blocks.
-        exit_stage: Under a policy with gates, the first stage without the visual tokens. None if they stay.
+        exit_stage: Under a policy with exits, the first stage without the visual tokens. None if they stay.
 
     Returns:
         One number for each stage, starting with stage 0.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_vtw.families import DEEPSTACK, how_to_find_a_layer
-from vllm_vtw.policy import Policy
+from vllm_vtw.policy import Policy, Stage, one_of
 from vllm_vtw.untrusted_files import shorten
 
 logger = logging.getLogger("vllm.vtw")
@@ -24,7 +24,7 @@ hidden size. All of these models have Vicuna as their text model."""
 VICUNA_VOCABULARY = range(32000, 32065)
 """The sizes of the vocabulary of a LLaVA with Vicuna. A LLaVA with Llama 3 can have the same shape otherwise,
 but has a larger vocabulary."""
-KEYS = ("layer", "policy", "align")
+KEYS = ("layer", "layers", "policy", "align")
 """The keys that the `"vtw"` object may have."""
 WHAT_IT_COSTS = (
     "Multiple-choice and yes/no questions mostly keep their answers there; captions and OCR do not. In "
@@ -36,7 +36,7 @@ SCHEDULER = "vllm_vtw.kv.scheduler.make_scheduler"
 GATED_WORKER = "vllm_vtw.worker.gated_worker.GatedWorker"
 PIPELINE_WORKER = "vllm_vtw.worker.pipeline_worker.PipelineWorker"
 ADMISSION = "vtw_admission"
-"""The attribute of vLLM's `ModelConfig` that holds an `Admission`. A model's processor can read it there."""
+"""The attribute of vLLM's `ModelConfig` that holds an `Admission`."""
 EXITS = "vtw_exits"
 """The attribute in which scheduler and workers send each other what gates decided.
 
@@ -81,15 +81,17 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Admission:
-    """What a model's processor needs to refuse prompts that the policy cannot serve.
+    """What the API process needs to refuse requests that the policy cannot serve.
 
     Attributes:
         policy: What is withdrawn, and from which layers on.
+        num_layers: As in `VTWConfig`.
         bridge: As in `VTWConfig`.
         max_step_tokens: The largest number of tokens that a step computes (`--max-num-batched-tokens`).
     """
 
     policy: Policy
+    num_layers: int
     bridge: int
     max_step_tokens: int
 
@@ -102,11 +104,13 @@ class VTWConfig:
         policy: What is withdrawn, and from which layers on.
         align: Whether only whole KV blocks of visual tokens are withdrawn. If not, every visual token is, as
             published.
+        num_layers: The number of decoder layers.
         bridge: The largest gap within an image that is withdrawn with it, as in `Family`.
     """
 
     policy: Policy
     align: bool
+    num_layers: int
     bridge: int = 0
 
     @classmethod
@@ -127,8 +131,9 @@ class VTWConfig:
         unknown = [key for key in options if key not in KEYS]
         if unknown:
             raise _error(unknown[0], options[unknown[0]], "unknown key; allowed are " + ", ".join(KEYS))
-        if "layer" in options and "policy" in options:
-            raise _error("layer", options["layer"], 'give either "layer" or "policy", not both')
+        for key in ("layer", "layers"):
+            if "policy" in options and key in options:
+                raise _error(key, options[key], f'give either "{key}" or "policy", not both')
         policy = _policy(options, model)
         if policy.stages and policy.stages[0].layer < model.first_layer:
             raise _error(
@@ -142,7 +147,7 @@ class VTWConfig:
             raise _error("align", align, "has to be true or false")
         if align and policy.is_dynamic:
             raise _error("align", align, "has to be false for a policy that ranks visual tokens or has gates")
-        return cls(policy, align, model.bridge)
+        return cls(policy, align, model.num_hidden_layers, model.bridge)
 
     def align_to(self, block_size: int) -> int:
         """How many tokens are withdrawn at once: a block of `block_size` tokens if `align` is set, else 1."""
@@ -165,17 +170,11 @@ def _policy(options: dict[str, Any], model: ModelShape) -> Policy:
     num_layers = model.num_hidden_layers
     if "policy" in options:
         return _read_policy(options["policy"], model)
+    if "layers" in options:
+        return _policy_of_layers(options["layers"], options.get("layer"), model)
     if "layer" in options:
-        layer = options["layer"]
-        least = model.first_layer
-        if type(layer) is not int or not least <= layer <= num_layers:
-            why = f". {DEEPSTACK.format(least)}" if least > 1 else ""
-            raise _error(
-                "layer",
-                layer,
-                f"has to be an integer from {least} to {num_layers}, the number of decoder layers{why}",
-            )
-        return Policy.withdraw_at(layer, num_layers)
+        _check_layer("layer", options["layer"], model)
+        return Policy.withdraw_at(options["layer"], num_layers)
     published = model.published_layer
     if published is not None:
         logger.info(
@@ -190,6 +189,29 @@ def _policy(options: dict[str, Any], model: ModelShape) -> Policy:
         f"from {model.first_layer} to {num_layers}. The larger K is, the fewer answers change; "
         f"{how_to_find_a_layer(model.model_type)}"
     )
+
+
+def _check_layer(key: str, layer: Any, model: ModelShape) -> None:
+    least, num_layers = model.first_layer, model.num_hidden_layers
+    if type(layer) is not int or not least <= layer <= num_layers:
+        why = f". {DEEPSTACK.format(least)}" if least > 1 else ""
+        allowed = f"an integer from {least} to {num_layers}, the number of decoder layers{why}"
+        raise _error(key, layer, f"has to be {allowed}")
+
+
+def _policy_of_layers(layers: Any, default: Any, model: ModelShape) -> Policy:
+    if not isinstance(layers, list) or not layers:
+        raise _error("layers", layers, "has to be a list of the layers that requests may choose from")
+    for layer in layers:
+        _check_layer("layers", layer, model)
+    num_layers = model.num_hidden_layers
+    stages = tuple(Stage(layer, 0.0) for layer in sorted(set(layers) - {num_layers}))
+    offered = Policy(stages).offered_layers(num_layers)
+    if default is None:
+        return Policy(stages)
+    if type(default) is not int or default not in offered:
+        raise _error("layer", default, f'has to be one of the "layers": {one_of(offered)}')
+    return Policy(stages, layer=default)
 
 
 def _read_policy(source: Any, model: ModelShape) -> Policy:

@@ -63,8 +63,8 @@ class WithdrawalMetrics(AggregateStatLoggerBase):
             REQUESTS: Counter(
                 "vllm:vtw_requests",
                 "Number of requests by the layer from which on their visual tokens are withdrawn, which is "
-                "the number of layers if none are.",
-                [*LABELS, "layer"],
+                "the number of layers if none are, and by the task that they chose.",
+                [*LABELS, "layer", "task"],
             ),
             WITHDRAWN_TOKENS: Counter(
                 "vllm:vtw_withdrawn_tokens",
@@ -108,7 +108,8 @@ class WithdrawalMetrics(AggregateStatLoggerBase):
                 for _ in range(value):
                     self.exit_layers.labels(self.model_name, str(engine_idx)).observe(int(label))
                 continue
-            labels = [self.model_name, str(engine_idx), *([label] if label else [])]
+            own = label.split("/", 1) if label else []
+            labels = [self.model_name, str(engine_idx), *own]
             if name in self.counters:
                 self.counters[name].labels(*labels).inc(value)
             else:

@@ -5,7 +5,8 @@
 import json
 import re
 import sys
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from itertools import pairwise
 from math import ceil
@@ -22,8 +23,13 @@ RANKING = "last-token-attention"
 MODEL_KEYS = ("model_type", "num_hidden_layers", "hidden_size")
 """The keys of a policy file's `model` object, which says what model the policy was made for."""
 
-POLICY_KEYS = ("format", "model", "stages", "ranking", "gate", "calibration", "search", "training")
+POLICY_KEYS = (
+    *("format", "model", "stages", "ranking", "gate", "layer", "tasks"),
+    *("calibration", "search", "training"),
+)
 """The keys of a policy file. The last three record how the policy was made."""
+MAX_TASK_NAME = 64
+"""The length of the longest name of a task. Metrics have a label with it."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +78,15 @@ class Policy:
     Attributes:
         stages: The stages past the first, from shallow to deep. Stage 0 holds all tokens and is not listed.
         gate: The gates that decide where visual tokens leave. None for a policy without gates.
+        layer: The layer at which the visual tokens of requests leave that do not choose one. None for the
+            deepest stage's layer, and under a policy that ranks visual tokens or has gates.
+        tasks: By the name of a task, the layer at which the visual tokens of its requests leave.
     """
 
     stages: tuple[Stage, ...]
     gate: Gate | None = None
+    layer: int | None = None
+    tasks: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     @classmethod
     def withdraw_at(cls, layer: int, num_hidden_layers: int) -> "Policy":
@@ -144,7 +155,24 @@ class Policy:
         if ranking != policy.ranking:
             found = f"'ranking' = {shorten(ranking)}: has to be {policy.ranking!r}"
             raise ValueError(f"{found}, as {'a' if policy.ranking else 'no'} stage has a 'keep' above 0")
-        return policy
+        offered = policy.offered_layers(model["num_hidden_layers"])
+        return replace(
+            policy,
+            layer=policy._checked_default(content.get("layer"), offered),
+            tasks=_checked_tasks(content.get("tasks"), offered),
+        )
+
+    def _checked_default(self, layer: Any, offered: list[int]) -> int | None:
+        if layer is None:
+            return None
+        if self.is_dynamic:
+            raise ValueError(
+                f"'layer' = {shorten(layer)}: has to be left out of a policy that ranks visual tokens or has "
+                "gates"
+            )
+        if type(layer) is not int or layer not in offered:
+            raise ValueError(f"'layer' = {shorten(layer)}: has to be one of {one_of(offered)}")
+        return layer
 
     @staticmethod
     def _checked_stages(stages: list[Any], num_hidden_layers: int) -> tuple[Stage, ...]:
@@ -214,6 +242,8 @@ class Policy:
             "stages": stages,
             "ranking": self.ranking,
             "gate": self.gate and asdict(self.gate) | {"thresholds": list(self.gate.thresholds)},
+            **({} if self.layer is None else {"layer": self.layer}),
+            **({"tasks": dict(self.tasks)} if self.tasks else {}),
         }
 
     @property
@@ -227,10 +257,48 @@ class Policy:
         return self.ranking is not None or self.gate is not None
 
     @property
+    def default_layer(self) -> int | None:
+        """The layer at which the visual tokens of requests leave that do not choose one.
+
+        None if nothing is withdrawn, and under a policy that ranks visual tokens or has gates.
+        """
+        if self.is_dynamic or not self.stages:
+            return None
+        return self.stages[-1].layer if self.layer is None else self.layer
+
+    @property
+    def has_exits(self) -> bool:
+        """Whether the layer at which all visual tokens leave may be another one for each request."""
+        return self.gate is not None or (self.ranking is None and len(self.stages) > 1)
+
+    def offered_layers(self, num_hidden_layers: int) -> list[int]:
+        """The layers that a request may choose for its visual tokens to leave.
+
+        The last one is the number of layers, with which they stay. A policy that ranks visual tokens offers
+        nothing else.
+
+        Args:
+            num_hidden_layers: The number of decoder layers.
+        """
+        layers = [] if self.ranking else [stage.layer for stage in self.stages]
+        return [*layers, num_hidden_layers]
+
+    def exit_stage(self, layer: int) -> int | None:
+        """The first stage without the visual tokens of a request, if they leave at a layer.
+
+        Args:
+            layer: One of `offered_layers`.
+
+        Returns:
+            1 or more. None if the visual tokens stay.
+        """
+        return next((number for number, stage in enumerate(self.stages, 1) if stage.layer >= layer), None)
+
+    @property
     def keeps(self) -> tuple[float, ...]:
         """The fraction of visual tokens that each stage holds at least, starting with stage 0.
 
-        A stage after gates may hold all visual tokens, and counts as 0 here.
+        A stage of a policy with exits may hold all visual tokens, and counts as 0 here.
         """
         return (1.0, *(stage.keep for stage in self.stages))
 
@@ -250,6 +318,38 @@ def read_json(file: Path) -> Any:
         return json.loads(read_file(file, MAX_POLICY_BYTES))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"cannot be read as JSON: {error}") from error
+
+
+def one_of(layers: Sequence[int]) -> str:
+    """The layers that a policy offers, as messages name them. The last one is the number of layers."""
+    return f"{', '.join(map(str, layers))} (nothing is withdrawn)"
+
+
+def check_task_name(name: str) -> None:
+    """Checks the name of a task.
+
+    Raises:
+        ValueError: It is empty or too long, or has characters that control a terminal.
+    """
+    if not re.fullmatch(rf"[^\x00-\x1f]{{1,{MAX_TASK_NAME}}}", name):
+        raise ValueError(
+            f"task {shorten(name)}: a name has to have from 1 to {MAX_TASK_NAME} characters, and none that "
+            "controls a terminal"
+        )
+
+
+def _checked_tasks(tasks: Any, offered: list[int]) -> dict[str, int]:
+    if tasks is None:
+        return {}
+    if not isinstance(tasks, dict):
+        raise ValueError(f"'tasks' = {shorten(tasks)}: has to be an object with a layer for each task")
+    for name, layer in tasks.items():
+        check_task_name(name)
+        if type(layer) is not int or layer not in offered:
+            raise ValueError(
+                f"'tasks'[{shorten(name)}] = {shorten(layer)}: has to be one of {one_of(offered)}"
+            )
+    return tasks
 
 
 def _is_finite(value: Any) -> bool:

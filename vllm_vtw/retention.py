@@ -77,6 +77,8 @@ class Retention:
         shareable: Length of the prompt's prefix whose retention depends on the tokens of that prefix alone.
             KV blocks within it can be shared with other requests.
         one_step: The part of the prompt that has to be computed in one step. None if there is none.
+        exit_layer: The layer at which all `withdrawn` positions left. None if each may have left at another
+            one.
 
     Attributes:
         num_withdrawn: Tokens of the whole request that the stage never holds.
@@ -88,6 +90,7 @@ class Retention:
         withdrawn: Sequence[Span] = (),
         shareable: int = sys.maxsize,
         one_step: OneStepPrefill | None = None,
+        exit_layer: int | None = None,
     ) -> None:
         self.withdrawn = tuple(withdrawn)
         self._starts = [start for start, _ in withdrawn]
@@ -100,6 +103,7 @@ class Retention:
         ]
         self.shareable = shareable
         self.one_step = one_step
+        self.exit_layer = exit_layer
         self.num_withdrawn = self._withdrawn_before[-1]
         self.all_kept_from = self._stops[-1] if withdrawn else 0
 
@@ -116,6 +120,14 @@ class Retention:
     def position(self, rank: int) -> int:
         """The position of the retained token of a rank. The inverse of `count`."""
         return rank + self._withdrawn_before[bisect_right(self._start_ranks, rank)]
+
+    def left_before(self, position: int) -> int | None:
+        """The layer at which tokens before a position left, as `exit_layer`. None if none did.
+
+        What the stage computes at a position depends on the tokens before it, and on how many layers saw
+        those of them that have left.
+        """
+        return self.exit_layer if self.withdrawn and self._starts[0] < position else None
 
     def keep_mask(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
         """Whether each of the positions from `start` to `stop - 1` is retained, shape `(stop - start,)`."""
@@ -194,7 +206,12 @@ def prompt_retention(spans: Iterable[Span], num_prompt_tokens: int, align_to: in
 
 
 def request_retentions(
-    policy: Policy, mm_features: Iterable[Any], num_prompt_tokens: int, align_to: int, bridge: int
+    policy: Policy,
+    mm_features: Iterable[Any],
+    num_prompt_tokens: int,
+    align_to: int,
+    bridge: int,
+    layer: int | None = None,
 ) -> tuple[Retention, ...]:
     """The retention of every stage past the first, for one request.
 
@@ -205,13 +222,20 @@ def request_retentions(
         align_to: 1 to withdraw every visual token, the KV block size to withdraw whole blocks. Dynamic
             policies always withdraw by tokens.
         bridge: As `visual_spans` takes it.
+        layer: The layer that the request chose for its visual tokens to leave, or the number of layers if
+            they stay. None if the request leaves it to the policy.
     """
     mm_features = list(mm_features)
     if policy.is_dynamic:
         align_to = 1
     spans = visual_spans(mm_features, bridge)
     all_withdrawn = prompt_retention(spans, num_prompt_tokens, align_to)
-    if not policy.is_dynamic or not all_withdrawn.num_withdrawn:
+    if layer is None:
+        layer = policy.default_layer
+    if layer is not None:
+        leaving = Retention(all_withdrawn.withdrawn, all_withdrawn.shareable, exit_layer=layer)
+        return tuple(leaving if stage.layer >= layer else EVERYTHING for stage in policy.stages)
+    if not all_withdrawn.num_withdrawn:
         return (all_withdrawn,) * len(policy.stages)
     start = min(feature.mm_position.offset for feature in mm_features if feature.modality in VISUAL)
     gated = policy.gate is not None

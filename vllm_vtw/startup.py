@@ -113,9 +113,10 @@ class VTWModelConfig(VerifyAndUpdateConfig):
         if config.policy.gate is not None:
             hidden_size = vllm_config.model_config.get_hidden_size()
             load_gates(config.policy.gate, [stage.layer for stage in config.policy.stages], hidden_size)
-        if config.policy.stages:
-            admission = Admission(config.policy, config.bridge, scheduler.max_num_batched_tokens)
-            setattr(vllm_config.model_config, ADMISSION, admission)
+        admission = Admission(
+            config.policy, config.num_layers, config.bridge, scheduler.max_num_batched_tokens
+        )
+        setattr(vllm_config.model_config, ADMISSION, admission)
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             vllm_config.parallel_config.worker_cls = PIPELINE_WORKER
         if config.policy.is_dynamic:

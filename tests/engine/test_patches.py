@@ -17,10 +17,15 @@ DIFFS = sorted(PATCHES.glob("*.diff"))
 HOOKS = """
 from vllm.model_executor.models import ModelRegistry
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from types import SimpleNamespace
+from vllm import SamplingParams
+from vllm_vtw.config import Admission
+from vllm_vtw.policy import Policy
 from vllm_vtw import plugin
 from vllm_vtw.worker import runner_v1
 from vllm_vtw.kv import groups, spec
-from vllm_vtw.models import beam_search
+from vllm_vtw.models import beam_search, request_check
+from vllm.v1.engine.input_processor import InputProcessor
 from vllm.entrypoints.generate.beam_search.utils import BeamSearchSequence
 from vllm.v1.core import kv_cache_utils
 for _ in range(2):
@@ -28,6 +33,7 @@ for _ in range(2):
     runner_v1.install()
     groups.install()
     beam_search.install()
+    request_check.install()
 def hooked(function):
     return hasattr(function, "__wrapped__")
 def depth(function):
@@ -43,6 +49,16 @@ for kind in ("token", "multimodal"):
         print("went on", BeamSearchSequence(prompt, [1], []).get_prompt())
     except ValueError as error:
         print("refused", str(error) == beam_search.REASON)
+print("checks", depth(InputProcessor.process_inputs))
+class Processor(InputProcessor):
+    model_config = SimpleNamespace(vtw_admission=Admission(Policy(()), 8, 0, 99))
+    renderer = SimpleNamespace(mm_processor_cache=None)
+    def __init__(self):
+        pass
+try:
+    Processor().process_inputs("0", {"type": "token"}, SamplingParams(extra_args={"vtw_layer": 3}), ())
+except ValueError as error:
+    print("chosen", error)
 print("groups", depth(kv_cache_utils._get_kv_cache_groups_uniform_page_size))
 """
 ENGINE = """
@@ -63,6 +79,7 @@ print("TOKENS", answer[0].outputs[0].token_ids)
 
 
 REFUSED = ["refused True", "refused True"]
+CHOSEN = "chosen 'vtw_layer' = 3: this server offers 8 (nothing is withdrawn)"
 
 
 def installed() -> Path:
@@ -108,7 +125,18 @@ def run(code: str, *arguments: str, site: Path | None = None) -> list[str]:
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    kept = ("registry", "runner", "beams", "refused", "groups", "HOOKED", "GROUPS", "TOKENS")
+    kept = (
+        "registry",
+        "runner",
+        "beams",
+        "refused",
+        "checks",
+        "chosen",
+        "groups",
+        "HOOKED",
+        "GROUPS",
+        "TOKENS",
+    )
     return [line for line in result.stdout.splitlines() if line.startswith(kept)]
 
 
@@ -118,17 +146,26 @@ def test_there_is_one_diff_a_hook_and_a_row_for_each():
         "kv-cache-groups.diff",
         "model-impl.diff",
         "prepare-batch.diff",
+        "request-check.diff",
     ]
     table = (PATCHES / "README.md").read_text()
     assert all(f"`{diff.name}`" in table for diff in DIFFS)
 
 
 def test_the_hooks_are_there_once_without_the_patches():
-    assert run(HOOKS) == ["registry 1 1", "runner 1", "beams 1", *REFUSED, "groups 1"]
+    assert run(HOOKS) == ["registry 1 1", "runner 1", "beams 1", *REFUSED, "checks 1", CHOSEN, "groups 1"]
 
 
 def test_no_hook_is_there_with_the_patches(patched):
-    assert run(HOOKS, site=patched) == ["registry 0 0", "runner 0", "beams 0", *REFUSED, "groups 0"]
+    assert run(HOOKS, site=patched) == [
+        "registry 0 0",
+        "runner 0",
+        "beams 0",
+        *REFUSED,
+        "checks 0",
+        CHOSEN,
+        "groups 0",
+    ]
 
 
 def test_a_patched_engine_gives_the_same_answer(patched, tmp_path):

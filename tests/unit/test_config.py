@@ -32,10 +32,23 @@ def parse(options: object, model: ModelShape = SMALL, prefix_caching: bool = Fal
 
 
 def test_layer_and_align():
-    assert parse({"layer": 3}) == VTWConfig(Policy((Stage(3, 0.0),)), align=False)
+    assert parse({"layer": 3}) == VTWConfig(Policy((Stage(3, 0.0),)), align=False, num_layers=8)
     assert parse({"layer": 8}).policy.stages == ()
     assert parse({"layer": 3}, prefix_caching=True).align is True
     assert parse({"layer": 3, "align": False}, prefix_caching=True).align is False
+
+
+def test_layers_to_choose_from():
+    policy = parse({"layers": [5, 3, 8, 5]}).policy
+    assert policy.stages == (Stage(3, 0.0), Stage(5, 0.0))
+    assert policy.offered_layers(8) == [3, 5, 8]
+    assert policy.default_layer == 5
+    assert [policy.exit_stage(layer) for layer in (3, 5, 8)] == [1, 2, None]
+    assert parse({"layers": [3, 5], "layer": 3}).policy.default_layer == 3
+    assert parse({"layers": [3, 5], "layer": 8}).policy.default_layer == 8
+    assert parse({"layers": [8]}).policy == parse({"layer": 8}).policy
+    assert parse({"layer": 3}).policy.offered_layers(8) == [3, 8]
+    assert parse({"layer": 3}).policy.default_layer == 3
 
 
 @pytest.mark.parametrize("model_type", ["llava", "llava_next"])
@@ -84,7 +97,15 @@ def test_a_policy_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"layer": 3}, {"layer": 8}, {"layer": 3, "align": True}, {"policy": POLICY}]
+    "options",
+    [
+        {"layer": 3},
+        {"layer": 8},
+        {"layer": 3, "align": True},
+        {"layers": [5, 3, 8], "layer": 8},
+        {"policy": POLICY},
+        {"policy": POLICY | {"layer": 3, "tasks": {"ocr": 8, "yes/no": 3}}},
+    ],
 )
 def test_what_is_resolved_reads_the_same_elsewhere(options):
     config = parse(options)
@@ -101,11 +122,20 @@ def test_what_is_resolved_reads_the_same_elsewhere(options):
         ({"layer": 4.0}, '["vtw"]["layer"] = 4.0: has to be an integer from 1 to 8'),
         ({"layer": True}, '["vtw"]["layer"] = True: has to be an integer from 1 to 8'),
         ({"layer": 3, "align": 1}, '["vtw"]["align"] = 1: has to be true or false'),
-        ({"layers": 4}, '["vtw"]["layers"] = 4: unknown key; allowed are layer, policy, align'),
+        ({"K": 4}, '["vtw"]["K"] = 4: unknown key; allowed are layer, layers, policy, align'),
+        ({"layers": 4}, '["vtw"]["layers"] = 4: has to be a list of the layers that requests may choose'),
+        ({"layers": []}, '["vtw"]["layers"] = []: has to be a list'),
+        ({"layers": [2, 9]}, '["vtw"]["layers"] = 9: has to be an integer from 1 to 8'),
+        ({"layers": [2, "4"]}, '["vtw"]["layers"] = \'4\': has to be an integer from 1 to 8'),
+        (
+            {"layers": [2, 4], "layer": 3},
+            '["vtw"]["layer"] = 3: has to be one of the "layers": 2, 4, 8 (nothing is withdrawn)',
+        ),
+        ({"layers": [2, 4], "policy": "p.json"}, 'give either "layers" or "policy", not both'),
         ({"layer": 4, "policy": "p.json"}, 'give either "layer" or "policy", not both'),
         ({"policy": 4}, '["vtw"]["policy"] = 4: has to be the path of a policy file'),
         ({"policy": "nowhere.json"}, '["vtw"]["policy"] = \'nowhere.json\': cannot be read as JSON'),
-        ([], '["vtw"] = []: has to be an object with keys among layer, policy, align'),
+        ([], '["vtw"] = []: has to be an object with keys among layer, layers, policy, align'),
     ],
 )
 def test_wrong_options(options, message):
@@ -135,6 +165,14 @@ def test_wrong_options(options, message):
             {"gate": GATE | {"thresholds": [0, float("nan")]}},
             "= [0, nan]: has to be a list of finite numbers, one for each",
         ),
+        ({"layer": 4}, "'layer' = 4: has to be one of 3, 5, 8 (nothing is withdrawn)"),
+        ({"layer": 3, "gate": GATE | {"thresholds": [0, 0]}}, "'layer' = 3: has to be left out of a policy"),
+        (RANKED | {"layer": 3}, "'layer' = 3: has to be left out of a policy that ranks visual tokens"),
+        ({"tasks": ["ocr"]}, "'tasks' = ['ocr']: has to be an object with a layer for each task"),
+        ({"tasks": {"ocr": 4}}, "'tasks'['ocr'] = 4: has to be one of 3, 5, 8"),
+        ({"tasks": {"": 3}}, "task '': a name has to have from 1 to 64 characters"),
+        ({"tasks": {"o\ncr": 3}}, "has to have from 1 to 64 characters"),
+        (RANKED | {"tasks": {"ocr": 3}}, "'tasks'['ocr'] = 3: has to be one of 8 (nothing is withdrawn)"),
         ({"stages": None}, "'stages' = None: has to be a list of objects"),
         ({"stages": [{"layer": 3}]}, "'stages'[0] has to have exactly the keys 'layer' and 'keep'"),
         ({"stages": [{"layer": 0, "keep": 0}]}, "'stages'[0]['layer'] = 0: has to be an integer from 1 to 7"),

@@ -20,8 +20,8 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 import vllm_vtw
 from vllm_vtw.families import BY_ARCHITECTURE, DECODERS
 from vllm_vtw.kv.scheduler import VTWScheduler
-from vllm_vtw.models.admission import admission_processor
 from vllm_vtw.models.decoder import staged_text_model
+from vllm_vtw.models.processor import marking_processor
 from vllm_vtw.models.served import served_model
 from vllm_vtw.worker.attention_backend import stage_backend
 from vllm_vtw.worker.ranking import ranking_impl
@@ -30,7 +30,7 @@ BACKENDS = (CPUAttentionBackend, FlashAttentionBackend, TritonAttentionBackend)
 
 OVERRIDES = {
     "GatedWorker": {"execute_model", "sample_tokens"},
-    "AdmissionProcessor": {"apply"},
+    "MarkingProcessor": {"apply"},
     "PipelineWorker": {"execute_model"},
     "RankingImpl": {"forward"},
     "StageAttention": {"bind_kv_cache", "get_attn_backend", "get_kv_cache_spec"},
@@ -82,7 +82,7 @@ def subclasses() -> dict[str, type]:
     """All classes of the plugin that subclass one of vLLM's, including those made at run time."""
     made = [stage_backend(backend).get_builder_cls() for backend in BACKENDS]
     made += [ranking_impl(backend.get_impl_cls()) for backend in BACKENDS]
-    made.append(admission_processor(LlavaMultiModalProcessor))
+    made.append(marking_processor(LlavaMultiModalProcessor))
     made += [served_model(architecture) for architecture in BY_ARCHITECTURE]
     made += [staged_text_model(text_model(name)) for name in set(DECODERS.values())]
     for module in modules():

@@ -42,6 +42,7 @@ RANKED = GATED | {
     "ranking": "last-token-attention",
     "gate": None,
 }
+CHOSEN = GATED | {"gate": None, "layer": 8, "tasks": {"ocr": 8, "yes-no": 3}}
 LONGEST_MESSAGE = 1000
 
 
@@ -181,7 +182,7 @@ def changed(content: Any, place: tuple[Any, ...], value: Any) -> Any:
     return content
 
 
-@given(st.data(), st.sampled_from([GATED, RANKED]), ANYTHING)
+@given(st.data(), st.sampled_from([GATED, RANKED, CHOSEN]), ANYTHING)
 def test_anything_anywhere_is_taken_or_refused_in_one_short_line(data, content, value):
     """The policy is given as in the options of engine processes, as an object in place of a file."""
     content = changed(content, data.draw(st.sampled_from(places(content))), value)

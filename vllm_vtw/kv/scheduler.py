@@ -15,6 +15,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_vtw.choice import PREFIX, Choice, choice_of
 from vllm_vtw.config import EXITS
 from vllm_vtw.kv.cache_manager import StagedKVCacheManager
 from vllm_vtw.kv.prefill_turns import Turns
@@ -34,7 +35,9 @@ class VTWScheduler(Scheduler):
         withdrawal_policy: What is withdrawn. (`policy` is vLLM's scheduling policy.)
         align_to: As `request_retentions` takes it.
         bridge: As `request_retentions` takes it.
+        num_layers: The number of decoder layers.
         retentions: By request id, the retention of every stage past the first.
+        tasks: By request id, the name of the task that the request chose, or "".
         awaiting_gates: Ids of requests that gates have yet to decide about.
         exits: By request id, what gates decided: the first stage that runs without the request's visual
             tokens, or None if they stay.
@@ -58,7 +61,9 @@ class VTWScheduler(Scheduler):
             refuse_unsupported_dynamic(vllm_config, self.withdrawal_policy)
         self.align_to = config.align_to(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
         self.bridge = config.bridge
+        self.num_layers = config.num_layers
         self.retentions: dict[str, tuple[Retention, ...]] = {}
+        self.tasks: dict[str, str] = {}
         StagedKVCacheManager.adopt(self.kv_cache_manager)
         self.stage_managers = self.kv_cache_manager.stage_managers
         for manager in self.stage_managers:
@@ -74,21 +79,18 @@ class VTWScheduler(Scheduler):
 
     def add_request(self, request: Request) -> None:
         # A session with streaming input adds its id again for every piece of the prompt.
+        wrong_choice = None
         if request.request_id not in self.requests:
-            retentions = request_retentions(
-                self.withdrawal_policy,
-                request.mm_features,
-                request.num_prompt_tokens,
-                self.align_to,
-                self.bridge,
-            )
-            self.retentions[request.request_id] = retentions
-            if awaits_gates(retentions):
-                self.awaiting_gates.add(request.request_id)
-            else:
-                self.statistics.count_request(retentions)
-            request.block_hashes = StagedBlockHashes(request.block_hashes, retentions)
+            try:
+                choice = choice_of(self.withdrawal_policy, self.num_layers, request.sampling_params)
+            except ValueError as error:
+                # The API process has not checked it. Workers must not read it.
+                choice, wrong_choice = Choice(), str(error)
+                self._forget_choice(request)
+            self._retain(request, choice)
         super().add_request(request)
+        if wrong_choice is not None:
+            self._end_with_error(request, f"cannot have its choice: {wrong_choice}")
         if request.resumable:
             self._end_with_error(
                 request,
@@ -107,6 +109,40 @@ class VTWScheduler(Scheduler):
                 f"computes in one step, and a step has room for {self.max_num_scheduled_tokens}: raise "
                 "--max-num-batched-tokens",
             )
+
+    def _retain(self, request: Request, choice: Choice) -> None:
+        """Finds out what the stages retain of a request that arrives."""
+        retentions = request_retentions(
+            self.withdrawal_policy,
+            request.mm_features,
+            request.num_prompt_tokens,
+            self.align_to,
+            self.bridge,
+            choice.layer,
+        )
+        self.retentions[request.request_id] = retentions
+        self.tasks[request.request_id] = choice.task
+        if awaits_gates(retentions):
+            self.awaiting_gates.add(request.request_id)
+        else:
+            layer = self.statistics.count_request(retentions, choice.task)
+            logger.debug(
+                "vtw: request %s%s: its visual tokens leave at layer %d",
+                request.request_id,
+                f" of task {choice.task!r}" if choice.task else "",
+                layer,
+            )
+        request.block_hashes = StagedBlockHashes(request.block_hashes, retentions)
+
+    @staticmethod
+    def _forget_choice(request: Request) -> None:
+        """Removes the choice of a request that has a wrong one."""
+        assert request.sampling_params is not None
+        params = request.sampling_params.clone()
+        params.extra_args = {
+            key: value for key, value in params.extra_args.items() if not key.startswith(PREFIX)
+        }
+        request.sampling_params = params
 
     def _one_step(self, request: Request) -> OneStepPrefill | None:
         """The part of a request's prompt that has to be computed in one step, if there is one."""
@@ -270,6 +306,7 @@ class VTWScheduler(Scheduler):
         super()._free_blocks(request)
         request_id = request.request_id
         self.retentions.pop(request_id, None)
+        self.tasks.pop(request_id, None)
         self.awaiting_gates.discard(request_id)
         self.exits.pop(request_id, None)
         self.turns.forget(request_id)

@@ -53,6 +53,9 @@ class StagedBlockHashes(list[BlockHash]):
         row holds positions 96 to 111 and has the request's hash 6. If positions 35 to 97 are withdrawn, page
         2 of the row holds positions 32 to 34 and 98 to 110, and cannot be shared.
 
+        If tokens of the request have left before the page ends, its content also depends on the layer at
+        which they did. Requests share such a page only with those whose tokens left at the same layer.
+
         Args:
             stage: The stage.
             page: Index of the page in the row.
@@ -61,9 +64,13 @@ class StagedBlockHashes(list[BlockHash]):
         Returns:
             The hash, or None if the row cannot be shared up to there.
         """
-        last = of_stage(self.retentions, stage).position((page + 1) * page_size - 1)
+        retention = of_stage(self.retentions, stage)
+        last = retention.position((page + 1) * page_size - 1)
         blocks, rest = divmod(last + 1, page_size)
-        return self[blocks - 1] if rest == 0 else None
+        if rest:
+            return None
+        layer = retention.left_before(last)
+        return self[blocks - 1] if layer is None else BlockHash(self[blocks - 1] + layer.to_bytes(2))
 
 
 class StageManager(SingleTypeKVCacheManager):

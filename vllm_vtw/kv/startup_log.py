@@ -12,7 +12,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_vtw.capacity import TYPICAL_TEXT, LayerGroup, LayerGroups, best_partition, visual_tokens_held
 from vllm_vtw.config import VTWConfig
-from vllm_vtw.policy import Policy
+from vllm_vtw.policy import Policy, one_of
 from vllm_vtw.startup import has_timestamps
 
 logger = logging.getLogger("vllm.vtw")
@@ -35,12 +35,16 @@ def log_startup(
     is_video = "video" in largest and "image" not in largest
     what, tokens = ("a video", largest["video"]) if is_video else ("an image", largest.get("image", 0))
     block_size = vllm_config.cache_config.block_size
-    by_stage = visual_tokens_held(policy, 1, tokens, config.align_to(block_size))
+    align_to = config.align_to(block_size)
+    by_stage = visual_tokens_held(policy, 1, tokens, align_to)
+    by_default = by_stage
+    if policy.default_layer is not None:
+        by_default = visual_tokens_held(policy, 1, tokens, align_to, policy.exit_stage(policy.default_layer))
     layer_token = kv_cache_config.kv_cache_groups[0].kv_cache_spec.page_size_bytes / block_size
     logger.info(
         "vtw: withdrawing %s of L = %d; KV cache groups: %s; "
         "%s of %d tokens takes %s %.2f MiB of KV cache, %.2f MiB in stock vLLM%s",
-        _withdrawal(config, groups.num_layers),
+        _withdrawal(config),
         groups.num_layers,
         " | ".join(
             " + ".join(_described(policy, group) for group in groups.groups if group.rank == rank)
@@ -49,7 +53,7 @@ def log_startup(
         what,
         tokens,
         "about" if policy.gate is None else "at least",
-        groups.layer_tokens(by_stage) * layer_token / 2**20,
+        groups.layer_tokens(by_default) * layer_token / 2**20,
         groups.num_layers * tokens * layer_token / 2**20,
         ", on each rank" if vllm_config.parallel_config.tensor_parallel_size > 1 else "",
     )
@@ -122,20 +126,25 @@ def _described(policy: Policy, group: LayerGroup) -> str:
     return f"{group.layers} layers ({_held(policy, group.stage)}{pages})"
 
 
-def _withdrawal(config: VTWConfig, num_layers: int) -> str:
-    stages = config.policy.stages
-    if config.policy.ranking is not None:
+def _withdrawal(config: VTWConfig) -> str:
+    policy, num_layers = config.policy, config.num_layers
+    stages = policy.stages
+    default = num_layers if policy.default_layer is None else policy.default_layer
+    if policy.ranking is not None:
         parts = (f"{stage.keep:.3g} of all stay from layer {stage.layer} on" for stage in stages)
         return f"the visual tokens that a prompt's last token attends to least: {', '.join(parts)}"
-    if config.policy.gate is not None:
+    if policy.gate is not None:
         borders = ", ".join(str(stage.layer) for stage in stages)
         return f"every visual token at the layer that gates choose, one of {borders}"
     what = "whole blocks of visual tokens" if config.align else "every visual token"
-    return f"{what} at layer K = {stages[0].layer if stages else num_layers}"
+    if policy.has_exits:
+        offered = one_of(policy.offered_layers(num_layers))
+        return f"{what} at the layer that a request chooses, one of {offered}, by default {default}"
+    return f"{what} at layer K = {default}"
 
 
 def _held(policy: Policy, stage: int) -> str:
     keep = policy.keeps[stage]
-    if stage > 0 and policy.gate is not None:
+    if stage > 0 and policy.has_exits:
         return "all, or text"
     return {1.0: "all", 0.0: "text"}.get(keep, f"text and {keep:.3g} of the visual tokens")

@@ -25,8 +25,12 @@ class Statistics:
         self.manager = manager
         self.counts: Counter[str] = Counter()
 
-    def count_request(self, retentions: Sequence[Retention]) -> int:
+    def count_request(self, retentions: Sequence[Retention], task: str = "") -> int:
         """Counts a request whose retention is known.
+
+        Args:
+            retentions: Its retention in every stage past the first.
+            task: The name of the task that it chose, if it chose one.
 
         Returns:
             The layer at which its first visual tokens leave, or the number of layers if none do.
@@ -34,7 +38,7 @@ class Statistics:
         withdrawn = [retention.num_withdrawn for retention in retentions]
         left = zip(self.layers, [*withdrawn, 1], strict=True)
         first = next(layer for layer, tokens in left if tokens)
-        self.counts[f"{REQUESTS}/{first}"] += 1
+        self.counts[f"{REQUESTS}/{first}/{task}"] += 1
         for stage, tokens in enumerate(withdrawn, 1):
             self.counts[f"{WITHDRAWN_TOKENS}/{stage}"] += tokens
         return first
@@ -53,8 +57,8 @@ class Statistics:
         """The counts since the last call, and the blocks that are held now.
 
         Returns:
-            By `name/label`. The label is a layer where requests are counted, and a stage where tokens or
-            blocks are.
+            By `name/label`. The label is a layer where requests are counted, followed by `/task`, and a stage
+            where tokens or blocks are.
         """
         counts, self.counts = dict(self.counts), Counter()
         held = self.manager.held_blocks()

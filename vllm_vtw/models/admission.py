@@ -2,21 +2,17 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Refuses requests that a policy cannot serve correctly, before they are queued.
 
-vLLM passes each prompt to the model's multimodal processor before it queues the request. An exception of the
-processor ends the request with HTTP 400, or is raised by `LLM.generate`.
+The refused request ends with HTTP 400, or `LLM.generate` raises the error.
 """
 
-import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from vllm.multimodal.inputs import PlaceholderRange
-from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
 
-from vllm_vtw.config import ADMISSION, Admission
-from vllm_vtw.models import beam_search
-from vllm_vtw.retention import request_retentions
+from vllm_vtw.choice import choice_of
+from vllm_vtw.config import Admission
+from vllm_vtw.retention import Retention, request_retentions
 
 
 class MultiModalFeature(NamedTuple):
@@ -27,80 +23,6 @@ class MultiModalFeature(NamedTuple):
 
     modality: str
     mm_position: PlaceholderRange
-
-
-class RecordingCache:
-    """A processor's cache that records which items are added to it.
-
-    Args:
-        cache: vLLM's cache, which does everything else.
-
-    Attributes:
-        hashes: The hashes of the added items.
-    """
-
-    def __init__(self, cache: Any) -> None:
-        self._cache = cache
-        self.hashes: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cache, name)
-
-    def get_and_update_item(self, item: Any, item_hash: str) -> Any:
-        """Calls vLLM's method. The processor passes the item if the cache lacks it, and None otherwise."""
-        if item is not None:
-            self.hashes.append(item_hash)
-        return self._cache.get_and_update_item(item, item_hash)
-
-
-@functools.cache
-def admission_processor(processor: Any) -> type[BaseMultiModalProcessor]:
-    """A subclass of a model's processor that refuses prompts which the policy cannot serve.
-
-    Args:
-        processor: The class of the model's processor.
-    """
-
-    class AdmissionProcessor(processor):
-        def apply(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:
-            """Processes a prompt as vLLM does, and marks it if beam search has to be refused for it.
-
-            Raises:
-                ValueError: The policy computes the prompt in one step, for which it is too long.
-            """
-            admission: Admission = getattr(self.info.ctx.model_config, ADMISSION)
-            added = RecordingCache(inputs.cache)
-            if inputs.cache is not None:
-                inputs = dataclasses.replace(inputs, cache=added)
-            processed = super().apply(inputs, *args, **kwargs)
-            length = len(processed["prompt_token_ids"])
-            # The KV block size may not be known yet. Prompts whose retention depends on their end with whole
-            # blocks are among those whose retention depends on it with `align_to=1`.
-            retentions = request_retentions(
-                admission.policy,
-                list(mm_features(processed["mm_placeholders"])),
-                length,
-                align_to=1,
-                bridge=admission.bridge,
-            )
-            one_step = retentions[0].one_step
-            if one_step is not None and one_step.stop - one_step.start > admission.max_step_tokens:
-                # This cache lists what the engine's cache holds. The engine will not get these items now.
-                for item_hash in added.hashes:
-                    inputs.cache.invalidate(item_hash)
-                needed = one_step.stop - one_step.start
-                raise ValueError(
-                    f"The prompt has {needed} tokens from its first image on. The policy of --model-impl vtw "
-                    f"computes them in one step, and a step has room for {admission.max_step_tokens}: raise "
-                    f"--max-num-batched-tokens to {needed} (to --max-model-len for prompts of any length), "
-                    "or send a shorter prompt."
-                )
-            if any(retention.shareable < length for retention in retentions):
-                beam_search.refuse(processed)
-            return processed
-
-    assert issubclass(AdmissionProcessor, BaseMultiModalProcessor)
-    return AdmissionProcessor
 
 
 def mm_features(placeholders: Mapping[str, list[PlaceholderRange]]) -> list[MultiModalFeature]:
@@ -114,24 +36,66 @@ def mm_features(placeholders: Mapping[str, list[PlaceholderRange]]) -> list[Mult
     ]
 
 
-def with_admission_check(
-    factory: Callable[..., BaseMultiModalProcessor],
-) -> Callable[..., BaseMultiModalProcessor]:
-    """A processor factory whose processors refuse what the policy cannot serve.
-
-    If nothing is withdrawn, the processor is that of `factory`.
+def prompt_retentions(
+    admission: Admission, prompt: Mapping[str, Any], layer: int | None = None
+) -> tuple[Retention, ...]:
+    """What the stages past the first retain of a prompt, if every visual token is withdrawn.
 
     Args:
-        factory: The model's own processor factory.
+        admission: What the policy serves.
+        prompt: The engine input of a multimodal prompt.
+        layer: As `request_retentions` takes it.
     """
+    return request_retentions(
+        admission.policy,
+        mm_features(prompt["mm_placeholders"]),
+        len(prompt["prompt_token_ids"]),
+        align_to=1,
+        bridge=admission.bridge,
+        layer=layer,
+    )
 
-    @functools.wraps(factory)
-    def make(info: Any, dummy_inputs: Any) -> BaseMultiModalProcessor:
-        processor = factory(info, dummy_inputs)
-        if hasattr(info.ctx.model_config, ADMISSION):
-            beam_search.install()
-            vllm_processor: Any = type(processor)
-            processor.__class__ = admission_processor(vllm_processor)
-        return processor
 
-    return make
+def check_request(admission: Admission, prompt: Any, params: Any) -> None:
+    """Refuses a request that the policy cannot serve.
+
+    Args:
+        admission: What the policy serves.
+        prompt: The request's engine input.
+        params: Its `SamplingParams`.
+
+    Raises:
+        ValueError: It chose a layer or task that is not offered, or its policy computes the prompt in one
+            step, for which it is too long.
+    """
+    choice = choice_of(admission.policy, admission.num_layers, params)
+    if not isinstance(prompt, Mapping) or prompt.get("type") != "multimodal":
+        return
+    retentions = prompt_retentions(admission, prompt, choice.layer)
+    one_step = retentions[0].one_step if retentions else None
+    if one_step is not None and one_step.stop - one_step.start > admission.max_step_tokens:
+        needed = one_step.stop - one_step.start
+        raise ValueError(
+            f"The prompt has {needed} tokens from its first image on. The policy of --model-impl vtw "
+            f"computes them in one step, and a step has room for {admission.max_step_tokens}: raise "
+            f"--max-num-batched-tokens to {needed} (to --max-model-len for prompts of any length), "
+            "or send a shorter prompt."
+        )
+
+
+def forget_items(prompt: Any, cache: Any) -> None:
+    """Removes the items of a refused prompt from the processor's cache, if the prompt added them.
+
+    This cache lists what the engine's cache holds. The engine will not get these items now.
+
+    Args:
+        prompt: The request's engine input.
+        cache: vLLM's cache of processed items. None if there is none.
+    """
+    if cache is None or not isinstance(prompt, Mapping) or prompt.get("type") != "multimodal":
+        return
+    for modality, hashes in prompt["mm_hashes"].items():
+        # An item that the cache had before is None here.
+        for item_hash, item in zip(hashes, prompt["mm_kwargs"][modality], strict=True):
+            if item is not None:
+                cache.invalidate(item_hash)

@@ -16,8 +16,8 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_vtw.families import BY_ARCHITECTURE, ELSEWHERE, PREFIX
-from vllm_vtw.models.admission import with_admission_check
 from vllm_vtw.models.decoder import StagedDecoder, find_text_model
+from vllm_vtw.models.processor import with_request_check
 from vllm_vtw.startup import vtw_config
 from vllm_vtw.worker import runner_v1
 from vllm_vtw.worker.current_step import CurrentStep
@@ -78,7 +78,7 @@ def served_model(architecture: str) -> type:
     Served.__name__ = Served.__qualname__ = f"{PREFIX}{architecture}"
     processing = vllm_model._processor_factory
     register = MULTIMODAL_REGISTRY.register_processor(
-        with_admission_check(processing.processor),
+        with_request_check(processing.processor),
         info=processing.info,
         dummy_inputs=processing.dummy_inputs,
     )

@@ -11,6 +11,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from vllm_vtw.choice import choice_of
 from vllm_vtw.config import VTWConfig
 from vllm_vtw.retention import Retention, after_exit, request_retentions
 from vllm_vtw.worker.current_step import CurrentStep
@@ -124,6 +125,7 @@ class V1Batches:
                 request.num_prompt_tokens,
                 align_to,
                 self.config.bridge,
+                choice_of(self.config.policy, self.config.num_layers, request.sampling_params).layer,
             )
             if req_id in self.step.known_exits:
                 retentions = after_exit(retentions, self.step.known_exits[req_id])

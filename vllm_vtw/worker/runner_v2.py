@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
+from vllm_vtw.choice import choice_of
 from vllm_vtw.config import VTWConfig
 from vllm_vtw.retention import Retention, after_exit, request_retentions
 from vllm_vtw.startup import vtw_config
@@ -65,12 +66,18 @@ class VTWModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
         req_id, prompt_len = new_req_data.req_id, new_req_data.prompt_len
+        policy, sampling_params = self.config.policy, new_req_data.sampling_params
         retentions = request_retentions(
-            self.config.policy, new_req_data.mm_features, prompt_len, self.align_to, self.config.bridge
+            policy,
+            new_req_data.mm_features,
+            prompt_len,
+            self.align_to,
+            self.config.bridge,
+            choice_of(policy, self.config.num_layers, sampling_params).layer,
         )
         if req_id in self.step.known_exits:
             retentions = after_exit(retentions, self.step.known_exits[req_id])
-        wants_logprobs = wants_prompt_logprobs(new_req_data.sampling_params)
+        wants_logprobs = wants_prompt_logprobs(sampling_params)
         self.tracked[req_id] = TrackedRequest(req_index, prompt_len, retentions, wants_logprobs)
         self.req_ids = []
 

@@ -22,7 +22,8 @@ from vllm_vtw.capacity import LayerGroup, LayerGroups
 from vllm_vtw.kv.cache_manager import StagedKVCacheManager
 from vllm_vtw.kv.spec import StageSpec
 from vllm_vtw.kv.stage_block_manager import StagedBlockHashes
-from vllm_vtw.retention import Retention
+from vllm_vtw.policy import Policy, Stage
+from vllm_vtw.retention import Retention, request_retentions
 
 init_none_hash(sha256)
 
@@ -47,6 +48,10 @@ SPECS: dict[str, tuple[AttentionSpec, ...]] = {
     "two ranks": (of_stage(0), of_stage(0, 2, 1), of_stage(1, 1, 1), of_stage(2, 4, 1)),
 }
 LAYOUTS = pytest.mark.parametrize("layout", SPECS)
+
+LAYERS = 12
+EXITS = Policy((Stage(4, 0.0), Stage(8, 0.0)))
+"""Two layers that requests may choose from, which are where the stages of `SPECS` begin."""
 
 TEXT = 4
 """The token of texts, which answers are made of too: a prompt may go on as another was answered."""
@@ -79,6 +84,17 @@ class Ask:
         """The same with every piece as long beside a block as it is beside one of `BLOCK_SIZE`."""
         return Ask(tuple((kind, size * block_size // BLOCK_SIZE) for kind, size in self.pieces))
 
+    def features(self) -> list[MultiModalFeatureSpec]:
+        return [
+            MultiModalFeatureSpec(None, "image", f"{kind}{size}", PlaceholderRange(start, size))
+            for kind, start, size in self.pictures
+        ]
+
+    def leaving(self, exit_stage: int | None, align_to: int) -> tuple[Retention, ...]:
+        """What the stages of `EXITS` retain if the request chooses one. None withdraws nothing."""
+        layer = LAYERS if exit_stage is None else EXITS.stages[exit_stage - 1].layer
+        return request_retentions(EXITS, self.features(), self.starts[-1], align_to, 0, layer)
+
     def request(
         self, request_id: str, retentions: tuple[Retention, ...] | None, block_size: int = BLOCK_SIZE
     ) -> Request:
@@ -87,10 +103,7 @@ class Ask:
             prompt_token_ids=[TOKENS[kind] for kind, size in self.pieces for _ in range(size)],
             sampling_params=SamplingParams(max_tokens=50),
             pooling_params=None,
-            mm_features=[
-                MultiModalFeatureSpec(None, "image", f"{kind}{size}", PlaceholderRange(start, size))
-                for kind, start, size in self.pictures
-            ],
+            mm_features=self.features(),
             block_hasher=get_request_block_hasher(block_size, sha256),
         )
         if retentions is not None:

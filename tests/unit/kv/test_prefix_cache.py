@@ -110,3 +110,49 @@ def test_a_request_that_goes_on_finds_what_the_one_before_says_it_shared(
     # A prompt that goes on behind a picture withdraws that picture's end too, and needs less to be there.
     ends_in_picture = first.pieces[-1][0] in ("cat", "dog")
     assert shared[1][0] == shared[0][1] or (ends_in_picture and shared[1][0] > shared[0][1])
+
+
+def pages(ask: Ask, stage: int, exit_stage: int | None) -> dict[int, object]:
+    """What a row holds up to the end of each page, by the number of the prompt's tokens up to there."""
+    length, blocks = ask.starts[-1], range(0, ask.starts[-1] - BLOCK_SIZE + 1, BLOCK_SIZE)
+    tokens = [kind for kind, size in ask.pieces for _ in range(size)]
+    visual = {at for _, start, size in ask.pictures for at in range(start, start + size)}
+    leaving = {
+        b for b in blocks if exit_stage and stage >= exit_stage and visual >= {*range(b, b + BLOCK_SIZE)}
+    }
+    if length - BLOCK_SIZE in leaving:  # kept, but not in a longer prompt
+        length -= BLOCK_SIZE
+    found: dict[int, object] = {}
+    for block in blocks:
+        if block + BLOCK_SIZE <= length and block not in leaving:
+            end = block + BLOCK_SIZE
+            left_at = exit_stage if any(other < block for other in leaving) else None
+            seen = [picture for picture in ask.pictures if picture[1] < end]
+            found[end] = (tokens[:end], seen, left_at)
+    return found
+
+
+@LAYOUTS
+@given(st.lists(st.tuples(asks(most=8), st.sampled_from([1, 2, None])), min_size=2, max_size=8))
+def test_requests_with_exits_of_their_own_share_what_is_the_same(
+    layout: str, course: list[tuple[Ask, int | None]]
+):
+    """What lies before the tokens that leave is the same for all exits, and so are these tokens in the stages
+    before. What follows is the same for requests with the same exit."""
+    requests = [
+        ask.request(str(number), ask.leaving(exit_stage, BLOCK_SIZE))
+        for number, (ask, exit_stage) in enumerate(course)
+    ]
+    vtw = manager(True, SPECS[layout], 4000)
+    for stage in vtw.stage_managers:
+        stage.retentions = {request.request_id: request.block_hashes.retentions for request in requests}
+    offered: list[list[object]] = [[], [], []]
+    for (ask, exit_stage), served in zip(course, hits(vtw, requests), strict=True):
+        rows = [pages(ask, stage, exit_stage) for stage in range(3)]
+        missing = [
+            end for row, shared in zip(rows, offered, strict=True) for end in row if row[end] not in shared
+        ]
+        limits = [end - 1 for end in missing] + [max(ask.starts[-1] - 1, 0)]
+        assert served == min(limits) // BLOCK_SIZE * BLOCK_SIZE
+        for stage, row in enumerate(rows):
+            offered[stage] += row.values()

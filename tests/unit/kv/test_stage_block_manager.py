@@ -52,6 +52,7 @@ class Course(RuleBasedStateMachine):
         for stage in self.manager.stage_managers:
             stage.retentions = self.retentions
         self.requests: dict[str, tuple[Request, Prompt]] = {}
+        self.exits: dict[str, int | None] = {}
         self.cells: dict[tuple[int, int, int], object] = {}
         """What the KV cache holds, by pipeline rank, block and place in the block."""
         self.slots: dict[str, int] = {}
@@ -64,26 +65,35 @@ class Course(RuleBasedStateMachine):
     def pick(self, data: st.DataObject) -> Request:
         return self.requests[data.draw(st.sampled_from(sorted(self.requests)))][0]
 
-    @rule(ask=asks())
-    def arrives(self, ask: Ask):
+    @rule(ask=asks(), exit_stage=st.sampled_from([1, 1, 2, None]))
+    def arrives(self, ask: Ask, exit_stage: int | None = 1):
         self.arrived += 1
-        retentions = (ask.prompt.retention(self.align_to),) * 2
+        retentions = ask.leaving(exit_stage, self.align_to)
         request = ask.request(str(self.arrived), retentions)
         self.retentions[request.request_id] = retentions
         self.requests[request.request_id] = (request, ask.prompt)
+        self.exits[request.request_id] = exit_stage
+
+    def held(self, request: Request, stage: int, num_tokens: int) -> list[int]:
+        """The positions among the first `num_tokens` that a stage holds."""
+        prompt, exit_stage = self.requests[request.request_id][1], self.exits[request.request_id]
+        if exit_stage is None or stage < exit_stage:
+            return list(range(num_tokens))
+        return prompt.held(num_tokens, self.align_to)
 
     def rows(self, request: Request):
         """Group by group, what a request's blocks have to hold: all that the computed tokens come from."""
-        prompt = self.requests[request.request_id][1]
         tokens = tuple(request.all_token_ids[: request.num_computed_tokens])
         pictures = tuple((f.identifier, f.mm_position.offset) for f in request.mm_features)
         for group, m in enumerate(self.managers()):
-            held = prompt.held(len(tokens), self.align_to) if stage_of(m) else range(len(tokens))
+            held = self.held(request, stage_of(m), len(tokens))
             for rank, position in enumerate(held):
                 seen = [picture for picture in pictures if picture[1] <= position]
                 block, place = divmod(rank, BLOCK_SIZE * pages_of(m))
                 cell = (rank_of(m), m.req_to_blocks[request.request_id][block].block_id, place)
-                yield position, cell, (group, tokens[: position + 1], seen, list(held[: rank + 1]))
+                # Text after tokens that have left depends on how many layers saw these.
+                left_at = self.exits[request.request_id] if rank < position else None
+                yield position, cell, (group, tokens[: position + 1], seen, held[: rank + 1], left_at)
 
     @precondition(lambda self: self.requests)
     @rule(
@@ -171,12 +181,12 @@ class Course(RuleBasedStateMachine):
 
     @invariant()
     def every_stage_holds_exactly_what_it_retains(self):
-        for request, prompt in getattr(self, "requests", {}).values():
+        for request, _ in getattr(self, "requests", {}).values():
             tokens = self.slots.get(request.request_id, 0)
-            of_stages = [tokens, *[len(prompt.held(tokens, self.align_to))] * 2]
             for m in self.managers():
                 blocks = len(m.req_to_blocks.get(request.request_id, ()))
-                assert blocks == -(-of_stages[stage_of(m)] // (BLOCK_SIZE * pages_of(m)))
+                held = len(self.held(request, stage_of(m), tokens))
+                assert blocks == -(-held // (BLOCK_SIZE * pages_of(m)))
 
     @invariant()
     def every_block_holds_what_its_owners_would_have_written(self):

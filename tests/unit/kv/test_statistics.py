@@ -25,14 +25,16 @@ def test_requests_by_the_layer_that_first_withdraws():
     keeps, leaves = Retention(), Retention([(2, 12)])
     for retentions in ([keeps, keeps], [keeps, leaves], [leaves, leaves], [leaves, leaves]):
         counting.count_request(retentions)
+    counting.count_request([leaves, leaves], "on/off")
     counts = counting.take()
     assert {key: counts[key] for key in counts if key.startswith("requests")} == {
-        "requests/4": 2,
-        "requests/6": 1,
-        "requests/8": 1,
+        "requests/4/": 2,
+        "requests/4/on/off": 1,
+        "requests/6/": 1,
+        "requests/8/": 1,
     }
-    assert (counts["withdrawn_tokens/1"], counts["withdrawn_tokens/2"]) == (20, 30)
-    assert "requests/4" not in counting.take()
+    assert (counts["withdrawn_tokens/1"], counts["withdrawn_tokens/2"]) == (30, 40)
+    assert "requests/4/" not in counting.take()
 
 
 @pytest.mark.parametrize(

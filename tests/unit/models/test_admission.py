@@ -1,78 +1,123 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""What a refused prompt leaves in the processor's cache, which the engine is taken to have as well."""
+"""Which requests are refused, and what a refused prompt leaves in the processor's cache."""
 
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm import SamplingParams
 from vllm.multimodal.inputs import PlaceholderRange
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
 
 from vllm_vtw.config import ADMISSION, Admission
-from vllm_vtw.models.admission import admission_processor
+from vllm_vtw.models import request_check
 from vllm_vtw.models.beam_search import REFUSED
-from vllm_vtw.policy import Policy, Stage
+from vllm_vtw.models.processor import marking_processor
+from vllm_vtw.policy import Gate, Policy, Stage
 
-STEP = 30
-
-
-class Cache:
-    """As vLLM's in the API process: what it holds is not sent to the engine again."""
-
-    def __init__(self) -> None:
-        self.held: set[str] = set()
-
-    def get_and_update_item(self, item: Any, item_hash: str) -> None:
-        assert item is not None or item_hash in self.held
-        self.held.add(item_hash)
-
-    def invalidate(self, item_hash: str) -> None:
-        self.held.discard(item_hash)
-
-
-class Processor(BaseMultiModalProcessor):
-    """Ten tokens for each picture, five of text before and behind them all."""
-
-    _get_mm_fields_config = _get_prompt_updates = lambda self, *args: None
-
-    def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        hashes = inputs.mm_data_items
-        for one in hashes:
-            inputs.cache.get_and_update_item(None if one in inputs.cache.held else "pixels", one)
-        places = [PlaceholderRange(5 + 10 * number, 10) for number in range(len(hashes))]
-        behind = 0 if inputs.prompt == "ends in a picture" else 5
-        length = 5 + 10 * len(hashes) + behind
-        return {"prompt_token_ids": [0] * length, "mm_placeholders": {"image": places} if places else {}}
-
-
-def processed(cache: Cache, policy: Policy, *pictures: str, prompt: str = "text") -> dict[str, Any]:
-    processor = object.__new__(admission_processor(Processor))
-    model_config = SimpleNamespace(**{ADMISSION: Admission(policy, 0, STEP)})
-    processor.info = SimpleNamespace(ctx=SimpleNamespace(model_config=model_config))
-    items: Any = pictures
-    return processor.apply(ProcessorInputs(prompt, items, cache=cache))
-
-
+STEP, LAYERS = 30, 8
 RANKED, FIXED = Policy((Stage(2, 0.5),)), Policy((Stage(2, 0.0),))
+GATED = Policy((Stage(2, 0.0), Stage(4, 0.0)), Gate("gates", "0", (0.0, 0.0)))
+SEVERAL = Policy((Stage(2, 0.0), Stage(4, 0.0)), tasks={"ocr": 8, "yes-no": 2})
 
 
-def test_a_refused_prompt_takes_back_what_it_added_and_nothing_else():
-    cache = Cache()
-    processed(cache, RANKED, "another user's")
+def prompt(num_pictures: int, behind: int = 5) -> dict[str, Any]:
+    """Ten tokens for each picture, five of text before and `behind` after them all."""
+    places = [PlaceholderRange(5 + 10 * number, 10) for number in range(num_pictures)]
+    return {
+        "type": "multimodal",
+        "prompt_token_ids": [0] * (5 + 10 * num_pictures + behind),
+        "mm_placeholders": {"image": places} if places else {},
+        "mm_hashes": {"image": [f"picture {number}" for number in range(num_pictures)]},
+        # vLLM leaves out what the engine has.
+        "mm_kwargs": {"image": [None if number == 1 else "pixels" for number in range(num_pictures)]},
+    }
+
+
+def check(policy: Policy, asked: Any, **extra_args: Any) -> set[str]:
+    """What a request leaves in the processor's cache."""
+    cached = {"picture 0", "picture 1", "picture 2", "another user's"}
+    renderer = SimpleNamespace(mm_processor_cache=SimpleNamespace(invalidate=cached.remove))
+    model_config = SimpleNamespace(**{ADMISSION: Admission(policy, LAYERS, 0, STEP)})
+    processor: Any = SimpleNamespace(model_config=model_config, renderer=renderer)
+    try:
+        request_check.check(processor, asked, SamplingParams(extra_args=extra_args))
+    except ValueError as error:
+        error.add_note(str(sorted(cached)))
+        raise
+    return cached
+
+
+@pytest.mark.parametrize("policy", [RANKED, GATED])
+def test_a_prompt_that_is_too_long_for_one_step_is_refused(policy: Policy):
+    assert len(check(policy, prompt(2))) == 4
     with pytest.raises(ValueError, match=r"has 35 tokens from its first image on.* a step has room for 30"):
-        processed(cache, RANKED, "another user's", "new", "newer")
-    assert cache.held == {"another user's"}
-    processed(cache, RANKED, "another user's", "new")
-    assert cache.held == {"another user's", "new"}
+        check(policy, prompt(3))
+    assert len(check(policy, prompt(3), vtw_layer=LAYERS)) == 4, "nothing is decided about it"
 
 
 def test_a_fixed_layer_takes_prompts_of_any_length():
-    assert len(processed(Cache(), FIXED, *"abcdef")["prompt_token_ids"]) == 70
+    check(FIXED, prompt(6))
+
+
+def test_a_refused_prompt_takes_back_what_it_added_and_nothing_else():
+    with pytest.raises(ValueError, match="vtw_layer") as refused:
+        check(SEVERAL, prompt(3), vtw_layer=3)
+    assert refused.value.__notes__ == [str(["another user's", "picture 1"])]
+
+
+@pytest.mark.parametrize("asked", [prompt(1), {"type": "token", "prompt_token_ids": [1]}, "a raw prompt"])
+@pytest.mark.parametrize(
+    ("policy", "choice", "why"),
+    [
+        (SEVERAL, {"vtw_layer": 3}, r"'vtw_layer' = 3: .*offers 2, 4, 8 \(nothing is withdrawn\)"),
+        (SEVERAL, {"vtw_layer": "4"}, "'vtw_layer' = '4': "),
+        (SEVERAL, {"vtw_layer": 4.0}, "'vtw_layer' = 4.0: "),
+        (SEVERAL, {"vtw_layer": True}, "'vtw_layer' = True: "),
+        (SEVERAL, {"vtw_task": "poetry"}, "'vtw_task' = 'poetry': .*has ocr, yes-no"),
+        (SEVERAL, {"vtw_task": ["ocr"]}, "'vtw_task' = "),
+        (SEVERAL, {"vtw_task": "ocr", "vtw_layer": 8}, "send one of them"),
+        (SEVERAL, {"vtw_layers": 2}, "'vtw_layers': unknown; a request may have 'vtw_layer' or 'vtw_task'"),
+        (FIXED, {"vtw_task": "ocr"}, "'vtw_task' = 'ocr': this server's policy has no tasks"),
+        (FIXED, {"vtw_layer": 4}, r"offers 2, 8 \(nothing is withdrawn\)"),
+        (RANKED, {"vtw_layer": 2}, r"offers 8 \(nothing is withdrawn\)"),
+        (GATED, {"vtw_layer": 3}, "offers 2, 4, 8"),
+        (Policy(()), {"vtw_layer": 2}, "offers 8"),
+    ],
+)
+def test_what_is_not_offered_is_refused(policy: Policy, choice: dict[str, Any], why: str, asked: Any):
+    with pytest.raises(ValueError, match=why):
+        check(policy, asked, **choice)
+
+
+@pytest.mark.parametrize("choice", [{"vtw_layer": 2}, {"vtw_layer": 8}, {"vtw_task": "ocr"}, {"other": 3}])
+def test_what_is_offered_is_not_refused(choice: dict[str, Any]):
+    check(SEVERAL, prompt(2), **choice)
+
+
+def test_another_engine_of_the_process_checks_nothing():
+    stock: Any = SimpleNamespace(model_config=SimpleNamespace())
+    request_check.check(stock, prompt(9), SamplingParams(extra_args={"vtw_layer": 99}))
+
+
+class Processor(BaseMultiModalProcessor):
+    _get_mm_fields_config = _get_prompt_updates = lambda self, *args: None
+
+    def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return inputs.mm_data_items
+
+
+def processed(policy: Policy, asked: dict[str, Any]) -> dict[str, Any]:
+    processor = object.__new__(marking_processor(Processor))
+    model_config = SimpleNamespace(**{ADMISSION: Admission(policy, LAYERS, 0, STEP)})
+    processor.info = SimpleNamespace(ctx=SimpleNamespace(model_config=model_config))
+    items: Any = asked
+    return processor.apply(ProcessorInputs("", items))
 
 
 def test_beam_search_is_refused_where_a_longer_prompt_retains_other_tokens():
-    assert REFUSED in processed(Cache(), RANKED, "a")
-    assert REFUSED not in processed(Cache(), RANKED)
-    assert REFUSED not in processed(Cache(), FIXED, "a")
-    assert REFUSED in processed(Cache(), FIXED, "a", prompt="ends in a picture")
+    assert REFUSED in processed(RANKED, prompt(1))
+    assert REFUSED not in processed(RANKED, prompt(0))
+    assert REFUSED not in processed(FIXED, prompt(1))
+    assert REFUSED in processed(FIXED, prompt(1, behind=0))
