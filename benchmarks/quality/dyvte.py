@@ -39,7 +39,6 @@ from benchmarks.quality.tasks import TASKS, samples
 from vllm_vtw.commands.dyvte import default_layers
 from vllm_vtw.policy import Gate, Policy, Stage
 from vllm_vtw.search.checkpoint import read_config, supported_model
-from vllm_vtw.search.dyvte.evaluation import kv_share
 from vllm_vtw.search.model import HFModel, Placement
 from vllm_vtw.search.price import Price, RequestTokens
 
@@ -216,7 +215,7 @@ def gated_row(
         "prefill_flops_share": mean(
             price.flops_share(Policy.withdraw_at(layer, LAYERS)) for price, layer in priced
         ),
-        "kv_share": mean(kv_share(policy, price, stage_of[layer]) for price, layer in priced),
+        "kv_share": mean(price.kv_share_at_exit(policy, stage_of[layer]) for price, layer in priced),
         "engine": asdict(score(asked, given)),
         "exits": {task: mean(exits[at] for at in of_task) for task, of_task in by_task.items()},
         "largest_gap": largest_gap(read),

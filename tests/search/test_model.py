@@ -16,7 +16,7 @@ from tests.search.conftest import load_llava
 from tests.search.plain import plain_logits
 from vllm_vtw.search.data.sample import Sample
 from vllm_vtw.search.divergence import AnswerDivergence
-from vllm_vtw.search.vtw.criteria import first_token_layer
+from vllm_vtw.search.vtw.criteria import first_token_layers
 
 ANSWER = 10
 PROMPTS = {
@@ -70,7 +70,7 @@ def test_every_k_is_what_the_whole_model_gives(llava, pictures, model_type, back
         assert first_kl[layer] == pytest.approx(wanted_kl[layer], abs=1e-5, rel=0)
     assert max(first_kl.values()) > 1e-3  # there is something to agree on
     eta = sorted(wanted_kl.values())[0]
-    assert first_token_layer(first_kl, eta + 1e-5) == first_token_layer(wanted_kl, eta + 1e-5)
+    assert first_token_layers(first_kl, eta + 1e-5) == first_token_layers(wanted_kl, eta + 1e-5)
 
 
 def published_kl(full: torch.Tensor, withdrawn: torch.Tensor) -> float:

@@ -12,11 +12,12 @@ from vllm_vtw.commands.search_setup import (
     add_options,
     bound,
     collect_samples,
+    count,
     exit_on_failure,
     require_samples,
     values_of_layer,
 )
-from vllm_vtw.policy import Policy
+from vllm_vtw.policy import Policy, check_task_name
 from vllm_vtw.search.vtw.criteria import FIRST_LAYER_TRIED, default_eta
 
 CRITERIA = ("answer", "first-token")
@@ -54,6 +55,18 @@ def add_command(commands: Any) -> None:
         type=bound,
         help="bound of the first-token criterion, in nats (default: the value published for the model)",
     )
+    add(
+        "--per-task",
+        action="store_true",
+        help='choose a layer for each "task" of the data: requests that name their task get its layer',
+    )
+    add(
+        "--max-stages",
+        type=count,
+        default=4,
+        help="maximum number of different layers with --per-task; each takes one or more KV-cache groups "
+        "(default: %(default)s)",
+    )
     parser.set_defaults(parser=parser, run=_run)
 
 
@@ -64,10 +77,13 @@ def _run(arguments: argparse.Namespace) -> None:
 
         result = _calibrate(arguments)
     criterion = arguments.criterion
-    found = result["layer"][criterion] is not None
-    policy = policy_file(result, criterion) if found else None
     save_results(
-        arguments, result, policy, report.html, report.table(result), f", by the {criterion} criterion"
+        arguments,
+        result,
+        policy_file(result, criterion),
+        report.html,
+        report.table(result),
+        f", by the {criterion} criterion{' on each task' if arguments.per_task else ''}",
     )
 
 
@@ -75,11 +91,14 @@ def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the calibration. Returns the content of `result.json`."""
     from vllm_vtw.search.data.random_order import draw_samples
     from vllm_vtw.search.model import HFModel
-    from vllm_vtw.search.reports.calibration import notes
+    from vllm_vtw.search.reports.calibration_notes import notes
     from vllm_vtw.search.vtw import calibration
     from vllm_vtw.search.vtw.calibration_journal import CalibrationJournal, CalibrationSettings
+    from vllm_vtw.search.vtw.per_task import layer_by_task
 
     setup = SearchSetup.of(arguments)
+    if arguments.per_task:
+        _check_tasks(setup)
     shape = setup.shape
     skipped = setup.skipped
     layers = values_of_layer(arguments.layers, shape)
@@ -101,16 +120,53 @@ def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     budget = calibration.Budget(eta, arguments.max_answer_kl, arguments.max_token_change)
     result = calibration.result(shape, model, settings, measured, budget)
+    if arguments.per_task:
+        unnamed = {sample.where for sample in setup.data.samples if not sample.labelled}
+        result["per_task"] = layer_by_task(
+            result, model, measured, unnamed, arguments.criterion, budget, arguments.max_stages
+        )
     result["skipped"] = skipped
     unseen = setup.tasks - result["tasks"].keys()
     result["notes"] = notes(result, arguments.criterion, unseen) + model.prompts.notes
     return result
 
 
-def policy_file(result: dict[str, Any], criterion: str) -> dict[str, Any]:
-    """The content of the policy file with the K that a criterion chose, and how it was calibrated."""
-    model = result["model"]
-    policy = Policy.withdraw_at(result["layer"][criterion], model["num_hidden_layers"])
-    keys = ("made", "budget", "layer", "tasks", "layers", "first_token_kl", "curves")
-    calibration = {"criterion": criterion} | {key: result[key] for key in keys}
+def _check_tasks(setup: SearchSetup) -> None:
+    """Checks that the data names tasks, and that a policy file may have their names.
+
+    Raises:
+        ValueError: It names none, or a policy file may not have one of the names.
+    """
+    names = {sample.task for sample in setup.data.samples if sample.labelled}
+    if not names:
+        raise ValueError("--per-task: no sample of --data has a 'task'")
+    try:
+        for name in sorted(names):
+            check_task_name(name)
+    except ValueError as error:
+        raise ValueError(f"--per-task: {error}") from error
+
+
+def policy_file(result: dict[str, Any], criterion: str) -> dict[str, Any] | None:
+    """The content of the policy file, with how it was calibrated.
+
+    Args:
+        result: The content of `result.json`.
+        criterion: The criterion that chooses K, if there is one K for all tasks.
+
+    Returns:
+        None if nothing is withdrawn.
+    """
+    from vllm_vtw.search.vtw.task_layers import task_policy
+
+    model, layer, per_task = result["model"], result["layer"][criterion], result.get("per_task")
+    num_layers = model["num_hidden_layers"]
+    if per_task is not None:
+        policy = task_policy({name: task["layer"] for name, task in per_task["tasks"].items()}, num_layers)
+    else:
+        policy = Policy.withdraw_at(num_layers if layer is None else layer, num_layers)
+    if not policy.stages:
+        return None
+    keys = ("made", "budget", "layer", "tasks", "layers", "first_token_kl", "curves", "per_task")
+    calibration = {"criterion": criterion} | {key: result[key] for key in keys if key in result}
     return policy.to_json(model) | {"calibration": calibration}

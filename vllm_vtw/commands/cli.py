@@ -5,7 +5,7 @@
 import argparse
 
 from vllm_vtw import __version__
-from vllm_vtw.commands import calibrate, doctor, dyvte, plan, schedules
+from vllm_vtw.commands import calibrate, doctor, dyvte, guard, plan, schedules
 from vllm_vtw.plugin import SUPPORTED_VLLM
 
 
@@ -14,7 +14,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="vtw", description="Visual-token withdrawal inside vLLM.")
     parser.add_argument("--version", action="version", version=_versions())
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (plan, calibrate, schedules, dyvte, doctor):
+    for command in (plan, calibrate, schedules, dyvte, guard, doctor):
         command.add_command(commands)
     arguments, unknown = parser.parse_known_args()
     if unknown:

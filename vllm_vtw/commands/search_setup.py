@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LEAST_SAMPLES = 8
 """The number of good samples below which a search refuses to start."""
+MAX_TOKEN_CHANGE = 0.01
+"""The default of `--max-token-change`: the largest share of an answer's tokens that may change."""
 T = TypeVar("T")
 
 
@@ -84,7 +86,7 @@ def add_budget(add: Callable[..., Any]) -> None:
     add(
         "--max-token-change",
         type=share,
-        default=0.01,
+        default=MAX_TOKEN_CHANGE,
         help="budget: the largest share of answer tokens that may change on any task (default: %(default)s)",
     )
 

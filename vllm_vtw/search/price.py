@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """What a policy costs: the decoder's work and the KV memory that it takes, compared with stock vLLM."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_vtw.capacity import LayerGroups
@@ -78,8 +79,23 @@ class Price:
 
         Memory that KV-cache groups waste is included. Rounding up to whole blocks is not.
         """
+        return self._kv_share(policy, policy.keeps)
+
+    def kv_share_at_exit(self, policy: Policy, exit_stage: int | None) -> float:
+        """The KV memory of a request that chooses where its visual tokens leave, as a share of stock vLLM's.
+
+        Memory that KV-cache groups waste is included. Rounding up to whole blocks is not.
+
+        Args:
+            policy: A policy all of whose stages keep no visual tokens.
+            exit_stage: The first stage without the request's visual tokens. None if they stay.
+        """
+        stages = range(len(policy.keeps))
+        return self._kv_share(policy, [float(exit_stage is None or stage < exit_stage) for stage in stages])
+
+    def _kv_share(self, policy: Policy, keeps: Sequence[float]) -> float:
         groups = LayerGroups.of(policy, self.num_layers)
-        held = [self.layer_held(keep) for keep in policy.keeps]
+        held = [self.layer_held(keep) for keep in keeps]
         return groups.layer_tokens(held) / (self.num_layers * self.layer_held(1))
 
     def cost(self, policy: Policy) -> float:

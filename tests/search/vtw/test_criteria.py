@@ -13,8 +13,8 @@ from vllm_vtw.config import ModelShape
 from vllm_vtw.policy import Policy
 from vllm_vtw.search.divergence import AnswerDivergence, TaskDivergence
 from vllm_vtw.search.price import Price, RequestTokens
-from vllm_vtw.search.reports.calibration import notes
-from vllm_vtw.search.vtw.criteria import answer_layer, default_eta, first_token_layer
+from vllm_vtw.search.reports.calibration_notes import notes
+from vllm_vtw.search.vtw.criteria import answer_layers, default_eta, first_token_layers
 
 LOGITS = st.floats(-8, 8, width=32)
 KLS = st.floats(0, 5)
@@ -63,8 +63,8 @@ def test_a_curve_pools_tokens(answers):
 
 
 def test_the_published_choice_is_the_first_from_five_on():
-    assert first_token_layer({4: 0.0, 5: 0.02, 6: 0.01, 7: 0.5, 8: 0.0}, eta=0.01) == 6
-    assert first_token_layer({1: 0.0, 5: 0.02}, eta=0.01) is None
+    assert first_token_layers({4: 0.0, 5: 0.02, 6: 0.01, 7: 0.5, 8: 0.0}, eta=0.01) == [6, 8]
+    assert first_token_layers({1: 0.0, 5: 0.02}, eta=0.01) == []
 
 
 def test_the_worst_task_decides():
@@ -74,11 +74,12 @@ def test_the_worst_task_decides():
     good = curves((1, 0.5, 0.0), (2, 0.01, 0.0), (3, 0.0, 0.0), (4, 0.0, 0.0))
     more_tokens = curves((1, 0.0, 0.0), (2, 0.0, 0.3), (3, 0.0, 0.0), (4, 0.0, 0.0))
     more_kl = curves((1, 0.0, 0.0), (2, 0.0, 0.0), (3, 0.3, 0.0), (4, 0.0, 0.0))
-    assert answer_layer({"a": good}, 0.02, 0.01) == 2
-    assert answer_layer({"a": good, "b": more_tokens}, 0.02, 0.01) == 3
-    assert answer_layer({"a": good, "b": more_tokens, "c": more_kl}, 0.02, 0.01) == 4
-    assert answer_layer({"a": good, "b": more_tokens}, 0.02, 0.3) == 2
-    assert answer_layer({"a": curves((1, 0.5, 0.0))}, 0.02, 0.01) is None
+    assert answer_layers({"a": good}, 0.02, 0.01) == [2, 3, 4]
+    assert answer_layers({"a": good, "b": more_tokens}, 0.02, 0.01) == [3, 4]
+    assert answer_layers({"a": good, "b": more_kl}, 0.02, 0.01) == [2, 4]
+    assert answer_layers({"a": good, "b": more_tokens, "c": more_kl}, 0.02, 0.01) == [4]
+    assert answer_layers({"a": good, "b": more_tokens}, 0.02, 0.3) == [2, 3, 4]
+    assert answer_layers({"a": curves((1, 0.5, 0.0))}, 0.02, 0.01) == []
 
 
 @pytest.mark.parametrize(

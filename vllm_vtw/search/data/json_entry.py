@@ -55,6 +55,7 @@ def parse_sample(where: str, entry: Any, folder: Path) -> Sample:
         prompt,
         messages,
         task="all" if task is None else str(task),
+        labelled=task not in (None, ""),
         answer=None if answer is None else str(answer).strip(),
         video=video,
         folder=folder,

@@ -46,6 +46,7 @@ class Sample:
         messages: The messages of a chat. Each `content` is a list of parts of type "text" and "image" or
             "video". Empty if the sample has a `prompt`.
         task: The name of the task that the sample belongs to. Results are reported by task.
+        labelled: Whether the data names the task.
         answer: The expected answer. None if it is not known.
         video: The video. None if the sample has images.
         folder: The folder that relative paths start from.
@@ -56,6 +57,7 @@ class Sample:
     prompt: str | None = None
     messages: tuple[Message, ...] = ()
     task: str = "all"
+    labelled: bool = False
     answer: str | None = None
     video: Video | None = None
     folder: Path = field(default=Path(), compare=False)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_vtw.capacity import LayerGroups
 from vllm_vtw.policy import Policy
 from vllm_vtw.search.dyvte.exit_labels import SampleExits
 from vllm_vtw.search.price import Price
@@ -25,22 +24,6 @@ def exit_stages(margins: npt.NDArray[np.float32], thresholds: Sequence[float]) -
     """
     leaves = margins > np.asarray(thresholds)
     return [int(row.argmax()) + 1 if row.any() else None for row in leaves]
-
-
-def kv_share(policy: Policy, price: Price, exit_stage: int | None) -> float:
-    """The KV memory of a request under a policy with gates, as a share of stock vLLM's.
-
-    Memory that KV-cache groups waste is included. Rounding up to whole blocks is not.
-
-    Args:
-        policy: A policy with gates.
-        price: The `Price` for this request.
-        exit_stage: The first stage without the request's visual tokens. None if they stay.
-    """
-    groups = LayerGroups.of(policy, price.num_layers)
-    keeps = [float(exit_stage is None or stage < exit_stage) for stage in range(len(policy.keeps))]
-    held = [price.layer_held(keep) for keep in keeps]
-    return groups.layer_tokens(held) / (price.num_layers * price.layer_held(1))
 
 
 def evaluate_gates(
@@ -86,7 +69,7 @@ def evaluate_gates(
             # A policy with gates has the same KV-cache groups whatever they decide. VTW has only two stages,
             # whose groups can differ from these.
             memory.append(
-                sample_price.kv_share(withdrawn) if fixed else kv_share(policy, sample_price, stage)
+                sample_price.kv_share(withdrawn) if fixed else sample_price.kv_share_at_exit(policy, stage)
             )
         chosen = [
             one.answers[-1 if stage is None else stage - 1] for one, stage in zip(seen, exits, strict=True)

@@ -2,14 +2,13 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The report of `vtw calibrate`."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 
-from vllm_vtw.search.reports.data_notes import data_notes
+from vllm_vtw.search.reports.calibration_notes import WITHOUT_TASK
 from vllm_vtw.search.reports.page import MARKERS, Draw, label_layers, page
-from vllm_vtw.search.vtw.criteria import FIRST_LAYER_TRIED
 
 LEAST_KL = 1e-6
 """Smaller values are drawn at this one, because a logarithmic axis has no 0."""
@@ -23,7 +22,7 @@ def html(result: dict[str, Any], command: str | None) -> str:
         result: The content of `result.json`.
         command: The command that serves a model with the chosen K. None if there is none.
     """
-    return page("calibration.html", _plots(result), result=result, command=command)
+    return page("calibration.html", _plots(result), result=result, command=command, without_task=WITHOUT_TASK)
 
 
 def _plots(result: dict[str, Any]) -> dict[str, Draw]:
@@ -83,56 +82,8 @@ def _visible(values: Sequence[float]) -> list[float]:
     return [max(value, LEAST_KL) for value in values]
 
 
-def notes(result: dict[str, Any], criterion: str, tasks_without_sample: Collection[str]) -> list[str]:
-    """Returns what a reader has to know in addition to the numbers.
-
-    Args:
-        result: The content of `result.json`.
-        criterion: The criterion whose K is used, "answer" or "first-token".
-        tasks_without_sample: The tasks of which no good sample was drawn.
-    """
-    said = []
-    raise_budget = (
-        "raise --eta" if criterion == "first-token" else "raise --max-answer-kl or --max-token-change"
-    )
-    layers, layer, most = result["layers"], result["layer"][criterion], result["budget"]["max_token_change"]
-    if layer is None:
-        measured_all = layers[-1] == result["model"]["num_hidden_layers"] - 1
-        larger = "" if measured_all else "measure larger values with --layers, "
-        said.append(
-            f"No K that was measured satisfies the {criterion} criterion, so there is no policy file: "
-            f"{larger}{raise_budget}, or serve without withdrawal."
-        )
-        if criterion == "first-token":
-            deepest = [
-                f"mean KL {result['first_token_kl'][-1]:.2g} nats for the first token (--eta allows "
-                f"{result['budget']['eta']:g})"
-            ]
-        else:
-            deepest = [
-                f"{task}: {curve['token_change'][-1]:.2%} of tokens changed, "
-                f"mean KL {curve['mean_kl'][-1]:.2g} nats"
-                for task, curve in result["curves"].items()
-            ]
-        said.append(f"The difference at K = {layers[-1]}, the largest measured: {'; '.join(deepest)}.")
-    elif result["kv_share"][layers.index(layer)] >= 1:
-        said.append(
-            f"At K = {layer} KV-cache groups waste at least as much memory as withdrawal saves: "
-            f"{raise_budget} to allow a smaller K, or serve without withdrawal."
-        )
-    said += data_notes(result, most, tasks_without_sample)
-    published = [layer for layer in layers if layer >= FIRST_LAYER_TRIED]
-    if not published or published != list(range(FIRST_LAYER_TRIED, published[-1] + 1)):
-        considered = ", ".join(map(str, published)) or "none"
-        said.append(
-            f"As published, the first-token criterion considers every K from {FIRST_LAYER_TRIED} on; "
-            f"here it considered {considered}."
-        )
-    return said
-
-
 def table(result: dict[str, Any]) -> list[str]:
-    """Returns the lines of a table that shows both criteria side by side."""
+    """Returns the lines of a table that shows both criteria side by side, and the layers of tasks below."""
     layers, tokens = result["layers"], sum(count["tokens"] for count in result["tasks"].values())
 
     def row(name: str, values: Iterable[str]) -> str:
@@ -156,4 +107,32 @@ def table(result: dict[str, Any]) -> list[str]:
     for task, curve in result["curves"].items():
         lines.append(shares(f"{task}: tokens changed", curve["token_change"]))
         lines.append(shares(f"{task}: answers changed", curve["answer_change"]))
-    return lines
+    return lines + (_task_table(result) if "per_task" in result else [])
+
+
+def _task_table(result: dict[str, Any]) -> list[str]:
+    """The lines of a table that shows the layer of each task."""
+    per_task, num_layers = result["per_task"], result["model"]["num_hidden_layers"]
+    width = max(34, *(len(name) for name in per_task["tasks"]))
+
+    def row(name: str, *values: str) -> str:
+        return f"{name:{width}}" + "".join(f"{value:>14}" for value in values)
+
+    def served(task: dict[str, Any]) -> list[str]:
+        layer = str(task["layer"]) if task["layer"] < num_layers else "none"
+        return [layer, *shares(task)]
+
+    def shares(of: dict[str, Any]) -> list[str]:
+        return [f"{of[name]:.1%}" for name in ("kv_share", "prefill_flops_share")]
+
+    single = per_task["single"]
+    return [
+        "",
+        row(f"{per_task['criterion']} criterion, by task", "first K", "K", "KV memory", "prefill work"),
+        *(
+            row(name or WITHOUT_TASK, "none" if task["own"] is None else str(task["own"]), *served(task))
+            for name, task in per_task["tasks"].items()
+        ),
+        row("all samples", "", "", *shares(per_task["all"])),
+        row("all samples, with one K", "", *(served(single) if single else ["none"])),
+    ]

@@ -19,7 +19,7 @@ from vllm_vtw.search.model import HFModel
 from vllm_vtw.search.price import STOCK, Price, RequestTokens
 from vllm_vtw.search.resume import evaluate_samples
 from vllm_vtw.search.vtw.calibration_journal import CalibrationJournal, CalibrationSettings, MeasuredSample
-from vllm_vtw.search.vtw.criteria import answer_layer, first_token_layer
+from vllm_vtw.search.vtw.criteria import answer_layers, first_token_layers
 
 
 def measure(
@@ -92,6 +92,38 @@ class Budget:
     max_token_change: float
 
 
+def curve(measured: Sequence[MeasuredSample], layers: Sequence[int]) -> dict[int, TaskDivergence]:
+    """For each of the measured values of K, how withdrawal there changes the answers to samples.
+
+    Args:
+        measured: The samples. There has to be at least one.
+        layers: The values of K that were measured.
+    """
+    return {
+        layer: TaskDivergence.of([sample.differences[at] for sample in measured])
+        for at, layer in enumerate(layers)
+    }
+
+
+def first_token_kl(measured: Sequence[MeasuredSample], layers: Sequence[int]) -> dict[int, float]:
+    """For each of the measured values of K, the mean of `AnswerDivergence.first_token_kl` over samples."""
+    return {
+        layer: float(np.mean([sample.differences[at].first_token_kl for sample in measured]))
+        for at, layer in enumerate(layers)
+    }
+
+
+def mean_price(num_layers: int, model: HFModel, measured: Sequence[MeasuredSample]) -> Price:
+    """The `Price` for a request of the mean length of samples."""
+    request = RequestTokens(
+        *(
+            float(np.mean([getattr(sample, name) for sample in measured]))
+            for name in ("visual_tokens", "text_tokens", "output_tokens")
+        )
+    )
+    return Price(num_layers, model.layer_parameters, model.attention_width, request)
+
+
 def result(
     shape: ModelShape,
     model: HFModel,
@@ -116,32 +148,19 @@ def result(
         task: [sample for sample in measured if sample.task == task]
         for task in sorted({sample.task for sample in measured})
     }
-    curves = {
-        task: {
-            layer: TaskDivergence.of([sample.differences[at] for sample in of_task])
-            for at, layer in enumerate(layers)
-        }
-        for task, of_task in by_task.items()
-    }
-    first_kl = {
-        layer: float(np.mean([sample.differences[at].first_token_kl for sample in measured]))
-        for at, layer in enumerate(layers)
-    }
-    request = RequestTokens(
-        *(
-            float(np.mean([getattr(sample, name) for sample in measured]))
-            for name in ("visual_tokens", "text_tokens", "output_tokens")
-        )
-    )
-    price = Price(num_layers, model.layer_parameters, model.attention_width, request)
+    curves = {task: curve(of_task, layers) for task, of_task in by_task.items()}
+    first_kl = first_token_kl(measured, layers)
+    price = mean_price(num_layers, model, measured)
+    of_answer = answer_layers(curves, budget.max_answer_kl, budget.max_token_change)
+    of_first_token = first_token_layers(first_kl, budget.eta)
     policies = [Policy.withdraw_at(layer, num_layers) for layer in layers]
     return {
         "model": shape.as_dict(),
         "made": _provenance(settings, measured),
         "budget": asdict(budget),
         "layer": {
-            "answer": answer_layer(curves, budget.max_answer_kl, budget.max_token_change),
-            "first-token": first_token_layer(first_kl, budget.eta),
+            "answer": next(iter(of_answer), None),
+            "first-token": next(iter(of_first_token), None),
         },
         "tasks": {
             task: {
@@ -154,12 +173,12 @@ def result(
             for task, of_task in by_task.items()
         },
         "example": {name: getattr(measured[0], name) for name in ("prompt", "answer", "expected")},
-        "tokens_per_request": asdict(request),
+        "tokens_per_request": asdict(price.request),
         "layers": layers,
         "first_token_kl": list(first_kl.values()),
         "curves": {
             task: {
-                name: [getattr(curve, name) for curve in by_layer.values()]
+                name: [getattr(point, name) for point in by_layer.values()]
                 for name in TaskDivergence.__dataclass_fields__
             }
             for task, by_layer in curves.items()

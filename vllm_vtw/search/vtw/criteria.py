@@ -38,20 +38,20 @@ def default_eta(model: ModelShape, vocabulary: int) -> float:
     return PUBLISHED_ETA.get(shape, OTHER_ETA) if vocabulary in VICUNA_VOCABULARY else OTHER_ETA
 
 
-def first_token_layer(mean_kl: dict[int, float], eta: float) -> int | None:
-    """The K that the first-token criterion chooses. None if no K from `FIRST_LAYER_TRIED` on satisfies it.
+def first_token_layers(mean_kl: dict[int, float], eta: float) -> list[int]:
+    """The values of K, ascending, that satisfy the first-token criterion. It chooses the first of them.
 
     Args:
         mean_kl: For each K, ascending, the mean of `AnswerDivergence.first_token_kl` over all samples.
         eta: The largest mean that is allowed, in nats.
     """
-    return next((layer for layer, kl in mean_kl.items() if layer >= FIRST_LAYER_TRIED and kl <= eta), None)
+    return [layer for layer, kl in mean_kl.items() if layer >= FIRST_LAYER_TRIED and kl <= eta]
 
 
-def answer_layer(
+def answer_layers(
     curves: dict[str, dict[int, TaskDivergence]], max_answer_kl: float, max_token_change: float
-) -> int | None:
-    """The K that the answer criterion chooses. None if no K is within budget on every task.
+) -> list[int]:
+    """The values of K, ascending, that satisfy the answer criterion. It chooses the first of them.
 
     Args:
         curves: For each task and each K, ascending, how withdrawal changes the answers. All tasks have the
@@ -60,11 +60,8 @@ def answer_layer(
         max_token_change: The largest `TaskDivergence.token_change` that is allowed, from 0 to 1.
     """
     layers = next(iter(curves.values()))
-    return next(
-        (
-            layer
-            for layer in layers
-            if all(by_layer[layer].within(max_answer_kl, max_token_change) for by_layer in curves.values())
-        ),
-        None,
-    )
+    return [
+        layer
+        for layer in layers
+        if all(by_layer[layer].within(max_answer_kl, max_token_change) for by_layer in curves.values())
+    ]
