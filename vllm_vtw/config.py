@@ -24,7 +24,7 @@ hidden size. All of these models have Vicuna as their text model."""
 VICUNA_VOCABULARY = range(32000, 32065)
 """The sizes of the vocabulary of a LLaVA with Vicuna. A LLaVA with Llama 3 can have the same shape otherwise,
 but has a larger vocabulary."""
-KEYS = ("layer", "layers", "policy", "align")
+KEYS = ("layer", "layers", "policy", "align", "guard")
 """The keys that the `"vtw"` object may have."""
 WHAT_IT_COSTS = (
     "Multiple-choice and yes/no questions mostly keep their answers there; captions and OCR do not. In "
@@ -106,12 +106,14 @@ class VTWConfig:
             published.
         num_layers: The number of decoder layers.
         bridge: The largest gap within an image that is withdrawn with it, as in `Family`.
+        guard_share: The fraction of finished requests whose answers are read again with the full model.
     """
 
     policy: Policy
     align: bool
     num_layers: int
     bridge: int = 0
+    guard_share: float = 0.0
 
     @classmethod
     def parse(cls, options: Any, model: ModelShape, prefix_caching: bool) -> "VTWConfig":
@@ -147,7 +149,8 @@ class VTWConfig:
             raise _error("align", align, "has to be true or false")
         if align and policy.is_dynamic:
             raise _error("align", align, "has to be false for a policy that ranks visual tokens or has gates")
-        return cls(policy, align, model.num_hidden_layers, model.bridge)
+        share = _guard_share(options["guard"]) if "guard" in options else 0.0
+        return cls(policy, align, model.num_hidden_layers, model.bridge, share)
 
     def align_to(self, block_size: int) -> int:
         """How many tokens are withdrawn at once: a block of `block_size` tokens if `align` is set, else 1."""
@@ -158,7 +161,11 @@ class VTWConfig:
 
         They contain the policy itself in place of the path of its file.
         """
-        return {"policy": self.policy.to_json(model.as_dict()), "align": self.align}
+        return {
+            "policy": self.policy.to_json(model.as_dict()),
+            "align": self.align,
+            **({"guard": {"share": self.guard_share}} if self.guard_share else {}),
+        }
 
 
 def _error(key: str, value: Any, allowed: str) -> ValueError:
@@ -212,6 +219,15 @@ def _policy_of_layers(layers: Any, default: Any, model: ModelShape) -> Policy:
     if type(default) is not int or default not in offered:
         raise _error("layer", default, f'has to be one of the "layers": {one_of(offered)}')
     return Policy(stages, layer=default)
+
+
+def _guard_share(guard: Any) -> float:
+    if not isinstance(guard, dict) or set(guard) != {"share"}:
+        raise _error("guard", guard, 'has to be an object with the key "share"')
+    share = guard["share"]
+    if type(share) not in (int, float) or not 0 < share <= 1:
+        raise _error("guard", guard, '"share" has to be a number above 0, and at most 1')
+    return float(share)
 
 
 def _read_policy(source: Any, model: ModelShape) -> Policy:

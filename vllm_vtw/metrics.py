@@ -5,6 +5,7 @@
 vLLM imports this module in a server of any model, so it must not import anything that changes vLLM.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +18,13 @@ from vllm_vtw.config import SCHEDULER
 
 REQUESTS, WITHDRAWN_TOKENS, KV_BLOCKS, KV_BLOCKS_SAVED = "requests", "withdrawn_tokens", "kv_blocks", "saved"
 EXIT_LAYER = "exit_layer"
+GUARD_REQUESTS, GUARD_TOKENS, GUARD_GREEDY_TOKENS = "guard_requests", "guard_tokens", "guard_greedy_tokens"
+GUARD_CHANGED_TOKENS, GUARD_LEFT_OUT = "guard_changed_tokens", "guard_left_out"
+GUARD_DIFFERENCE, GUARD_DIFFERENCE_SUM = "guard_difference", "guard_difference_sum"
 """The names under which the scheduler sends its statistics; see `Statistics.take`."""
 LABELS = ["model_name", "engine"]
+DIFFERENCE_BUCKETS = (0.001, 0.01, 0.1, 0.5, 1.0, 2.0, 5.0)
+"""The upper bounds of the buckets of `vllm:vtw_guard_logprob_difference`, in nats. The last one has none."""
 
 
 class WithdrawalMetrics(AggregateStatLoggerBase):
@@ -38,6 +44,7 @@ class WithdrawalMetrics(AggregateStatLoggerBase):
         self.counters: dict[str, Counter] = {}
         self.gauges: dict[str, Gauge] = {}
         self.exit_layers: Histogram | None = None
+        self.differences: Histogram | None = None
 
     def log_engine_initialized(self) -> None:
         """Creates the metrics.
@@ -49,7 +56,8 @@ class WithdrawalMetrics(AggregateStatLoggerBase):
             return
         from vllm_vtw.startup import vtw_config
 
-        policy = vtw_config(self.vllm_config).policy
+        config = vtw_config(self.vllm_config)
+        policy = config.policy
         if policy.gate is not None:
             num_layers = self.vllm_config.model_config.hf_text_config.num_hidden_layers
             self.exit_layers = Histogram(
@@ -72,6 +80,8 @@ class WithdrawalMetrics(AggregateStatLoggerBase):
                 [*LABELS, "stage"],
             ),
         }
+        if config.guard_share:
+            self._create_guard_metrics()
         self.gauges = {
             KV_BLOCKS: Gauge(
                 "vllm:vtw_kv_blocks",
@@ -88,6 +98,42 @@ class WithdrawalMetrics(AggregateStatLoggerBase):
             ),
         }
 
+    def _create_guard_metrics(self) -> None:
+        of_answers = [*LABELS, "layer", "task"]
+        self.counters |= {
+            GUARD_REQUESTS: Counter(
+                "vllm:vtw_guard_requests",
+                "Number of requests whose answers were read again with the full model, by the layer from "
+                "which on their visual tokens were withdrawn, and by the task that they chose.",
+                of_answers,
+            ),
+            GUARD_TOKENS: Counter(
+                "vllm:vtw_guard_tokens", "Number of tokens of the answers that were read again.", of_answers
+            ),
+            GUARD_GREEDY_TOKENS: Counter(
+                "vllm:vtw_guard_greedy_tokens",
+                "Number of those tokens that were chosen as the most probable ones.",
+                of_answers,
+            ),
+            GUARD_CHANGED_TOKENS: Counter(
+                "vllm:vtw_guard_changed_tokens",
+                "Number of those most probable tokens that the full model would not have chosen.",
+                of_answers,
+            ),
+            GUARD_LEFT_OUT: Counter(
+                "vllm:vtw_guard_left_out",
+                "Number of requests that were chosen and not read again, by reason.",
+                [*LABELS, "reason"],
+            ),
+        }
+        self.differences = Histogram(
+            "vllm:vtw_guard_logprob_difference",
+            "Absolute difference of the log-probabilities of a token of an answer with and without "
+            "withdrawal, in nats.",
+            of_answers,
+            buckets=DIFFERENCE_BUCKETS,
+        )
+
     def record(
         self,
         scheduler_stats: SchedulerStats | None,
@@ -101,8 +147,14 @@ class WithdrawalMetrics(AggregateStatLoggerBase):
         """
         if not self.counters or scheduler_stats is None:
             return
-        for key, value in scheduler_stats.waiting_lora_adapters.items():
+        counts = scheduler_stats.waiting_lora_adapters
+        for key, value in counts.items():
             name, _, label = key.partition("/")
+            if name == GUARD_DIFFERENCE:
+                self._observe_differences(engine_idx, label, value, counts[f"{GUARD_DIFFERENCE_SUM}/{label}"])
+                continue
+            if name == GUARD_DIFFERENCE_SUM:
+                continue
             if name == EXIT_LAYER:
                 assert self.exit_layers is not None
                 for _ in range(value):
@@ -114,3 +166,23 @@ class WithdrawalMetrics(AggregateStatLoggerBase):
                 self.counters[name].labels(*labels).inc(value)
             else:
                 self.gauges[name].labels(*labels).set(value)
+
+    def _observe_differences(self, engine_idx: int, label: str, count: int, nanonats: int) -> None:
+        """Adds the differences of one bucket to the histogram.
+
+        They are added as if each of them were their mean, which keeps their sum. As the sum was rounded, the
+        mean may lie outside of the bucket, and is moved into it.
+
+        Args:
+            engine_idx: As `record` takes it.
+            label: `bucket/layer/task`.
+            count: The number of differences in the bucket.
+            nanonats: Their sum, in 1e-9 nats.
+        """
+        assert self.differences is not None
+        bucket, layer, task = label.split("/", 2)
+        lower, upper = (0.0, *DIFFERENCE_BUCKETS, math.inf)[int(bucket) : int(bucket) + 2]
+        mean = min(max(nanonats / 1e9 / count, math.nextafter(lower, math.inf)), upper)
+        histogram = self.differences.labels(self.model_name, str(engine_idx), layer, task)
+        for _ in range(count):
+            histogram.observe(mean)

@@ -113,6 +113,12 @@ class VTWModelConfig(VerifyAndUpdateConfig):
         if config.policy.gate is not None:
             hidden_size = vllm_config.model_config.get_hidden_size()
             load_gates(config.policy.gate, [stage.layer for stage in config.policy.stages], hidden_size)
+        mode = vllm_config.model_config.logprobs_mode
+        if config.guard_share and mode.endswith("logits"):
+            raise ValueError(
+                f"--logprobs-mode {mode}: the guard of --model-impl vtw compares log-probabilities, not "
+                'logits: remove the option, or "guard" from "vtw"'
+            )
         admission = Admission(
             config.policy, config.num_layers, config.bridge, scheduler.max_num_batched_tokens
         )

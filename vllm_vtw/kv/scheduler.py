@@ -8,7 +8,6 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.metrics.stats import SchedulerStats
@@ -18,6 +17,8 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_vtw.choice import PREFIX, Choice, choice_of
 from vllm_vtw.config import EXITS
 from vllm_vtw.kv.cache_manager import StagedKVCacheManager
+from vllm_vtw.kv.guard import CLIENT, Guard
+from vllm_vtw.kv.guarded_scheduler import GuardedScheduler
 from vllm_vtw.kv.prefill_turns import Turns
 from vllm_vtw.kv.stage_block_manager import StagedBlockHashes
 from vllm_vtw.kv.startup_log import log_startup
@@ -28,7 +29,7 @@ from vllm_vtw.startup import layer_groups, refuse_unsupported, refuse_unsupporte
 logger = logging.getLogger("vllm.vtw")
 
 
-class VTWScheduler(Scheduler):
+class VTWScheduler(GuardedScheduler):
     """Knows every request's retention, from its arrival until its blocks are free again.
 
     Attributes:
@@ -49,8 +50,6 @@ class VTWScheduler(Scheduler):
     Raises:
         ValueError: After the plugin had checked the configuration, vLLM set an option that it refuses.
     """
-
-    running: list[Request]
 
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, **options: Any) -> None:
         refuse_unsupported(vllm_config)
@@ -75,6 +74,15 @@ class VTWScheduler(Scheduler):
         groups = layer_groups(vllm_config, config.policy)
         layers = [*(stage.layer for stage in self.withdrawal_policy.stages), groups.num_layers]
         self.statistics = Statistics(layers, groups.width, self.kv_cache_manager)
+        if config.guard_share:
+            self.guard = Guard(
+                config.guard_share,
+                config.policy,
+                config.bridge,
+                config.num_layers,
+                vllm_config.model_config.max_model_len,
+                self.statistics,
+            )
         log_startup(vllm_config, kv_cache_config, groups, config)
 
     def add_request(self, request: Request) -> None:
@@ -124,7 +132,7 @@ class VTWScheduler(Scheduler):
         self.tasks[request.request_id] = choice.task
         if awaits_gates(retentions):
             self.awaiting_gates.add(request.request_id)
-        else:
+        elif request.client_index != CLIENT:
             layer = self.statistics.count_request(retentions, choice.task)
             logger.debug(
                 "vtw: request %s%s: its visual tokens leave at layer %d",
@@ -303,8 +311,10 @@ class VTWScheduler(Scheduler):
         return stats
 
     def _free_blocks(self, request: Request) -> None:
-        super()._free_blocks(request)
         request_id = request.request_id
+        if self.guard is not None:
+            self.guard.consider(request, self.retentions[request_id], self.tasks[request_id])
+        super()._free_blocks(request)
         self.retentions.pop(request_id, None)
         self.tasks.pop(request_id, None)
         self.awaiting_gates.discard(request_id)

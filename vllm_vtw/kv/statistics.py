@@ -5,8 +5,25 @@
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from vllm_vtw.kv.cache_manager import StagedKVCacheManager
-from vllm_vtw.metrics import EXIT_LAYER, KV_BLOCKS, KV_BLOCKS_SAVED, REQUESTS, WITHDRAWN_TOKENS
+from vllm_vtw.metrics import (
+    DIFFERENCE_BUCKETS,
+    EXIT_LAYER,
+    GUARD_CHANGED_TOKENS,
+    GUARD_DIFFERENCE,
+    GUARD_DIFFERENCE_SUM,
+    GUARD_GREEDY_TOKENS,
+    GUARD_LEFT_OUT,
+    GUARD_REQUESTS,
+    GUARD_TOKENS,
+    KV_BLOCKS,
+    KV_BLOCKS_SAVED,
+    REQUESTS,
+    WITHDRAWN_TOKENS,
+)
 from vllm_vtw.retention import Retention
 
 
@@ -35,13 +52,20 @@ class Statistics:
         Returns:
             The layer at which its first visual tokens leave, or the number of layers if none do.
         """
-        withdrawn = [retention.num_withdrawn for retention in retentions]
-        left = zip(self.layers, [*withdrawn, 1], strict=True)
-        first = next(layer for layer, tokens in left if tokens)
+        first = self.exit_layer(retentions)
         self.counts[f"{REQUESTS}/{first}/{task}"] += 1
-        for stage, tokens in enumerate(withdrawn, 1):
-            self.counts[f"{WITHDRAWN_TOKENS}/{stage}"] += tokens
+        for stage, retention in enumerate(retentions, 1):
+            self.counts[f"{WITHDRAWN_TOKENS}/{stage}"] += retention.num_withdrawn
         return first
+
+    def exit_layer(self, retentions: Sequence[Retention]) -> int:
+        """The layer at which a request's first visual tokens leave, or the number of layers if none do.
+
+        Args:
+            retentions: Its retention in every stage past the first.
+        """
+        withdrawn = [retention.num_withdrawn for retention in retentions]
+        return next(layer for layer, tokens in zip(self.layers, [*withdrawn, 1], strict=True) if tokens)
 
     def count_exit(self, retentions: Sequence[Retention]) -> int:
         """Counts a request that gates have decided about.
@@ -53,12 +77,48 @@ class Statistics:
         self.counts[f"{EXIT_LAYER}/{layer}"] += 1
         return layer
 
+    def count_reading(
+        self,
+        layer: int,
+        task: str,
+        num_tokens: int,
+        changed: int | None,
+        differences: npt.NDArray[np.floating],
+    ) -> None:
+        """Counts an answer that the guard has read.
+
+        Args:
+            layer: The layer at which the request's first visual tokens left.
+            task: The task that it chose, or "".
+            num_tokens: Tokens of the answer.
+            changed: How many of them the full model would not have chosen. None if they were not the most
+                probable ones.
+            differences: Absolute differences of the tokens' log-probabilities, in nats, shape `(tokens,)`, or
+                `(0,)` if they are not known.
+        """
+        of = f"{layer}/{task}"
+        self.counts[f"{GUARD_REQUESTS}/{of}"] += 1
+        self.counts[f"{GUARD_TOKENS}/{of}"] += num_tokens
+        if changed is not None:
+            self.counts[f"{GUARD_GREEDY_TOKENS}/{of}"] += num_tokens
+            self.counts[f"{GUARD_CHANGED_TOKENS}/{of}"] += changed
+        buckets = np.searchsorted(DIFFERENCE_BUCKETS, differences)
+        for bucket in np.unique(buckets):
+            within = differences[buckets == bucket]
+            self.counts[f"{GUARD_DIFFERENCE}/{bucket}/{of}"] += len(within)
+            nanonats = min(int(within.sum() * 1e9), 1 << 60)
+            self.counts[f"{GUARD_DIFFERENCE_SUM}/{bucket}/{of}"] += nanonats
+
+    def count_left_out(self, reason: str) -> None:
+        """Counts an answer that the guard chose and did not read."""
+        self.counts[f"{GUARD_LEFT_OUT}/{reason}"] += 1
+
     def take(self) -> dict[str, int]:
         """The counts since the last call, and the blocks that are held now.
 
         Returns:
-            By `name/label`. The label is a layer where requests are counted, followed by `/task`, and a stage
-            where tokens or blocks are.
+            By `name/label`. The label is `layer/task` where requests are counted, and a stage where tokens or
+            blocks are. What the guard counts has `layer/task`, or `bucket/layer/task` in its histogram.
         """
         counts, self.counts = dict(self.counts), Counter()
         held = self.manager.held_blocks()

@@ -154,5 +154,5 @@ def test_requests_with_exits_of_their_own_share_what_is_the_same(
         ]
         limits = [end - 1 for end in missing] + [max(ask.starts[-1] - 1, 0)]
         assert served == min(limits) // BLOCK_SIZE * BLOCK_SIZE
-        for stage, row in enumerate(rows):
-            offered[stage] += row.values()
+        for number, row in enumerate(rows):
+            offered[number] += row.values()
