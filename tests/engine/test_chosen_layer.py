@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from tests.engine.engines import (
@@ -33,8 +34,6 @@ from tests.engine.reference import Reference
 LAYERS, DEFAULT = (2, 4, 6), 4
 VTW = {"layers": [*LAYERS], "layer": DEFAULT}
 OFFERED = (*LAYERS, MODEL.layers)
-FIRST = {"temperature": 1, "top_k": 1}
-"""Sampling of the most probable token. vLLM refuses several greedy answers to one request."""
 
 
 def asking(layer: int | None, **options: Any) -> SamplingParams:
@@ -120,7 +119,7 @@ def test_blocks_are_exact_from_the_first_token_on(checkpoint, reference):
     asked, looked_at = everyone(), set()
     with running(folder, VTW | {"align": False}, max_num_batched_tokens=96) as llm:
         for number, (ask, layer) in enumerate(asked):
-            llm.llm_engine.add_request(str(number), ask.to_vllm(oracle), asking(layer, n=2, **FIRST))
+            llm.llm_engine.add_request(str(number), ask.to_vllm(oracle), asking(layer))
         assert isinstance(scheduler_of(llm), AsyncScheduler) == ("tests.engine.asynchronous" in sys.modules)
         groups = scheduler_of(llm).kv_cache_config.kv_cache_groups
         first_layers = [(0, *LAYERS)[getattr(group.kv_cache_spec, "stage", 0)] for group in groups]
@@ -128,7 +127,7 @@ def test_blocks_are_exact_from_the_first_token_on(checkpoint, reference):
         def check():
             held = held_blocks(llm)
             for request in scheduler_of(llm).running:
-                ask, layer = asked[int(request.request_id.split("_")[-1].split("-")[0])]
+                ask, layer = asked[int(request.request_id.split("-")[0])]
                 computed, prompt = request.num_computed_tokens, request.num_prompt_tokens
                 gone = sum(oracle.dropped(request.prompt_token_ids, prompt, 1)[:computed])
                 for first_layer, row in zip(first_layers, held[request.request_id], strict=True):
@@ -187,9 +186,11 @@ def test_gates_do_not_hold_a_chosen_layer_to_one_step(checkpoint, reference, tmp
     (long,) = [ask for ask in ASKED if ask.name == "several apart"]
     with running(folder, gates.options, max_num_batched_tokens=96, max_num_seqs=8) as llm:
         outputs = answer(llm, oracle, [(long, 2), (long, 6), (long, MODEL.layers)])
-        with pytest.raises(ValueError, match="from its first image on"):
+        with pytest.raises(VLLMValidationError, match="from its first image on"):
             answer(llm, oracle, [(long, None)])
-        with pytest.raises(ValueError, match=r"'vtw_layer' = 3: this server offers 2, 4, 6, 8 \(nothing is"):
+        with pytest.raises(
+            VLLMValidationError, match=r"'vtw_layer' = 3: this server offers 2, 4, 6, 8 \(nothing is"
+        ):
             answer(llm, oracle, [(long, 3)])
         outputs += answer(llm, oracle, [(long, 4)])
     assert_right(oracle, [(long, layer) for layer in (2, 6, MODEL.layers, 4)], outputs, align=False)
@@ -237,3 +238,14 @@ def test_a_choice_that_nobody_checked_ends_its_request_alone(checkpoint, referen
         assert free_blocks(llm) == scheduler_of(llm).kv_cache_config.num_blocks - 1
     assert outputs[1].outputs[0].finish_reason == "error"
     assert_right(oracle, [(ask, 2), (ask, 6)], [outputs[0], outputs[2]], align=False)
+
+
+def test_several_answers_to_one_request_have_its_layer(checkpoint, reference):
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    asked = [(ask, layer) for ask, layer in everyone() if ask.images][:5]
+    with running(folder, VTW | {"align": False}, max_num_batched_tokens=96) as llm:
+        # The most probable token is sampled, as vLLM refuses several greedy answers.
+        outputs = answer(llm, oracle, asked, n=2, temperature=1, top_k=1)
+    assert all(len(output.outputs) == 2 for output in outputs)
+    assert_right(oracle, asked, outputs, align=False)

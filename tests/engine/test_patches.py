@@ -19,6 +19,7 @@ from vllm.model_executor.models import ModelRegistry
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from types import SimpleNamespace
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm_vtw.config import Admission
 from vllm_vtw.policy import Policy
 from vllm_vtw import plugin
@@ -57,7 +58,7 @@ class Processor(InputProcessor):
         pass
 try:
     Processor().process_inputs("0", {"type": "token"}, SamplingParams(extra_args={"vtw_layer": 3}), ())
-except ValueError as error:
+except VLLMValidationError as error:
     print("chosen", error)
 print("groups", depth(kv_cache_utils._get_kv_cache_groups_uniform_page_size))
 """

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 from benchmarks.server import serving
 from benchmarks.small_llava import SmallLlava
@@ -218,7 +219,8 @@ def test_a_prompt_that_fits_no_step_is_refused(checkpoint, reference, tmp_path):
     too_long = next(ask for ask in SHAPES if ask.name == "several apart")
     with running(folder, written(tmp_path, SCHEDULES["two stages"]), max_num_batched_tokens=128) as llm:
         with pytest.raises(
-            ValueError, match=r"has \d+ tokens from its first image on.*raise --max-num-batched-tokens"
+            VLLMValidationError,
+            match=r"has \d+ tokens from its first image on.*raise --max-num-batched-tokens",
         ):
             llm.generate(too_long.to_vllm(oracle), GREEDY, use_tqdm=False)
         # Its pictures are among those of the one that was refused.

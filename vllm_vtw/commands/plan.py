@@ -45,6 +45,11 @@ def add_command(commands: Any) -> None:
     what.add_argument(
         "--layer", type=int, help="withdrawal layer K (default: the published layer, if there is one)"
     )
+    what.add_argument(
+        "--layers",
+        type=_layers_to_choose,
+        help="layers that requests may choose from, such as 8,16,24; the deepest is the default",
+    )
     what.add_argument("--policy", help="path of a policy file")
     numbers = (
         (
@@ -98,6 +103,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _layers_to_choose(text: str) -> list[int]:
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers, like 8,16,24")
+    return [int(layer) for layer in text.split(",")]
+
+
 def _size(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens of at least 1")
@@ -123,7 +134,7 @@ def _memory(text: str) -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     parser = arguments.parser
-    options = {"layer": arguments.layer, "policy": arguments.policy}
+    options = {"layer": arguments.layer, "layers": arguments.layers, "policy": arguments.policy}
     if arguments.align:
         options["align"] = arguments.align == "true"
     try:
@@ -193,10 +204,13 @@ def plan(
     if num_tokens == 0:
         raise ValueError("a request without tokens takes no memory: give it text, an image or an answer")
     always_held = text_tokens + output_tokens
+    default = config.policy.default_layer
+    exit_stage = 1 if default is None else config.policy.exit_stage(default)
     held = [
-        always_held + visual for visual in visual_tokens_held(config.policy, images, visual_tokens, align_to)
+        always_held + visual
+        for visual in visual_tokens_held(config.policy, images, visual_tokens, align_to, exit_stage)
     ]
-    held_of_image = visual_tokens_held(config.policy, 1, visual_tokens, align_to)
+    held_of_image = visual_tokens_held(config.policy, 1, visual_tokens, align_to, exit_stage)
 
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     layer_token = 2 * text.num_key_value_heads * head_size * bytes_per_value
@@ -208,16 +222,24 @@ def plan(
     block_bytes = {"stock": num_layers * layer_block, "vtw": groups.width * layer_block}
     request_bytes = {side: blocks[side] * block_bytes[side] for side in blocks}
     # vLLM keeps one block, the null block, for itself.
-    max_sequences = {side: max(0, kv_memory // block_bytes[side] - 1) // blocks[side] for side in blocks}
+    num_blocks_of = {side: max(0, kv_memory // block_bytes[side] - 1) for side in blocks}
+    max_sequences = {side: num_blocks_of[side] // blocks[side] for side in blocks}
     exits = []
-    if config.policy.gate is not None:
-        layers = [stage.layer for stage in config.policy.stages]
-        for stage, layer in [*enumerate(layers, 1), (None, num_layers)]:
+    if config.policy.has_exits:
+        for layer in config.policy.offered_layers(num_layers):
+            stage = config.policy.exit_stage(layer)
             visual = visual_tokens_held(config.policy, images, visual_tokens, align_to, stage)
             num_blocks = groups.blocks([always_held + tokens for tokens in visual], block_size)
             taken = num_blocks * block_bytes["vtw"]
-            ratio = taken / request_bytes["stock"]
-            exits.append({"layer": layer, "kv_bytes_per_request": taken, "kv_ratio": ratio})
+            exits.append(
+                {
+                    "layer": layer,
+                    "tasks": [task for task, chosen in config.policy.tasks.items() if chosen == layer],
+                    "kv_bytes_per_request": taken,
+                    "kv_ratio": taken / request_bytes["stock"],
+                    "max_sequences": num_blocks_of["vtw"] // num_blocks,
+                }
+            )
     return {
         "model": model.as_dict(),
         "num_hidden_layers": num_layers,
@@ -232,6 +254,8 @@ def plan(
         "padding_fraction": groups.padding_fraction,
         "align": config.align,
         "ranking": config.policy.ranking,
+        "has_gates": config.policy.gate is not None,
+        "default_layer": config.policy.default_layer,
         "exits": exits,
         "block_size": block_size,
         "request": {
@@ -295,8 +319,10 @@ def describe(result: dict[str, Any]) -> str:
     withdrawn = f"whole blocks of {result['block_size']}" if result["align"] else "every visual token"
     if result["ranking"]:
         withdrawn = "what the prompt's end attends to least"
-    if result["exits"]:
+    if result["has_gates"]:
         withdrawn = f"every visual token at layer {result['exits'][0]['layer']}, if the gate there says so"
+    elif result["exits"]:
+        withdrawn += f" at layer {result['default_layer']}, the default"
     stages = [
         f"  {_layers(stage['first_layer'], stage['last_layer'])} {stage['tokens_held']} tokens"
         for stage in result["stages"]
@@ -305,12 +331,16 @@ def describe(result: dict[str, Any]) -> str:
     if request_bytes["vtw"] > request_bytes["stock"]:
         remedy = "try another layer" if request["images"] else "nothing is withdrawn from a request of text"
         notes = ["", f"KV blocks leave more memory unused here than withdrawal saves: {remedy}."]
-    for later in result["exits"][1:]:
-        stay = later["layer"] == result["num_hidden_layers"]
-        case = "stay" if stay else f"leave at layer {later['layer']}"
-        taken = later["kv_bytes_per_request"] / 2**20
-        notes.append(f"If they {case}: {taken:.1f} MiB, x {later['kv_ratio']:.2f}")
-    if result["exits"]:
+    for exit_ in result["exits"]:
+        stay = exit_["layer"] == result["num_hidden_layers"]
+        case = "stay" if stay else f"leave at layer {exit_['layer']}"
+        of_tasks = f" (task {', '.join(exit_['tasks'])})" if exit_["tasks"] else ""
+        taken = exit_["kv_bytes_per_request"] / 2**20
+        notes.append(
+            f"If they {case}{of_tasks}: {taken:.1f} MiB, x {exit_['kv_ratio']:.2f}, "
+            f"{_counted(exit_['max_sequences'], 'request')}"
+        )
+    if result["has_gates"]:
         notes.append(
             "A request is admitted when there are blocks for the last case. It gives back those that it does "
             "not need."

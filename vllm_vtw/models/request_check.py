@@ -9,6 +9,7 @@ import functools
 import inspect
 from typing import Any
 
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_vtw.config import ADMISSION
@@ -30,16 +31,16 @@ def check(processor: InputProcessor, prompt: Any, params: Any) -> None:
         params: Its `SamplingParams`.
 
     Raises:
-        ValueError: `check_request` refuses it.
+        VLLMValidationError: `check_request` refuses it. vLLM's servers answer with HTTP 400.
     """
     admission = getattr(processor.model_config, ADMISSION, None)
     if admission is None:
         return
     try:
         check_request(admission, prompt, params)
-    except ValueError:
+    except ValueError as error:
         forget_items(prompt, processor.renderer.mm_processor_cache)
-        raise
+        raise VLLMValidationError(str(error)) from error
 
 
 def install() -> None:

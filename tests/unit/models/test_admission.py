@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import PlaceholderRange
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
 
@@ -43,7 +44,7 @@ def check(policy: Policy, asked: Any, **extra_args: Any) -> set[str]:
     processor: Any = SimpleNamespace(model_config=model_config, renderer=renderer)
     try:
         request_check.check(processor, asked, SamplingParams(extra_args=extra_args))
-    except ValueError as error:
+    except VLLMValidationError as error:
         error.add_note(str(sorted(cached)))
         raise
     return cached
@@ -52,7 +53,9 @@ def check(policy: Policy, asked: Any, **extra_args: Any) -> set[str]:
 @pytest.mark.parametrize("policy", [RANKED, GATED])
 def test_a_prompt_that_is_too_long_for_one_step_is_refused(policy: Policy):
     assert len(check(policy, prompt(2))) == 4
-    with pytest.raises(ValueError, match=r"has 35 tokens from its first image on.* a step has room for 30"):
+    with pytest.raises(
+        VLLMValidationError, match=r"has 35 tokens from its first image on.* a step has room for 30"
+    ):
         check(policy, prompt(3))
     assert len(check(policy, prompt(3), vtw_layer=LAYERS)) == 4, "nothing is decided about it"
 
@@ -62,7 +65,7 @@ def test_a_fixed_layer_takes_prompts_of_any_length():
 
 
 def test_a_refused_prompt_takes_back_what_it_added_and_nothing_else():
-    with pytest.raises(ValueError, match="vtw_layer") as refused:
+    with pytest.raises(VLLMValidationError, match="vtw_layer") as refused:
         check(SEVERAL, prompt(3), vtw_layer=3)
     assert refused.value.__notes__ == [str(["another user's", "picture 1"])]
 
@@ -87,7 +90,7 @@ def test_a_refused_prompt_takes_back_what_it_added_and_nothing_else():
     ],
 )
 def test_what_is_not_offered_is_refused(policy: Policy, choice: dict[str, Any], why: str, asked: Any):
-    with pytest.raises(ValueError, match=why):
+    with pytest.raises(VLLMValidationError, match=why):
         check(policy, asked, **choice)
 
 

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
+"""`vllm serve` with a policy file whose tasks have layers of their own, and with a guard."""
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import BadRequestError, OpenAI
+
+from benchmarks.server import Server, serving
+from tests.engine.engines import MODEL, A, Ask, B, assert_follows
+from tests.engine.test_server import DASHBOARD, OPTIONS, chat, message, samples
+from tests.search.command import vtw
+
+TASKS = {"yes/no": 2, "ocr": 6, "caption": MODEL.layers}
+DEFAULT = 6
+SECRET = "chrysanthemum"
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint, tmp_path_factory):
+    content = {
+        "format": "vllm-vtw-policy/1",
+        "model": {"model_type": "llava", "num_hidden_layers": MODEL.layers, "hidden_size": MODEL.hidden},
+        "stages": [{"layer": 2, "keep": 0}, {"layer": 6, "keep": 0}],
+        "ranking": None,
+        "gate": None,
+        "tasks": TASKS,
+    }
+    file = Path(tmp_path_factory.mktemp("policy")) / "policy.json"
+    file.write_text(json.dumps(content))
+    options = json.dumps({"vtw": {"policy": str(file), "guard": {"share": 1}}})
+    with serving(checkpoint(MODEL), *OPTIONS, f"--additional-config={options}") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none")
+
+
+CHOICES: list[tuple[dict[str, Any], int]] = [
+    ({}, DEFAULT),
+    ({"vtw_layer": 2}, 2),
+    ({"vtw_layer": 6}, 6),
+    ({"vtw_layer": MODEL.layers}, MODEL.layers),
+    *(({"vtw_task": task}, layer) for task, layer in TASKS.items()),
+]
+
+
+def test_chat_with_a_choice_is_the_reference(client, checkpoint, reference):
+    oracle, answers = reference(checkpoint(MODEL)), set()
+    for choice, layer in CHOICES:
+        answer = chat(client, A, extra_body={"vllm_xargs": choice})
+        prompt_ids, output_ids = answer.prompt_token_ids, answer.choices[0].token_ids
+        assert_follows(oracle, Ask(str(choice), "", (A,)), prompt_ids, output_ids, layer, align_to=1)
+        answers.add(tuple(output_ids))
+        stream = chat(client, A, extra_body={"vllm_xargs": choice}, stream=True)
+        pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+        assert "".join(pieces) == answer.choices[0].message.content
+    assert len(answers) == 3, "the layers give the same answers"
+
+
+def test_responses_and_completions_take_a_choice(client):
+    model = client.models.list().data[0].id
+    (content,) = message(A)
+    image, text = content["content"]
+    parts = [{"type": "input_image", "image_url": image["image_url"]["url"], "detail": "auto"}]
+    asked = [{"role": "user", "content": [*parts, {"type": "input_text", "text": text["text"]}]}]
+    for choice, _ in CHOICES[:4]:
+        body = {"vllm_xargs": choice, "ignore_eos": True}
+        expected = chat(client, A, extra_body=body, max_completion_tokens=16).choices[0].message.content
+        options: dict[str, Any] = {"model": model, "input": asked, "temperature": 0, "max_output_tokens": 16}
+        answer = client.responses.create(**options, extra_body=body)
+        assert answer.output_text == expected
+        streamed = client.responses.create(**options, extra_body=body, stream=True)
+        deltas = [event.delta for event in streamed if event.type == "response.output_text.delta"]
+        assert "".join(deltas) == expected
+        text_only = client.completions.create(
+            model=model, prompt="USER: What?", extra_body=body, max_tokens=4
+        )
+        assert text_only.usage.completion_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("choice", "why"),
+    [
+        ({"vtw_layer": 3}, r"'vtw_layer' = 3: this server offers 2, 6, 8 \(nothing is withdrawn\)"),
+        ({"vtw_layer": "2"}, r"'vtw_layer' = '2': this server offers 2, 6, 8"),
+        ({"vtw_task": "poetry"}, "'vtw_task' = 'poetry': this server's policy has yes/no, ocr, caption"),
+        ({"vtw_task": "ocr", "vtw_layer": 2}, "both choose a layer: send one of them"),
+        ({"vtw_leyer": 2}, "'vtw_leyer': unknown; a request may have 'vtw_layer' or 'vtw_task'"),
+    ],
+)
+def test_a_wrong_choice_gets_400_with_the_reason(client, choice, why):
+    model = client.models.list().data[0].id
+    body = {"vllm_xargs": choice}
+    for ask in (
+        lambda: chat(client, B, extra_body=body),
+        lambda: chat(client, extra_body=body),
+        lambda: client.completions.create(model=model, prompt="What?", extra_body=body),
+        lambda: client.responses.create(model=model, input="What?", extra_body=body),
+    ):
+        with pytest.raises(BadRequestError, match=why):
+            ask()
+    assert chat(client, B).choices[0].token_ids, "the picture of the refused request is missing"
+
+
+def counted(server: Server) -> dict[str, dict[tuple[str, str], float]]:
+    """The plugin's metrics that have a task, by name, then by layer and task."""
+    found: dict[str, dict[tuple[str, str], float]] = {}
+    for sample in samples(server):
+        if "task" in sample.labels and "le" not in sample.labels:
+            of = (sample.labels["layer"], sample.labels["task"])
+            found.setdefault(sample.name.removeprefix("vllm:vtw_"), {})[of] = sample.value
+    return found
+
+
+def test_the_guard_on_metrics_and_in_the_terminal(client, server):
+    before = counted(server).get("guard_requests_total", {})
+    for task in (*TASKS, None):
+        body = {"vllm_xargs": {"vtw_task": task} if task else {}}
+        chat(client, A, extra_body=body)
+    deadline = time.monotonic() + 30
+    wanted = {("2", "yes/no"), ("6", "ocr"), ("6", "")}
+    while time.monotonic() < deadline:
+        now = counted(server)
+        read = now.get("guard_requests_total", {})
+        if all(read.get(of, 0) > before.get(of, 0) for of in wanted):
+            break
+        time.sleep(0.2)
+    assert read.keys() == wanted | {("2", "")}
+    assert {("8", "caption"), ("8", "")} | read.keys() == now["requests_total"].keys()
+    for of in read:
+        assert now["guard_tokens_total"][of] == now["guard_logprob_difference_count"][of] > 0
+        assert now["guard_greedy_tokens_total"][of] == now["guard_tokens_total"][of]
+    changed = now["guard_changed_tokens_total"]
+    assert changed["2", "yes/no"] > 0
+
+    result = vtw("guard", server.url, "--json")
+    assert result.status == 1
+    (model,) = json.loads(result.out)["models"]
+    rows = {(row["task"], row["layer"]): row for row in model["answers"]}
+    assert rows["yes/no", 2]["changed_tokens"] >= changed["2", "yes/no"]
+    assert rows["yes/no", 2]["verdict"] == "too shallow"
+    table = vtw("guard", server.url)
+    assert re.search(r"yes/no +2 +\d+ +\d+ ", table.out), table.out
+
+
+def test_the_dashboard_shows_the_guard(client, server):
+    expressions = re.findall(r'"expr": "(.*)"', DASHBOARD.read_text())
+    shown = set(re.findall(r"vllm:\w+", " ".join(expressions)))
+    there = {sample.name for sample in samples(server)}
+    guards = {name for name in shown if name.startswith("vllm:vtw_guard_")}
+    assert guards - {"vllm:vtw_guard_left_out_total"} <= there
+
+
+def test_words_of_requests_are_not_logged(client, server):
+    model = client.models.list().data[0].id
+    (content,) = message(A)
+    content["content"][1]["text"] = f"Is this a {SECRET}?"
+    client.chat.completions.create(model=model, messages=[content], max_completion_tokens=4)
+    time.sleep(2)
+    assert SECRET not in server.log()
+    assert SECRET not in server.metrics_page()
