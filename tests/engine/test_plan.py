@@ -141,10 +141,41 @@ def test_gates_are_planned_for_every_exit(checkpoint, tmp_path):
     assert f"If they stay: {never['kv_bytes_per_request'] / 2**20:.1f} MiB" in said
 
 
+def test_layers_to_choose_from_are_planned_one_by_one(checkpoint, tmp_path):
+    """Each takes what the policy with that one default takes."""
+    folder, file = checkpoint(MODEL), tmp_path / "policy.json"
+    shape = {"model_type": "llava", "num_hidden_layers": MODEL.layers, "hidden_size": MODEL.hidden}
+    options = ("--images", "2", "--prompt-tokens", "60", "--kv-memory", "32MiB")
+    stages = (Stage(2, 0.0), Stage(4, 0.0))
+    by_default = {}
+    for layer in (2, 4, MODEL.layers):
+        file.write_text(json.dumps(Policy(stages, layer=layer).to_json(shape)))
+        by_default[layer] = planned(folder, "--policy", str(file), *options)
+    file.write_text(
+        json.dumps(Policy(stages, layer=4, tasks={"yes/no": 2, "ocr": 4, "vqa": 4}).to_json(shape))
+    )
+    plan = planned(folder, "--policy", str(file), *options)
+    assert [exit_["layer"] for exit_ in plan["exits"]] == [2, 4, MODEL.layers]
+    assert [exit_["tasks"] for exit_ in plan["exits"]] == [["yes/no"], ["ocr", "vqa"], []]
+    for exit_ in plan["exits"]:
+        of_default = by_default[exit_["layer"]]
+        assert exit_["kv_bytes_per_request"] == of_default["kv_bytes_per_request"]["vtw"]
+        assert exit_["max_sequences"] == of_default["max_sequences"]["vtw"]
+    assert [stage["tokens_held"] for stage in by_default[MODEL.layers]["stages"]] == [388] * 3
+    assert plan["groups"] == by_default[2]["groups"]
+    said = vtw_plan(str(folder), "--policy", str(file), *options)[1]
+    assert "at layer 4, the default:" in said
+    assert "If they leave at layer 4 (task ocr, vqa): " in said
+    chosen = planned(folder, "--layers", f"4,2,{MODEL.layers}", *options)
+    assert chosen == by_default[4]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--layer", "9"], "error: --layer 9: has to be an integer from 1 to 5"),
+        (["--layers", "2,9"], "error: --layers 9: has to be an integer from 1 to 5"),
+        (["--layers", "2;4"], "'2;4' is not a list of layers, like 8,16,24"),
         ([], "no withdrawal layer is published for this model, so --layer or --policy has to be set"),
         (["--image-size", "wide"], "'wide' is not a width and height in pixels, like 1024x768"),
         (["--kv-memory", "lots"], "'lots' is not an amount of memory"),

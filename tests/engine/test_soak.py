@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""Many requests of random shapes, with aborts, preemptions and cache hits, on one engine."""
+"""Many requests of random shapes and layers, with aborts, preemptions and a guard, on one engine."""
 
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from vllm import SamplingParams
@@ -22,7 +23,8 @@ from tests.engine.engines import (
     scheduler_of,
 )
 
-LAYER, BLOCK_SIZE, LONGEST = 3, 32, 40
+LAYERS, BLOCK_SIZE, LONGEST = (3, 6, MODEL.layers), 32, 40
+"""The layers that requests choose from. The last one withdraws nothing."""
 ASKS = [
     *SHAPES,
     *(
@@ -42,11 +44,13 @@ class Soak:
     finished: int = 0
     aborted: int = 0
     cached_tokens: int = 0
+    read: int = 0
+    """Answers that the guard has read."""
     preempted: set[str] = field(default_factory=set)
 
 
-def greedy(tokens: int) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+def greedy(tokens: int, layer: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, extra_args={"vtw_layer": layer})
 
 
 @pytest.mark.parametrize(
@@ -69,27 +73,37 @@ def test_every_answer_is_that_of_the_request_alone(checkpoint, reference, num_re
         "disable_log_stats": False,
     }
     soak = Soak()
-    with running(checkpoint(MODEL), {"layer": LAYER, "align": align}, **options) as llm:
+    vtw = {"layers": [*LAYERS[:2]], "align": align, "guard": {"share": 0.5}}
+    with running(checkpoint(MODEL), vtw, **options) as llm:
         engine, scheduler, all_free = llm.llm_engine, scheduler_of(llm), free_blocks(llm)
-        alone = []
-        for ask in ASKS:
-            output = llm.generate(ask.to_vllm(oracle), greedy(LONGEST), use_tqdm=False)[0]
-            ids = output.outputs[0].token_ids
-            assert_follows(oracle, ask, output.prompt_token_ids, ids, LAYER, BLOCK_SIZE if align else 1)
-            alone.append(ids)
+        alone = {}
+        for which, ask in enumerate(ASKS):
+            for layer in LAYERS:
+                output = llm.generate(ask.to_vllm(oracle), greedy(LONGEST, layer), use_tqdm=False)[0]
+                ids = output.outputs[0].token_ids
+                assert_follows(oracle, ask, output.prompt_token_ids, ids, layer, BLOCK_SIZE if align else 1)
+                alone[which, layer] = ids
         assert llm.reset_prefix_cache()
+        original = scheduler.statistics.count_reading
+
+        def count_reading(*args: Any, **options: Any) -> None:
+            soak.read += 1
+            original(*args, **options)
+
+        scheduler.statistics.count_reading = count_reading
 
         waiting = iter(range(num_requests))
-        asked: dict[str, tuple[int, int]] = {}
+        asked: dict[str, tuple[int, int, int]] = {}
         while asked or soak.finished + soak.aborted < num_requests:
             while len(asked) < 16 and rng.random() < 0.7 and (number := next(waiting, None)) is not None:
                 which, tokens = rng.randrange(len(ASKS)), rng.randint(1, LONGEST)
-                asked[str(number)] = (which, tokens)
-                engine.add_request(str(number), ASKS[which].to_vllm(oracle), greedy(tokens))
+                layer = rng.choice(LAYERS)
+                asked[str(number)] = (which, tokens, layer)
+                engine.add_request(str(number), ASKS[which].to_vllm(oracle), greedy(tokens, layer))
             for output in engine.step():
                 if output.finished and output.request_id in asked:
-                    which, tokens = asked.pop(output.request_id)
-                    assert output.outputs[0].token_ids == alone[which][:tokens], ASKS[which].name
+                    which, tokens, layer = asked.pop(output.request_id)
+                    assert output.outputs[0].token_ids == alone[which, layer][:tokens], ASKS[which].name
                     soak.finished += 1
                     soak.cached_tokens += output.num_cached_tokens
             soak.preempted.update(r.request_id for r in scheduler.running if r.num_preemptions)
@@ -98,7 +112,7 @@ def test_every_answer_is_that_of_the_request_alone(checkpoint, reference, num_re
                 engine.abort_request([victim])
                 del asked[victim]
                 soak.aborted += 1
-        while engine.has_unfinished_requests():
+        while scheduler.has_requests():
             engine.step()
         assert free_blocks(llm) == all_free
         assert not scheduler.retentions
@@ -107,3 +121,4 @@ def test_every_answer_is_that_of_the_request_alone(checkpoint, reference, num_re
     assert soak.aborted > num_requests * 0.02
     assert len(soak.preempted) > num_requests * 0.02
     assert soak.cached_tokens > num_requests * (20 if align else 5)
+    assert soak.read > num_requests * 0.02

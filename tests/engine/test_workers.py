@@ -67,6 +67,33 @@ def test_the_second_rank_computes_retained_tokens_only(checkpoint, reference, mo
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"tensor_parallel_size": 2}, id="tensor", marks=pytest.mark.slow),
+        pytest.param(PIPELINE, id="pipeline"),
+    ],
+)
+def test_two_workers_and_requests_that_choose_their_layer(checkpoint, reference, options):
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    asked = [(ask, layer) for ask in ASKS for layer in (2, 5, LAYERS)]
+    params = [
+        SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, extra_args={"vtw_layer": layer})
+        for _, layer in asked
+    ]
+    vtw = {"layers": [2, 5], "align": True, "guard": {"share": 1}}
+    options = options | {"max_num_batched_tokens": 64, "max_num_seqs": 4, "enable_prefix_caching": True}
+    with running(folder, vtw, **options) as llm:
+        for _ in range(2):
+            prompts = [ask.to_vllm(oracle) for ask, _ in asked]
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            for (ask, layer), output in zip(asked, outputs, strict=True):
+                answer = output.outputs[0].token_ids
+                assert_follows(oracle, ask, output.prompt_token_ids, answer, layer, BLOCK_SIZE)
+    assert sum(output.num_cached_tokens for output in outputs) > 0
+
+
+@pytest.mark.parametrize(
     ("layer", "options"),
     [
         # At K = 5, blocks of the last layer hold five pages.
