@@ -57,14 +57,17 @@ class Point:
 
 
 def told(measured: Point | Policy) -> dict[str, Any]:
-    """A point or policy as results contain it, without the key `"gate"`. No policy here has gates."""
+    """A point or policy as results contain it. Policies here have stages and nothing else."""
 
-    def without_gate(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    def only_stages(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)
-        assert found.pop("gate", None) is None
-        return found
+        if "stages" not in found:
+            return found
+        stages = found.pop("stages")
+        assert not any(found.values())
+        return {"stages": stages}
 
-    return asdict(measured, dict_factory=without_gate)
+    return asdict(measured, dict_factory=only_stages)
 
 
 @dataclass(frozen=True)
