@@ -329,12 +329,12 @@ def check_task_name(name: str) -> None:
     """Checks the name of a task.
 
     Raises:
-        ValueError: It is empty or too long, or has characters that control a terminal.
+        ValueError: It is empty or too long, or has characters that cannot be printed.
     """
-    if not re.fullmatch(rf"[^\x00-\x1f]{{1,{MAX_TASK_NAME}}}", name):
+    if not 1 <= len(name) <= MAX_TASK_NAME or not name.isprintable():
         raise ValueError(
             f"task {shorten(name)}: a name has to have from 1 to {MAX_TASK_NAME} characters, and none that "
-            "controls a terminal"
+            "cannot be printed"
         )
 
 

@@ -113,12 +113,8 @@ class VTWModelConfig(VerifyAndUpdateConfig):
         if config.policy.gate is not None:
             hidden_size = vllm_config.model_config.get_hidden_size()
             load_gates(config.policy.gate, [stage.layer for stage in config.policy.stages], hidden_size)
-        mode = vllm_config.model_config.logprobs_mode
-        if config.guard_share and mode.endswith("logits"):
-            raise ValueError(
-                f"--logprobs-mode {mode}: the guard of --model-impl vtw compares log-probabilities, not "
-                'logits: remove the option, or "guard" from "vtw"'
-            )
+        if config.guard_share:
+            refuse_unsupported_guard(vllm_config)
         admission = Admission(
             config.policy, config.num_layers, config.bridge, scheduler.max_num_batched_tokens
         )
@@ -152,6 +148,28 @@ def refuse_unsupported_dynamic(vllm_config: VllmConfig, policy: Policy) -> None:
     if refused:
         what = "use gates" if policy.ranking is None else "rank visual tokens"
         raise ValueError(f"--model-impl vtw cannot {what} in this configuration:\n- " + "\n- ".join(refused))
+
+
+def refuse_unsupported_guard(vllm_config: VllmConfig) -> None:
+    """Refuses options with which a guard cannot read answers again.
+
+    Raises:
+        ValueError: There are such options. The message names all of them and what to do instead.
+    """
+    model, refused = vllm_config.model_config, []
+    if model.logprobs_mode.endswith("logits"):
+        refused.append(
+            f"it compares log-probabilities, not logits: remove --logprobs-mode {model.logprobs_mode}"
+        )
+    if model.multimodal_config and model.multimodal_config.mm_processor_cache_type == "shm":
+        refused.append(
+            "it reads images again that the shared cache may have dropped: "
+            "remove --mm-processor-cache-type shm"
+        )
+    if refused:
+        raise ValueError(
+            '--model-impl vtw cannot have a "guard" in this configuration:\n- ' + "\n- ".join(refused)
+        )
 
 
 def _refusals(vllm_config: VllmConfig) -> Iterator[str]:

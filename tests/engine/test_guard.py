@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from vllm import LLM, SamplingParams
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import RequestStatus
 
 from tests.engine.engines import (
@@ -130,6 +131,7 @@ def test_what_has_nothing_to_read_is_passed_over(checkpoint, reference):
             llm.llm_engine.step()
         llm.llm_engine.abort_request(["aborted"])
         finish(llm)
+        outputs = []
         changes = {
             "logit_bias": {5: 1.0},
             "repetition_penalty": 1.5,
@@ -139,15 +141,17 @@ def test_what_has_nothing_to_read_is_passed_over(checkpoint, reference):
         for name, value in changes.items():
             params = GREEDY.clone()
             setattr(params, name, value)
-            llm.generate(image.to_vllm(oracle), params, use_tqdm=False)
+            outputs += llm.generate(image.to_vllm(oracle), params, use_tqdm=False)
         finish(llm)
         counts = scheduler_of(llm).statistics.take()
-    assert seen(counts, LAYER) == {
-        "guard_requests": len(changes),
-        "guard_tokens": len(changes) * GREEDY.max_tokens,
-        "guard_greedy_tokens": 0,
-        "guard_changed_tokens": 0,
-    }
+    assert seen(counts, LAYER)["guard_tokens"] == len(changes) * GREEDY.max_tokens
+    # Only those tokens count that the model finds most probable, whatever keeps the request from others.
+    greedy = 0
+    for output in outputs:
+        answer = torch.tensor(output.outputs[0].token_ids)
+        greedy += int((logprobs(oracle, image, output, LAYER).argmax(-1) == answer).sum())
+    assert 0 < greedy < len(changes) * GREEDY.max_tokens
+    assert seen(counts, LAYER)["guard_greedy_tokens"] == greedy
 
 
 @pytest.mark.parametrize("caching", [False, True])
@@ -223,9 +227,51 @@ def test_a_full_queue_and_a_long_answer_are_left_out(checkpoint, reference, monk
     assert seen(counts, LAYER)["guard_requests"] == 2
 
 
+@pytest.mark.parametrize("seats", [1, 2])
+def test_a_request_that_arrives_gets_the_seat_of_a_reading(checkpoint, reference, seats):
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    ask, times = SHAPES[1], 0
+    with running(folder, VTW, max_num_seqs=seats, max_num_batched_tokens=32) as llm:
+        llm.generate(ask.to_vllm(oracle), GREEDY, use_tqdm=False)
+        outputs: dict[str, Any] = {}
+        for number in range(4 * seats):
+            while number % seats == 0 and not ids_of_readings(llm):
+                llm.llm_engine.step()
+            times += bool(ids_of_readings(llm))
+            llm.llm_engine.add_request(str(number), ask.to_vllm(oracle), GREEDY)
+            if number % seats == seats - 1:
+                outputs |= step_until(llm, lambda: not llm.llm_engine.has_unfinished_requests())
+        finish(llm)
+    assert times >= 4
+    for output in outputs.values():
+        answer = output.outputs[0].token_ids
+        assert_follows(oracle, ask, output.prompt_token_ids, answer, LAYER, align_to=1)
+
+
+def test_answers_that_a_stop_string_ends_are_read(checkpoint, reference):
+    """The front end finds it, and aborts the request."""
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    ask = SHAPES[1]
+    with running(folder, VTW, max_num_batched_tokens=640) as llm:
+        (whole,) = llm.generate(ask.to_vllm(oracle), GREEDY, use_tqdm=False)
+        finish(llm)
+        scheduler_of(llm).statistics.take()
+        params = GREEDY.clone()
+        params.stop = [whole.outputs[0].text[5:9]]
+        (stopped,) = llm.generate(ask.to_vllm(oracle), params, use_tqdm=False)
+        finish(llm)
+        counts = scheduler_of(llm).statistics.take()
+    assert stopped.outputs[0].finish_reason == "stop"
+    assert seen(counts, LAYER)["guard_requests"] == 1
+    assert 0 < seen(counts, LAYER)["guard_tokens"] < GREEDY.max_tokens
+
+
 @pytest.mark.parametrize(
     "interrupt",
     [
+        lambda llm: scheduler_of(llm).set_pause_state(PauseState.PAUSED_NEW),
         lambda llm: scheduler_of(llm).finish_requests(None, RequestStatus.FINISHED_ABORTED),
         lambda llm: scheduler_of(llm).reset_prefix_cache(),
         lambda llm: scheduler_of(llm).reset_prefix_cache(reset_running_requests=True),
@@ -233,7 +279,7 @@ def test_a_full_queue_and_a_long_answer_are_left_out(checkpoint, reference, monk
             scheduler_of(llm).requests[ids_of_readings(llm)[0]], "a fault"
         ),
     ],
-    ids=["all aborted", "cache emptied", "all preempted", "an error"],
+    ids=["paused", "all aborted", "cache emptied", "all preempted", "an error"],
 )
 def test_readings_can_be_interrupted(checkpoint, reference, interrupt: Callable[[LLM], Any]):
     folder = checkpoint(MODEL)
@@ -247,6 +293,7 @@ def test_readings_can_be_interrupted(checkpoint, reference, interrupt: Callable[
             llm.llm_engine.step()
         assert interrupt(llm) in (True, [], None)
         finish(llm)
+        scheduler_of(llm).set_pause_state(PauseState.UNPAUSED)
         assert free_blocks(llm) == all_free
         assert not scheduler_of(llm).requests
         scheduler_of(llm).statistics.take()

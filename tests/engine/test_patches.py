@@ -26,7 +26,9 @@ from vllm_vtw import plugin
 from vllm_vtw.worker import runner_v1
 from vllm_vtw.kv import groups, spec
 from vllm_vtw.models import beam_search, request_check
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.entrypoints.generate.beam_search.utils import BeamSearchSequence
 from vllm.v1.core import kv_cache_utils
 for _ in range(2):
@@ -50,16 +52,23 @@ for kind in ("token", "multimodal"):
         print("went on", BeamSearchSequence(prompt, [1], []).get_prompt())
     except ValueError as error:
         print("refused", str(error) == beam_search.REASON)
-print("checks", depth(InputProcessor.process_inputs))
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+responses = depth(OpenAIServingResponses._generate_with_builtin_tools)
+print("checks", depth(AsyncLLM.generate), depth(LLMEngine.add_request), responses)
 class Processor(InputProcessor):
     model_config = SimpleNamespace(vtw_admission=Admission(Policy(()), 8, 0, 99))
     renderer = SimpleNamespace(mm_processor_cache=None)
     def __init__(self):
         pass
-try:
-    Processor().process_inputs("0", {"type": "token"}, SamplingParams(extra_args={"vtw_layer": 3}), ())
-except VLLMValidationError as error:
-    print("chosen", error)
+params = SamplingParams(extra_args={"vtw_layer": 3})
+asked = ((AsyncLLM, "generate", ({}, params, "0")), (LLMEngine, "add_request", ("0", {}, params)))
+for engine, name, given in asked:
+    made = object.__new__(engine)
+    made.input_processor = Processor()
+    try:
+        getattr(made, name)(*given)
+    except VLLMValidationError as error:
+        print("chosen", error)
 print("groups", depth(kv_cache_utils._get_kv_cache_groups_uniform_page_size))
 """
 ENGINE = """
@@ -154,7 +163,16 @@ def test_there_is_one_diff_a_hook_and_a_row_for_each():
 
 
 def test_the_hooks_are_there_once_without_the_patches():
-    assert run(HOOKS) == ["registry 1 1", "runner 1", "beams 1", *REFUSED, "checks 1", CHOSEN, "groups 1"]
+    assert run(HOOKS) == [
+        "registry 1 1",
+        "runner 1",
+        "beams 1",
+        *REFUSED,
+        "checks 1 1 1",
+        CHOSEN,
+        CHOSEN,
+        "groups 1",
+    ]
 
 
 def test_no_hook_is_there_with_the_patches(patched):
@@ -163,7 +181,8 @@ def test_no_hook_is_there_with_the_patches(patched):
         "runner 0",
         "beams 0",
         *REFUSED,
-        "checks 0",
+        "checks 0 0 0",
+        CHOSEN,
         CHOSEN,
         "groups 0",
     ]

@@ -103,6 +103,20 @@ def test_an_option_that_only_gates_refuse(checkpoint, tmp_path, options, message
         configure(folder, additional_config={"vtw": gates.options}, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"logprobs_mode": "raw_logits"}, "remove --logprobs-mode raw_logits"),
+        ({"mm_processor_cache_type": "shm"}, "remove --mm-processor-cache-type shm"),
+    ],
+)
+def test_an_option_that_only_a_guard_refuses(checkpoint, options, message):
+    folder = checkpoint(MODEL)
+    configure(folder, **options)
+    with pytest.raises(ValueError, match=f'cannot have a "guard" in this configuration:\n- .*{message}'):
+        configure(folder, additional_config={"vtw": {"layer": 3, "guard": {"share": 0.5}}}, **options)
+
+
 def test_a_draft_model(checkpoint):
     folder = checkpoint(MODEL)
     draft = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 2}

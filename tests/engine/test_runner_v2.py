@@ -57,6 +57,17 @@ def test_corner_with_compilation_and_graphs(corner):
     "corner",
     [
         "test_gated.py::test_blocks_are_those_of_the_stage_that_was_left",
+        "test_guard.py::test_a_request_that_arrives_gets_the_seat_of_a_reading[1]",
+        pytest.param("test_guard.py", marks=slow),
+        *(
+            pytest.param(f"test_chosen_layer.py::{name}", marks=slow)
+            for name in (
+                "test_a_batch_in_which_every_request_has_another_layer[True-True]",
+                "test_blocks_are_exact_from_the_first_token_on",
+                "test_requests_that_are_preempted_keep_their_layer[True]",
+                "test_a_request_that_chooses_a_layer_is_not_asked_by_gates",
+            )
+        ),
         pytest.param("test_gated.py", marks=slow),  # all of them
     ],
 )

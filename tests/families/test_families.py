@@ -4,7 +4,7 @@
 
 import pytest
 
-from tests.engine.engines import BLOCK_SIZE, free_blocks, running
+from tests.engine.engines import BLOCK_SIZE, free_blocks, running, scheduler_of, step_until
 from tests.engine.gates import gated, random_gates
 from tests.engine.test_ranked import written
 from tests.families.checkpoints import CHECKPOINTS, LAYERS
@@ -58,6 +58,26 @@ def test_with_all_layers_it_is_stock_vllm(family_checkpoint, name):
             outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
         told.append([output.outputs[0].token_ids for output in outputs])
     assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("name", but_one("qwen2_5_vl"))
+def test_requests_choose_their_layers_and_a_guard_reads_their_answers(family_checkpoint, oracle, name):
+    family, asked = FAMILIES[name], list(asks(FAMILIES[name]).values())
+    layers = (2, LAYERS - 1, LAYERS)
+    params = [GREEDY.clone() for _ in layers for _ in asked]
+    for number, one in enumerate(params):
+        one.extra_args = {"vtw_layer": layers[number // len(asked)]}
+    vtw = {"layers": [*layers], "align": False, "guard": {"share": 1}}
+    with running(family_checkpoint(name), vtw, **engine(family)) as llm:
+        outputs = llm.generate([ask.to_vllm() for ask in asked * len(layers)], params, use_tqdm=False)
+        step_until(llm, lambda: not scheduler_of(llm).has_requests())
+        counts = scheduler_of(llm).statistics.take()
+    for number, layer in enumerate(layers):
+        of_layer = outputs[number * len(asked) : (number + 1) * len(asked)]
+        assert_answers(oracle(name), family, of_layer, layer, 1)
+    read = {key: count for key, count in counts.items() if key.startswith("guard_requests/")}
+    assert read.keys() == {"guard_requests/2/", f"guard_requests/{LAYERS - 1}/"}
+    assert "guard_left_out/failed" not in counts
 
 
 @pytest.mark.parametrize("name", but_one("internvl"))

@@ -53,9 +53,11 @@ OVERRIDES = {
         "_try_schedule_encoder_inputs",
         "finish_requests",
         "get_num_unfinished_requests",
+        "get_request_counts",
         "reset_prefix_cache",
         "running",
         "schedule",
+        "set_pause_state",
         "update_from_output",
     },
     "VTWScheduler": {

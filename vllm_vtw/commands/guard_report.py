@@ -15,7 +15,9 @@ HEADER = ("task", "layer", "read again", "greedy tokens", "changed (95% interval
 LEFT_ALIGNED = ("task", "verdict")
 REASONS = {
     "queue_full": "because the guard's queue was full",
-    "no_room": "for lack of room in the KV cache",
+    "no_room": "because users' requests needed the room",
+    "interrupted": "because the server was paused or reset",
+    "failed": "because of an error, which the server's log has",
     "too_long": "because they are too long",
 }
 

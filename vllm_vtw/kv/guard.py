@@ -31,10 +31,11 @@ PRIORITY = 1 << 30
 """The priority of readings, under vLLM's priority scheduling. Smaller numbers go first."""
 MAX_QUEUE = 16
 """How many answers may wait to be read. Each of them keeps the pixels of its request's images in memory."""
-FINISHED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
-"""The states of requests whose answers may be read."""
+MAX_READINGS = 3
+"""How often a reading of an answer is begun, if users need its room again and again."""
 
-QUEUE_FULL, NO_ROOM, TOO_LONG, FAILED = "queue_full", "no_room", "too_long", "failed"
+QUEUE_FULL, NO_ROOM, TOO_LONG = "queue_full", "no_room", "too_long"
+INTERRUPTED, FAILED = "interrupted", "failed"
 """The reasons why a chosen answer is not read."""
 
 
@@ -92,6 +93,7 @@ class Guard:
         self.sat_out = self.needs_room = False
         self._queue: deque[Answer] = deque()
         self._current: Answer | None = None
+        self._begun = 0
         self._in_full: npt.NDArray[np.float32] | None = None
         self._numbers = itertools.count()
         self._random = random.Random()
@@ -116,7 +118,7 @@ class Guard:
             task: The task that it chose, or "".
         """
         withdrawn = any(retention.num_withdrawn for retention in retentions)
-        if request.client_index == CLIENT or request.status not in FINISHED or not withdrawn:
+        if request.client_index == CLIENT or not withdrawn or not has_answer(request):
             return
         if self._random.random() >= self.share:
             return
@@ -135,8 +137,9 @@ class Guard:
     def next_reading(self) -> Request:
         """Makes the next request that reads an answer. There has to be an answer."""
         if self._current is None:
-            self._current, self._in_full = self._queue.popleft(), None
+            self._current, self._in_full, self._begun = self._queue.popleft(), None, 0
         answer = self._current
+        self._begun += 1
         self.request_id = f"vtw-guard-{next(self._numbers)}"
         layer = self.num_layers if self._in_full is None else answer.layer
         self.sat_out = self.needs_room = False
@@ -160,14 +163,19 @@ class Guard:
         self._current, self.request_id = None, ""
         self.statistics.count_left_out(reason)
 
-    def put_back(self) -> None:
-        """Takes back the request that reads an answer, which another one will read."""
+    def stop(self) -> None:
+        """Takes back the request that reads an answer. Another one will read it, but not too often."""
         self.request_id = ""
+        if self._begun == MAX_READINGS:
+            self.leave_out(NO_ROOM)
 
     def clear(self) -> None:
-        """Forgets all answers."""
-        self._queue.clear()
-        self._current, self.request_id = None, ""
+        """Gives up all answers."""
+        while self._queue:
+            self._queue.popleft()
+            self.statistics.count_left_out(INTERRUPTED)
+        if self._current is not None:
+            self.leave_out(INTERRUPTED)
 
     def take(self, logprobs: Any) -> None:
         """Takes the result of a reading.
@@ -180,22 +188,35 @@ class Guard:
         # A row has the log-probability of the token itself, followed by the largest one.
         read = logprobs.logprobs[-answer.request.num_output_tokens :, :2].cpu().numpy()
         if self._in_full is None and answer.has_own_reading:
-            self._in_full = read
+            self._in_full, self._begun = read, 0
             return
+        params = answer.request.sampling_params
+        is_greedy = np.full(len(read), params.sampling_type == SamplingType.GREEDY)
         if self._in_full is None:
-            others, differences = would_choose_another(read), np.empty(0)
+            full, differences = read, np.empty(0)
+            is_greedy &= chooses_the_most_probable(params)
         else:
-            others = would_choose_another(self._in_full) & ~would_choose_another(read)
-            differences = np.abs(self._in_full[:, 0] - read[:, 0])
-        is_greedy = chooses_the_most_probable(answer.request.sampling_params)
+            full, differences = self._in_full, np.abs(self._in_full[:, 0] - read[:, 0])
+            is_greedy &= ~would_choose_another(read)
         self.statistics.count_reading(
             answer.layer,
             answer.task,
             num_tokens=len(read),
-            changed=int(others.sum()) if is_greedy else None,
+            num_greedy=int(is_greedy.sum()),
+            num_changed=int((is_greedy & would_choose_another(full)).sum()),
             differences=differences,
         )
         self._current = None
+
+
+def has_answer(request: Request) -> bool:
+    """Whether a request that has ended has an answer that may be read.
+
+    The front end finds stop strings, and then aborts the request as if its client had gone.
+    """
+    if request.status == RequestStatus.FINISHED_ABORTED:
+        return bool(request.sampling_params.stop) and request.num_output_tokens > 0
+    return request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
 
 def would_choose_another(read: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
@@ -208,13 +229,13 @@ def would_choose_another(read: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]
 
 
 def chooses_the_most_probable(params: SamplingParams) -> bool:
-    """Whether a request with these parameters chooses the token that the model finds most probable."""
+    """Whether nothing keeps a greedy request from the token that the model finds most probable."""
     return (
-        params.sampling_type == SamplingType.GREEDY
-        and params.presence_penalty == params.frequency_penalty == 0
+        params.presence_penalty == params.frequency_penalty == 0
         and params.repetition_penalty == 1
         and params.min_tokens == 0
         and not (params.logit_bias or params.allowed_token_ids or params.bad_words)
         and params.structured_outputs is None
+        and params.thinking_token_budget is None
         and not params.watermarking
     )

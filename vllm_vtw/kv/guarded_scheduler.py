@@ -13,7 +13,7 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_vtw.kv.guard import CLIENT, FAILED, NO_ROOM, Guard
+from vllm_vtw.kv.guard import CLIENT, FAILED, Guard
 
 STEP_TOKENS = 256
 """The largest number of tokens of a reading that a step computes. The next tokens of running requests are
@@ -23,10 +23,10 @@ later by the time that these take."""
 class GuardedScheduler(Scheduler):
     """Reads answers again where there is room for it.
 
-    One answer is read at a time. A reading begins only if no request waits, and if the blocks that it needs
-    are free. Its tokens are the last ones that a step has room for. It sits out the steps in which requests
-    of users wait, and ends if one of these still waits after such a step, or if a running request needs its
-    blocks.
+    One answer is read at a time. A reading begins only if no request waits or computes its prompt, and if the
+    blocks that it needs are free. Its tokens are the last ones that a step has room for. It sits out the
+    steps in which requests of users wait, and ends if one of these still waits after such a step, or if a
+    running request needs its blocks.
 
     Attributes:
         guard: Chooses and judges answers. None if there is none.
@@ -39,8 +39,7 @@ class GuardedScheduler(Scheduler):
         sitting_out = [] if self.guard is None else self._make_way(self.guard)
         output: SchedulerOutput = super().schedule(*args, **options)
         self.running += sitting_out
-        if sitting_out and len(self.running) > self.max_num_running_reqs:
-            self._stop_reading(NO_ROOM)
+        assert len(self.running) <= self.max_num_running_reqs
         return output
 
     def _make_way(self, guard: Guard) -> list[Request]:
@@ -55,36 +54,31 @@ class GuardedScheduler(Scheduler):
                 guard.leave_out(FAILED)
             self._begin_reading(guard)
             return []
-        if request.status == RequestStatus.WAITING and self.running:
-            # The running requests left it no tokens. It has computed nothing that would be lost.
-            super().finish_requests(guard.request_id, RequestStatus.FINISHED_ABORTED)
-            guard.put_back()
-            return []
-        has_room = request.status == RequestStatus.RUNNING and not guard.needs_room
-        users_wait = self._users_wait()
-        if not has_room or (guard.sat_out and users_wait):
-            self._stop_reading(NO_ROOM)
-            return []
-        guard.sat_out = users_wait
-        if request not in self.running:
+        if request.status == RequestStatus.RUNNING and request not in self.running:
             return []  # the step belongs to one prompt
+        _, num_waiting = self.get_request_counts()
+        # Model runner V2 has no row to spare. If users may need that of a reading that sits the step out, the
+        # worker has to be told that it is free in this step.
+        no_seat = len(self.running) + num_waiting > self.max_num_running_reqs
+        has_room = request.status == RequestStatus.RUNNING and not guard.needs_room
+        if not has_room or (num_waiting and (guard.sat_out or no_seat)):
+            self._stop_reading()
+            return []
+        guard.sat_out = num_waiting > 0
         # vLLM preempts the last one first.
         self.running = [other for other in self.running if other is not request]
-        if users_wait:
+        if num_waiting:
             return [request]
         self.running.append(request)
         return []
 
-    def _users_wait(self) -> bool:
-        """Whether a request waits. A reading that has not begun counts as well."""
-        _, waiting = self.get_request_counts()
-        return waiting > 0
-
     def _begin_reading(self, guard: Guard) -> None:
+        _, num_waiting = self.get_request_counts()
         if (
             guard.num_answers
-            and not self._users_wait()
+            and not num_waiting
             and len(self.running) < self.max_num_running_reqs
+            and not any(request.is_prefill_chunk for request in self.running)
             and self.pause_state == PauseState.UNPAUSED
             and self._blocks_suffice(guard.num_tokens)
         ):
@@ -97,10 +91,16 @@ class GuardedScheduler(Scheduler):
             needed[manager.block_pool] += -(-num_tokens // manager.block_size) + len(self.running)
         return all(blocks <= pool.get_num_free_blocks() for pool, blocks in needed.items())
 
-    def _stop_reading(self, reason: str) -> None:
+    def _stop_reading(self) -> None:
         assert self.guard is not None
         super().finish_requests(self.guard.request_id, RequestStatus.FINISHED_ABORTED)
-        self.guard.leave_out(reason)
+        self.guard.stop()
+
+    def _give_up_answers(self) -> None:
+        """Ends the reading and gives up all answers. The engine may be about to get other weights."""
+        if self.guard is not None:
+            super().finish_requests(self.guard.request_id, RequestStatus.FINISHED_ABORTED)
+            self.guard.clear()
 
     def _try_schedule_encoder_inputs(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int, *args: Any, **options: Any
@@ -133,20 +133,34 @@ class GuardedScheduler(Scheduler):
     def finish_requests(
         self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
     ) -> list[Request]:
-        if self.guard is not None and request_ids is None:
-            self.guard.clear()
+        if request_ids is None:
+            self._give_up_answers()
         finished: list[Request] = super().finish_requests(request_ids, finished_status)
-        return [request for request in finished if request.client_index != CLIENT]
+        return finished
 
     def reset_prefix_cache(self, *args: Any, **options: Any) -> bool:
-        if self.guard is not None and self.guard.request_id in self.requests:
-            self._stop_reading(NO_ROOM)
+        self._give_up_answers()
         reset: bool = super().reset_prefix_cache(*args, **options)
         return reset
 
+    def set_pause_state(self, pause_state: PauseState) -> None:
+        self._give_up_answers()
+        super().set_pause_state(pause_state)
+
+    def get_request_counts(self) -> tuple[int, int]:
+        """The numbers of users' requests that run and that wait, which load balancers look at."""
+        running, waiting = super().get_request_counts()
+        request = None if self.guard is None else self.requests.get(self.guard.request_id)
+        if request is None:
+            return running, waiting
+        if request.status == RequestStatus.RUNNING:
+            # It is not among the running ones while it sits a step out.
+            return running - (request in self.running), waiting
+        return running, waiting - 1
+
     def get_num_unfinished_requests(self) -> int:
-        """The number of requests that are not finished, and of answers that wait to be read."""
+        """The number of users' requests that are not finished, and of answers that are still to be read."""
         unfinished: int = super().get_num_unfinished_requests()
         if self.guard is None or self.pause_state != PauseState.UNPAUSED:
             return unfinished
-        return unfinished + self.guard.num_answers - (self.guard.request_id in self.requests)
+        return unfinished + self.guard.num_answers

@@ -26,6 +26,9 @@ from vllm_vtw.metrics import (
 )
 from vllm_vtw.retention import Retention
 
+LARGEST_DIFFERENCE = 1000.0
+"""Differences of log-probabilities, in nats, count as this if they are larger."""
+
 
 class Statistics:
     """Counts requests and withdrawn tokens between two reports.
@@ -82,7 +85,8 @@ class Statistics:
         layer: int,
         task: str,
         num_tokens: int,
-        changed: int | None,
+        num_greedy: int,
+        num_changed: int,
         differences: npt.NDArray[np.floating],
     ) -> None:
         """Counts an answer that the guard has read.
@@ -91,23 +95,23 @@ class Statistics:
             layer: The layer at which the request's first visual tokens left.
             task: The task that it chose, or "".
             num_tokens: Tokens of the answer.
-            changed: How many of them the full model would not have chosen. None if they were not the most
-                probable ones.
+            num_greedy: How many of them were chosen as the most probable ones.
+            num_changed: How many of the latter the full model would not have chosen.
             differences: Absolute differences of the tokens' log-probabilities, in nats, shape `(tokens,)`, or
                 `(0,)` if they are not known.
         """
         of = f"{layer}/{task}"
         self.counts[f"{GUARD_REQUESTS}/{of}"] += 1
         self.counts[f"{GUARD_TOKENS}/{of}"] += num_tokens
-        if changed is not None:
-            self.counts[f"{GUARD_GREEDY_TOKENS}/{of}"] += num_tokens
-            self.counts[f"{GUARD_CHANGED_TOKENS}/{of}"] += changed
+        self.counts[f"{GUARD_GREEDY_TOKENS}/{of}"] += num_greedy
+        self.counts[f"{GUARD_CHANGED_TOKENS}/{of}"] += num_changed
+        # A model may overflow. What is not a number has no difference, and an infinite one is cut off.
+        differences = np.minimum(differences[~np.isnan(differences)], LARGEST_DIFFERENCE)
         buckets = np.searchsorted(DIFFERENCE_BUCKETS, differences)
         for bucket in np.unique(buckets):
             within = differences[buckets == bucket]
             self.counts[f"{GUARD_DIFFERENCE}/{bucket}/{of}"] += len(within)
-            nanonats = min(int(within.sum() * 1e9), 1 << 60)
-            self.counts[f"{GUARD_DIFFERENCE_SUM}/{bucket}/{of}"] += nanonats
+            self.counts[f"{GUARD_DIFFERENCE_SUM}/{bucket}/{of}"] += int(within.sum(dtype=np.float64) * 1e9)
 
     def count_left_out(self, reason: str) -> None:
         """Counts an answer that the guard chose and did not read."""

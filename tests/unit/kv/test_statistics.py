@@ -6,6 +6,7 @@ from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from vllm_vtw.kv.statistics import Statistics
@@ -35,6 +36,27 @@ def test_requests_by_the_layer_that_first_withdraws():
     }
     assert (counts["withdrawn_tokens/1"], counts["withdrawn_tokens/2"]) == (30, 40)
     assert "requests/4/" not in counting.take()
+
+
+def test_differences_that_are_no_numbers_are_left_out_and_infinite_ones_cut_off():
+    counting = statistics([4, 8], 4, {0: 0, 1: 0}, 0)
+    differences = np.array([0.0, 0.25, 0.3, np.nan, np.inf, 3.0], dtype=np.float32)
+    counting.count_reading(4, "on/off", 6, 5, 2, differences)
+    counts = {key: count for key, count in counting.take().items() if key.startswith("guard_")}
+    assert counts.pop("guard_difference_sum/3/4/on/off") == pytest.approx(0.55e9, rel=1e-6)
+    assert counts == {
+        "guard_requests/4/on/off": 1,
+        "guard_tokens/4/on/off": 6,
+        "guard_greedy_tokens/4/on/off": 5,
+        "guard_changed_tokens/4/on/off": 2,
+        "guard_difference/0/4/on/off": 1,
+        "guard_difference_sum/0/4/on/off": 0,
+        "guard_difference/3/4/on/off": 2,
+        "guard_difference/6/4/on/off": 1,
+        "guard_difference_sum/6/4/on/off": 3 * 10**9,
+        "guard_difference/7/4/on/off": 1,
+        "guard_difference_sum/7/4/on/off": 1000 * 10**9,
+    }
 
 
 @pytest.mark.parametrize(
