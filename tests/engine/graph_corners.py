@@ -18,6 +18,7 @@ from tests.engine.engines import (
     free_blocks,
     running,
     scheduler_of,
+    step_until,
 )
 from tests.engine.gates import ASKED, assert_gated, dividing
 from tests.engine.test_ranked import assert_ranked, written
@@ -112,6 +113,27 @@ def test_gates_decide_between_graphs(checkpoint, reference, taken, tmp_path):
     assert set(exits) == {1, 3, LAYERS}
     assert static_graphs.replays["FULL", 8] > 0
     # What stays of a prompt may have a graph where the prompt has none.
+    assert any(size < batch for size, batch in taken)
+
+
+def test_requests_choose_between_graphs(checkpoint, reference, taken):
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    asked = [(ask, (1, 3, LAYERS)[number % 3]) for number, ask in enumerate(SHAPES)]
+    params = [
+        SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, extra_args={"vtw_layer": layer})
+        for _, layer in asked
+    ]
+    vtw = {"layers": [1, 3], "align": False, "guard": {"share": 1}}
+    with running(folder, vtw, **ENGINE) as llm:
+        outputs = llm.generate([ask.to_vllm(oracle) for ask, _ in asked], params, use_tqdm=False)
+        step_until(llm, lambda: not scheduler_of(llm).has_requests())
+        counts = scheduler_of(llm).statistics.take()
+    for (ask, layer), output in zip(asked, outputs, strict=True):
+        ids = output.outputs[0].token_ids
+        assert_follows(oracle, ask, output.prompt_token_ids, ids, layer, align_to=1)
+    assert {"guard_requests/1/", "guard_requests/3/"} <= counts.keys()
+    assert static_graphs.replays["FULL", 8] > 0
     assert any(size < batch for size, batch in taken)
 
 

@@ -65,8 +65,15 @@ def assert_right(
             assert_follows(oracle, ask, output.prompt_token_ids, one.token_ids, layer or DEFAULT, align_to)
 
 
-@pytest.mark.parametrize("align", [False, True])
-@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize(
+    ("align", "caching"),
+    [
+        (False, False),
+        (True, True),
+        pytest.param(False, True, marks=pytest.mark.slow),
+        pytest.param(True, False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_batch_in_which_every_request_has_another_layer(checkpoint, reference, align, caching):
     folder = checkpoint(MODEL)
     oracle = reference(folder)
@@ -142,7 +149,7 @@ def test_blocks_are_exact_from_the_first_token_on(checkpoint, reference):
     assert_right(oracle, asked, [finished[str(number)] for number in range(len(asked))], align=False)
 
 
-@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize("caching", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_requests_that_are_preempted_keep_their_layer(checkpoint, reference, caching):
     folder = checkpoint(MODEL)
     oracle = reference(folder)

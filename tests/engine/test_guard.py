@@ -154,7 +154,7 @@ def test_what_has_nothing_to_read_is_passed_over(checkpoint, reference):
     assert seen(counts, LAYER)["guard_greedy_tokens"] == greedy
 
 
-@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize("caching", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_users_come_first(checkpoint, reference, monkeypatch, caching):
     """Blocks are few, so readings are cut off, and answers stay right."""
     monkeypatch.setattr(guarded_scheduler, "STEP_TOKENS", 24)
@@ -227,7 +227,7 @@ def test_a_full_queue_and_a_long_answer_are_left_out(checkpoint, reference, monk
     assert seen(counts, LAYER)["guard_requests"] == 2
 
 
-@pytest.mark.parametrize("seats", [1, 2])
+@pytest.mark.parametrize("seats", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_request_that_arrives_gets_the_seat_of_a_reading(checkpoint, reference, seats):
     folder = checkpoint(MODEL)
     oracle = reference(folder)

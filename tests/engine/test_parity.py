@@ -11,7 +11,7 @@ import pytest
 from benchmarks.small_llava import TEXT_CONFIGS, SmallLlava
 from tests.engine.engines import BLOCK_SIZE, GREEDY, SHAPES, assert_follows, free_blocks, running
 
-DEPTHS = [(layers, layer) for layers in (4, 6, 8) for layer in (1, layers // 2, layers - 1, layers)]
+DEPTHS = [(layers, layer) for layers in (4, 8) for layer in (1, layers // 2, layers - 1, layers)]
 FACTORS = (DEPTHS, (False, True), (2, 1), tuple(TEXT_CONFIGS), (8192, 64))
 
 

@@ -99,7 +99,7 @@ def test_two_workers_and_requests_that_choose_their_layer(checkpoint, reference,
         # At K = 5, blocks of the last layer hold five pages.
         pytest.param(5, {"tensor_parallel_size": 2}, id="tensor", marks=pytest.mark.slow),
         pytest.param(1, PIPELINE, id="pipeline, inside the first rank", marks=pytest.mark.slow),
-        pytest.param(3, PIPELINE, id="pipeline, between the ranks"),
+        pytest.param(3, PIPELINE, id="pipeline, between the ranks", marks=pytest.mark.slow),
         pytest.param(5, PIPELINE, id="pipeline, inside the second rank", marks=pytest.mark.slow),
     ],
 )

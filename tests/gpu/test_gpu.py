@@ -15,7 +15,16 @@ from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
 from benchmarks.small_llava import TEXT_CONFIGS, SmallLlava
-from tests.engine.engines import GREEDY, SHAPES, assert_follows, free_blocks, running, worst_choice
+from tests.engine.engines import (
+    GREEDY,
+    SHAPES,
+    assert_follows,
+    free_blocks,
+    running,
+    scheduler_of,
+    step_until,
+    worst_choice,
+)
 from tests.engine.gates import assert_gated, dividing
 
 BLOCK_SIZE = 16
@@ -148,6 +157,37 @@ def test_gates_decide_between_graphs(checkpoint, reference, replays, tmp_path, k
         outputs = llm.generate([ask.to_vllm(oracle) for ask in SHAPES], GREEDY, use_tqdm=False)
     exits = [assert_gated(oracle, *told, gates, MODEL) for told in zip(SHAPES, outputs, strict=True)]
     assert set(exits) == {1, 3, MODEL.layers}
+    assert replays["FULL"]
+
+
+@pytest.mark.parametrize("async_scheduling", [True, False])
+def test_requests_choose_between_graphs_and_a_guard_reads_them(
+    checkpoint, reference, replays, async_scheduling
+):
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    asked = [(ask, (1, 3, MODEL.layers)[number % 3]) for number, ask in enumerate(SHAPES)]
+    params = [GREEDY.clone() for _ in asked]
+    for one, (_, layer) in zip(params, asked, strict=True):
+        one.extra_args = {"vtw_layer": layer}
+    options = {
+        "block_size": BLOCK_SIZE,
+        "attention_backend": "TRITON_ATTN",
+        "max_num_batched_tokens": 256,
+        "max_num_seqs": 8,
+        "kv_cache_memory_bytes": 256 << 20,
+        "enforce_eager": False,
+        "async_scheduling": async_scheduling,
+    }
+    vtw = {"layers": [1, 3], "align": False, "guard": {"share": 1}}
+    with running(folder, vtw, **options) as llm:
+        outputs = llm.generate([ask.to_vllm(oracle) for ask, _ in asked], params, use_tqdm=False)
+        step_until(llm, lambda: not scheduler_of(llm).has_requests())
+        counts = scheduler_of(llm).statistics.take()
+    for (ask, layer), output in zip(asked, outputs, strict=True):
+        ids = output.outputs[0].token_ids
+        assert_follows(oracle, ask, output.prompt_token_ids, ids, layer, align_to=1)
+    assert {"guard_requests/1/", "guard_requests/3/"} <= counts.keys()
     assert replays["FULL"]
 
 

@@ -125,8 +125,7 @@ def merge_layers(tasks: Mapping[str, TaskTraffic], max_stages: int, num_layers: 
 
     The search begins twice: without stages, and with one for each task's first layer. It adds, removes or
     moves one stage at a time, each time that with which the policy gets the cheapest, as long as it gets
-    cheaper. For 1500 random sets of tasks and 10 layers, all but one policy were the cheapest there are. For
-    700 and 32 layers, 0.6% were not, and cost up to 4.7% more.
+    cheaper. It may end at a policy that costs a little more than the cheapest one there is.
 
     Args:
         tasks: The tasks by their names, one of which may be `NO_TASK`.
