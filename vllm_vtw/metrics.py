@@ -112,12 +112,13 @@ class WithdrawalMetrics(AggregateStatLoggerBase):
             ),
             GUARD_GREEDY_TOKENS: Counter(
                 "vllm:vtw_guard_greedy_tokens",
-                "Number of those tokens that were chosen as the most probable ones.",
+                "Number of those tokens, of requests with temperature 0, that the model with withdrawal "
+                "finds most probable.",
                 of_answers,
             ),
             GUARD_CHANGED_TOKENS: Counter(
                 "vllm:vtw_guard_changed_tokens",
-                "Number of those most probable tokens that the full model would not have chosen.",
+                "Number of those most probable tokens that the full model does not find most probable.",
                 of_answers,
             ),
             GUARD_LEFT_OUT: Counter(

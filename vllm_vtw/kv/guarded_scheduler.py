@@ -39,7 +39,7 @@ class GuardedScheduler(Scheduler):
         sitting_out = [] if self.guard is None else self._make_way(self.guard)
         output: SchedulerOutput = super().schedule(*args, **options)
         self.running += sitting_out
-        assert len(self.running) <= self.max_num_running_reqs
+        assert not sitting_out or len(self.running) <= self.max_num_running_reqs
         return output
 
     def _make_way(self, guard: Guard) -> list[Request]:
