@@ -182,11 +182,11 @@ def test_words_of_requests_are_not_logged(client, server):
         messages=[content],
         max_completion_tokens=8,
         temperature=0,
-        extra_body={"ignore_eos": True, "return_token_ids": True},
+        extra_body={"ignore_eos": True, "return_token_ids": True, "vllm_xargs": {"vtw_task": "ocr"}},
     )
-    read_again(server, {("6", "")}, before)
+    read_again(server, {("6", "ocr")}, before)
     log = server.log()
-    assert "its visual tokens leave at layer 6" in log, "the log is not that detailed"
+    assert "of task 'ocr' chose that its visual tokens leave at layer 6" in log
     ids = answer.choices[0].token_ids
     for words in (SECRET, ", ".join(map(str, ids)), " ".join(map(str, ids))):
         assert words not in log

@@ -134,12 +134,13 @@ class VTWScheduler(GuardedScheduler):
             self.awaiting_gates.add(request.request_id)
         elif request.client_index != CLIENT:
             layer = self.statistics.count_request(retentions, choice.task)
-            logger.debug(
-                "vtw: request %s%s: its visual tokens leave at layer %d",
-                request.request_id,
-                f" of task {choice.task!r}" if choice.task else "",
-                layer,
-            )
+            if choice.layer is not None:
+                logger.debug(
+                    "vtw: request %s%s chose that its visual tokens leave at layer %d",
+                    request.request_id,
+                    f" of task {choice.task!r}" if choice.task else "",
+                    layer,
+                )
         request.block_hashes = StagedBlockHashes(request.block_hashes, retentions)
 
     @staticmethod
