@@ -50,7 +50,8 @@ def choice_of(policy: Policy, num_hidden_layers: int, sampling_params: Any) -> C
     if LAYER in given:
         layer, offered = given[LAYER], policy.offered_layers(num_hidden_layers)
         if type(layer) is not int or layer not in offered:
-            raise ValueError(f"{LAYER!r} = {shorten(layer)}: this server offers {one_of(offered)}")
+            kind = "" if type(layer) is int else "has to be an integer; "
+            raise ValueError(f"{LAYER!r} = {shorten(layer)}: {kind}this server offers {one_of(offered)}")
         return Choice(layer)
     if TASK not in given:
         return Choice()

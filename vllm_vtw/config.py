@@ -215,7 +215,7 @@ def _policy_of_layers(layers: Any, default: Any, model: ModelShape) -> Policy:
     stages = tuple(Stage(layer, 0.0) for layer in sorted(set(layers) - {num_layers}))
     offered = Policy(stages).offered_layers(num_layers)
     if default is None:
-        return Policy(stages)
+        return Policy(stages, layer=num_layers if stages and num_layers in layers else None)
     if type(default) is not int or default not in offered:
         raise _error("layer", default, f'has to be one of the "layers": {one_of(offered)}')
     return Policy(stages, layer=default)

@@ -167,7 +167,14 @@ def test_layers_to_choose_from_are_planned_one_by_one(checkpoint, tmp_path):
     assert "at layer 4, the default:" in said
     assert "If they leave at layer 4 (task ocr, vqa): " in said
     chosen = planned(folder, "--layers", f"4,2,{MODEL.layers}", *options)
-    assert chosen == by_default[4]
+    assert chosen == by_default[MODEL.layers]
+    file.write_text(json.dumps(Policy(stages[:1], tasks={"yes/no": 2, "ocr": MODEL.layers}).to_json(shape)))
+    of_one = planned(folder, "--policy", str(file), *options)
+    assert [(exit_["layer"], exit_["tasks"]) for exit_ in of_one["exits"]] == [
+        (2, ["yes/no"]),
+        (MODEL.layers, ["ocr"]),
+    ]
+    assert "nothing by default" in vtw_plan(str(folder), "--layers", f"2,{MODEL.layers}", *options)[1]
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,8 @@ def test_layers_to_choose_from():
     policy = parse({"layers": [5, 3, 8, 5]}).policy
     assert policy.stages == (Stage(3, 0.0), Stage(5, 0.0))
     assert policy.offered_layers(8) == [3, 5, 8]
-    assert policy.default_layer == 5
+    assert policy.default_layer == 8
+    assert parse({"layers": [5, 3]}).policy.default_layer == 5
     assert [policy.exit_stage(layer) for layer in (3, 5, 8)] == [1, 2, None]
     assert parse({"layers": [3, 5], "layer": 3}).policy.default_layer == 3
     assert parse({"layers": [3, 5], "layer": 8}).policy.default_layer == 8

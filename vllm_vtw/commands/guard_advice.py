@@ -12,22 +12,26 @@ MOST_NAMED = 5
 """The largest number of tasks that a sentence names."""
 
 
-def advice(answers: Sequence[dict[str, Any]], has_gates: bool) -> str:
+def advice(answers: Sequence[dict[str, Any]], has_gates: bool, left_out: float) -> str:
     """One sentence that says what to do.
 
     Args:
         answers: The rows of the table, as `--json` prints them.
         has_gates: Whether gates decide at which layer visual tokens leave.
+        left_out: The number of requests that were chosen and not read again.
     """
     verdicts = {row["verdict"] for row in answers}
     if not answers:
-        return "No answer has been read again yet: wait for more requests, or raise the guard's share."
+        why = "the guard reads only while users leave it room" if left_out else "wait for more requests"
+        return f"No answer has been read again yet: {why}."
     if TOO_SHALLOW in verdicts:
         return _remedy(answers, has_gates)
     if verdicts == {FINE}:
         return "Visual tokens leave late enough for what is asked here."
     if verdicts == {NO_GREEDY_ANSWERS}:
         return "Only greedy answers can be judged: send some requests with temperature 0."
+    if verdicts == {FINE, NO_GREEDY_ANSWERS}:
+        return "Nothing is too shallow, but only greedy answers can be judged: send some with temperature 0."
     return "Nothing is too shallow so far: leave the guard on until the other rows have enough greedy tokens."
 
 

@@ -40,7 +40,7 @@ def _of_model(counts: GuardCounts, budget: float) -> dict[str, Any]:
         "read_again": sum(of_task.requests for of_task in counts.answers),
         "left_out": dict(counts.left_out),
         "answers": answers,
-        "advice": advice(answers, counts.has_gates),
+        "advice": advice(answers, counts.has_gates, sum(counts.left_out.values())),
     }
 
 

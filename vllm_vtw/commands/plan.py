@@ -225,7 +225,7 @@ def plan(
     num_blocks_of = {side: max(0, kv_memory // block_bytes[side] - 1) for side in blocks}
     max_sequences = {side: num_blocks_of[side] // blocks[side] for side in blocks}
     exits = []
-    if config.policy.has_exits:
+    if config.policy.has_exits or config.policy.layer is not None or config.policy.tasks:
         for layer in config.policy.offered_layers(num_layers):
             stage = config.policy.exit_stage(layer)
             visual = visual_tokens_held(config.policy, images, visual_tokens, align_to, stage)
@@ -321,7 +321,9 @@ def describe(result: dict[str, Any]) -> str:
         withdrawn = "what the prompt's end attends to least"
     if result["has_gates"]:
         withdrawn = f"every visual token at layer {result['exits'][0]['layer']}, if the gate there says so"
-    elif result["exits"]:
+    elif result["default_layer"] == result["num_hidden_layers"]:
+        withdrawn = "nothing by default"
+    elif result["exits"] and not result["ranking"]:
         withdrawn += f" at layer {result['default_layer']}, the default"
     stages = [
         f"  {_layers(stage['first_layer'], stage['last_layer'])} {stage['tokens_held']} tokens"

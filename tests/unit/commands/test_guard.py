@@ -241,7 +241,7 @@ def test_a_block_for_each_model(shown):
     assert "too shallow" in first
     assert "Left out: 0.\n" in first
     assert "fine" in second
-    assert "Left out: 5 (5 for lack of room in the KV cache)." in second
+    assert "Left out: 5 (5 because users' requests needed the room)." in second
 
 
 def advice(shown, metrics: Metrics) -> str:

@@ -75,7 +75,7 @@ def test_a_refused_prompt_takes_back_what_it_added_and_nothing_else():
     ("policy", "choice", "why"),
     [
         (SEVERAL, {"vtw_layer": 3}, r"'vtw_layer' = 3: .*offers 2, 4, 8 \(nothing is withdrawn\)"),
-        (SEVERAL, {"vtw_layer": "4"}, "'vtw_layer' = '4': "),
+        (SEVERAL, {"vtw_layer": "4"}, "'vtw_layer' = '4': has to be an integer; this server offers 2, 4, 8"),
         (SEVERAL, {"vtw_layer": 4.0}, "'vtw_layer' = 4.0: "),
         (SEVERAL, {"vtw_layer": True}, "'vtw_layer' = True: "),
         (SEVERAL, {"vtw_task": "poetry"}, "'vtw_task' = 'poetry': .*has ocr, yes-no"),
