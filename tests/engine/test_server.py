@@ -240,7 +240,7 @@ def test_data_parallel_ranks_take_turns(checkpoint, reference):
 
 
 def test_a_wrong_option_ends_the_start_with_the_reason(checkpoint):
-    message = r'\["vtw"\]\["layr"\] = 4: unknown key; allowed are layer, policy, align'
+    message = r'\["vtw"\]\["layr"\] = 4: unknown key; allowed are layer, layers, policy, align, guard'
     options = (*OPTIONS, '--additional-config={"vtw": {"layr": 4}}')
     with pytest.raises(ServerError, match=message), serving(checkpoint(MODEL), *options):
         pytest.fail("the server came up")
