@@ -45,7 +45,7 @@ def test_corner(corner):
     "corner",
     [
         f"{GRAPHS}[True-False]",
-        "graph_corners.py::test_ranked_prompts_choose_between_graphs",
+        pytest.param("graph_corners.py::test_ranked_prompts_choose_between_graphs", marks=slow),
         pytest.param("graph_corners.py::test_requests_choose_between_graphs", marks=slow),
         pytest.param("graph_corners.py", marks=slow),  # all of them
     ],
