@@ -162,6 +162,7 @@ def test_several_stages(checkpoint, reference, tmp_path):
         "stages": [{"layer": 3, "keep": 0.0}, {"layer": 6, "keep": 0.0}],
         "ranking": None,
         "gate": None,
+        "layer": 3,
     }
     file = tmp_path / "policy.json"
     file.write_text(json.dumps(policy))
