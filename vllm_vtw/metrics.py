@@ -6,7 +6,7 @@ vLLM imports this module in a server of any model, so it must not import anythin
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -22,6 +22,8 @@ GUARD_REQUESTS, GUARD_TOKENS, GUARD_GREEDY_TOKENS = "guard_requests", "guard_tok
 GUARD_CHANGED_TOKENS, GUARD_LEFT_OUT = "guard_changed_tokens", "guard_left_out"
 GUARD_DIFFERENCE, GUARD_DIFFERENCE_SUM = "guard_difference", "guard_difference_sum"
 """The names under which the scheduler sends its statistics; see `Statistics.take`."""
+OWN_KEY = "vllm:vtw_"
+"""What the keys of these statistics begin with among the names of LoRA adapters."""
 LABELS = ["model_name", "engine"]
 DIFFERENCE_BUCKETS = (0.001, 0.01, 0.1, 0.5, 1.0, 2.0, 5.0)
 """The upper bounds of the buckets of `vllm:vtw_guard_logprob_difference`, in nats. The last one has none."""
@@ -144,11 +146,19 @@ class WithdrawalMetrics(AggregateStatLoggerBase):
     ) -> None:
         """Adds a scheduler's statistics to the metrics. vLLM calls it for each report.
 
-        They come in the field `waiting_lora_adapters`, for the reason that `VTWScheduler.make_stats` gives.
+        They come in the field `waiting_lora_adapters`, for the reason that `VTWScheduler.make_stats` gives,
+        and are taken out of it. vLLM's own logger, which shows names of adapters, is called after this one.
         """
-        if not self.counters or scheduler_stats is None:
+        if scheduler_stats is None:
             return
-        counts = scheduler_stats.waiting_lora_adapters
+        adapters = scheduler_stats.waiting_lora_adapters
+        own = [key for key in adapters if key.startswith(OWN_KEY)]
+        counts = {key.removeprefix(OWN_KEY): adapters.pop(key) for key in own}
+        if self.counters:
+            self._add(counts, engine_idx)
+
+    def _add(self, counts: Mapping[str, int], engine_idx: int) -> None:
+        """Adds to the metrics what `Statistics.take` has returned."""
         for key, value in counts.items():
             name, _, label = key.partition("/")
             if name == GUARD_DIFFERENCE:
@@ -161,8 +171,7 @@ class WithdrawalMetrics(AggregateStatLoggerBase):
                 for _ in range(value):
                     self.exit_layers.labels(self.model_name, str(engine_idx)).observe(int(label))
                 continue
-            own = label.split("/", 1) if label else []
-            labels = [self.model_name, str(engine_idx), *own]
+            labels = [self.model_name, str(engine_idx), *(label.split("/", 1) if label else [])]
             if name in self.counters:
                 self.counters[name].labels(*labels).inc(value)
             else:

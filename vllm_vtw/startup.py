@@ -166,6 +166,12 @@ def refuse_unsupported_guard(vllm_config: VllmConfig) -> None:
             "it reads images again that the shared cache may have dropped: "
             "remove --mm-processor-cache-type shm"
         )
+    lora = vllm_config.lora_config
+    if lora is not None and (lora.target_modules is None or "lm_head" in lora.target_modules):
+        refused.append(
+            "vLLM computes log-probabilities of prompts without, or with wrong, adapters of the LM head: set "
+            "--lora-target-modules to the modules of your adapters, without lm_head"
+        )
     if refused:
         raise ValueError(
             '--model-impl vtw cannot have a "guard" in this configuration:\n- ' + "\n- ".join(refused)
@@ -179,8 +185,6 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
     yield from _model_refusals(vllm_config)
     if not isinstance(vllm_config.additional_config, dict | None):
         yield "--additional-config has to be a JSON object"
-    if vllm_config.lora_config is not None:
-        yield "LoRA assigns adapters to the tokens of the whole batch, not of a stage: remove --enable-lora"
     if speculative is not None and not speculative.use_ngram():
         yield (
             f'speculative decoding with method {speculative.method!r}: use "method": "ngram", or remove '

@@ -2,14 +2,18 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The way of a CUDA machine, on the stand-ins of `static_graphs`: run by `test_runner_v2.py`."""
 
+import importlib
+
 import pytest
 from vllm import SamplingParams
 from vllm.compilation.counter import compilation_counter
 from vllm.forward_context import get_forward_context
+from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from benchmarks.small_llava import SmallLlava
 from tests.engine import static_graphs
+from tests.engine.adapters import Adapter
 from tests.engine.engines import (
     BLOCK_SIZE,
     GREEDY,
@@ -21,6 +25,7 @@ from tests.engine.engines import (
     step_until,
 )
 from tests.engine.gates import ASKED, assert_gated, dividing
+from tests.engine.reference import Reference
 from tests.engine.test_ranked import assert_ranked, written
 from vllm_vtw.models.graph_inputs import GraphInputs
 
@@ -179,3 +184,25 @@ def test_gates_with_ngram_speculation(checkpoint, reference, tmp_path, method, a
         assert free_blocks(llm) == all_free
     for told in zip(ONE_STEP, outputs, strict=True):
         assert_gated(oracle, *told, gates, MODEL)
+
+
+def test_adapters_of_a_stage_in_its_graphs(checkpoint, reference, taken, tmp_path):
+    importlib.import_module("tests.engine.lora_kernels")
+    folder = checkpoint(MODEL)
+    choices: list[tuple[LoRARequest | None, Reference]] = [(None, reference(folder))]
+    for seed in (1, 2):
+        adapter = Adapter(reference(folder), seed)
+        path = adapter.save(tmp_path / str(seed))
+        choices.append((LoRARequest(f"adapter-{seed}", seed, str(path)), adapter.merged(folder)))
+    asked = [(ask, *choices[number % 3]) for number, ask in enumerate(SHAPES)]
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    options = ENGINE | {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
+    with running(folder, {"layer": LAYER, "align": False}, **options) as llm:
+        prompts = [ask.to_vllm(oracle) for ask, _, oracle in asked]
+        adapters = [request for _, request, _ in asked]
+        outputs = llm.generate(prompts, params, lora_request=adapters, use_tqdm=False)
+    for (ask, _, oracle), output in zip(asked, outputs, strict=True):
+        assert_follows(oracle, ask, output.prompt_token_ids, output.outputs[0].token_ids, LAYER, align_to=1)
+    assert static_graphs.replays["FULL", 8] > 0
+    assert any(size < batch for size, batch in taken)
+    assert any(size == batch for size, batch in taken)

@@ -19,7 +19,6 @@ OPTIONS = [
         {"aux_output_config": {"enable_return_routed_experts": True}},
         "remove enable_return_routed_experts from --aux-output-config",
     ),
-    ({"enable_lora": True}, "LoRA .* remove --enable-lora"),
     ({"compilation_config": {"mode": 1}, "enforce_eager": False}, "compilation mode 1 .* remove -cc.mode=1"),
     (
         {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
@@ -108,6 +107,8 @@ def test_an_option_that_only_gates_refuse(checkpoint, tmp_path, options, message
     [
         ({"logprobs_mode": "raw_logits"}, "remove --logprobs-mode raw_logits"),
         ({"mm_processor_cache_type": "shm"}, "remove --mm-processor-cache-type shm"),
+        ({"enable_lora": True}, "set --lora-target-modules .* without lm_head"),
+        ({"enable_lora": True, "lora_target_modules": ["lm_head"]}, "set --lora-target-modules "),
     ],
 )
 def test_an_option_that_only_a_guard_refuses(checkpoint, options, message):
@@ -131,8 +132,8 @@ def test_breakable_cuda_graphs(checkpoint, monkeypatch):
 
 
 def test_everything_that_stands_in_the_way_is_named_at_once(checkpoint):
-    with pytest.raises(ValueError, match=r"--enable-lora(.|\n)*--enable-prompt-embeds"):
-        configure(checkpoint(MODEL), enable_lora=True, enable_prompt_embeds=True)
+    with pytest.raises(ValueError, match=r"--enable-dbo(.|\n)*--enable-prompt-embeds"):
+        configure(checkpoint(MODEL), enable_dbo=True, enable_prompt_embeds=True)
 
 
 @pytest.fixture

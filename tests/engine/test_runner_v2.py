@@ -35,6 +35,7 @@ def run(plugin: str, corner: str) -> None:
         pytest.param(f"{PARITY}[K4of8-blocks-1heads-qwen2-8192]", marks=slow),
         pytest.param(f"{PREEMPTED}[False]", marks=slow),
         pytest.param(f"{LOGPROBS}[several apart]", marks=slow),
+        pytest.param("test_lora.py", marks=slow),
     ],
 )
 def test_corner(corner):
@@ -46,6 +47,7 @@ def test_corner(corner):
     [
         f"{GRAPHS}[True-False]",
         pytest.param("graph_corners.py::test_ranked_prompts_choose_between_graphs", marks=slow),
+        "graph_corners.py::test_adapters_of_a_stage_in_its_graphs",
         pytest.param("graph_corners.py::test_requests_choose_between_graphs", marks=slow),
         pytest.param("graph_corners.py", marks=slow),  # all of them
     ],

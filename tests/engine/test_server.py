@@ -12,12 +12,14 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openai import BadRequestError, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.server import Server, ServerError, alive, serving
+from tests.engine.adapters import Adapter
 from tests.engine.engines import BLOCK_SIZE, MODEL, A, Ask, B, assert_follows
 
 DASHBOARD = Path(__file__).parents[2] / "benchmarks" / "grafana.json"
@@ -35,9 +37,16 @@ OPTIONS = (
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint):
+def adapter(checkpoint, reference) -> Adapter:
+    return Adapter(reference(checkpoint(MODEL)), seed=1)
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint, adapter, tmp_path_factory):
     vtw = json.dumps({"vtw": {"layer": LAYER}})
-    with serving(checkpoint(MODEL), *OPTIONS, f"--additional-config={vtw}") as server:
+    folder = adapter.save(tmp_path_factory.mktemp("adapters") / "first")
+    lora = ("--enable-lora", f"--lora-modules=first={folder}")
+    with serving(checkpoint(MODEL), *OPTIONS, *lora, f"--additional-config={vtw}") as server:
         yield server
 
 
@@ -57,11 +66,14 @@ def message(*images) -> list:
 
 
 def chat(client: OpenAI, *images, extra_body=None, **options):
+    request: dict[str, Any] = {
+        "model": client.models.list().data[0].id,
+        "max_completion_tokens": 32,
+    } | options
     return client.chat.completions.create(
-        model=client.models.list().data[0].id,
         messages=message(*images),
         temperature=0,
-        **({"max_completion_tokens": 32} | options),
+        **request,
         extra_body={"ignore_eos": True, "return_token_ids": True} | (extra_body or {}),
     )
 
@@ -73,6 +85,23 @@ def test_chat_is_the_reference(client, checkpoint, reference, images):
     prompt_ids, output_ids = answer.prompt_token_ids, answer.choices[0].token_ids
     assert len(output_ids) == 32
     assert_follows(reference(checkpoint(MODEL)), ask, prompt_ids, output_ids, LAYER, align_to=1)
+
+
+def test_an_adapter_answers_as_its_own_reference(client, server, checkpoint, adapter):
+    answer = chat(client, A, B, model="first")
+    ask = Ask("chat", "", (A, B))
+    prompt_ids, output_ids = answer.prompt_token_ids, answer.choices[0].token_ids
+    assert_follows(adapter.merged(checkpoint(MODEL)), ask, prompt_ids, output_ids, LAYER, align_to=1)
+    deadline = time.monotonic() + 20
+    while "first" not in (shown := adapters_shown(server)) and time.monotonic() < deadline:
+        chat(client, A, model="first")
+    assert shown == {"", "first"}
+
+
+def adapters_shown(server: Server) -> set[str]:
+    """What vLLM's metric of adapters has named. It shares a field with the plugin's metrics."""
+    named = [sample.labels for sample in samples(server) if sample.name == "vllm:lora_requests_info"]
+    return {labels[f"{status}_lora_adapters"] for labels in named for status in ("waiting", "running")}
 
 
 def test_streaming_gives_the_same_answer(client):

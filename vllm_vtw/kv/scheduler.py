@@ -23,6 +23,7 @@ from vllm_vtw.kv.prefill_turns import Turns
 from vllm_vtw.kv.stage_block_manager import StagedBlockHashes
 from vllm_vtw.kv.startup_log import log_startup
 from vllm_vtw.kv.statistics import Statistics
+from vllm_vtw.metrics import OWN_KEY
 from vllm_vtw.retention import OneStepPrefill, Retention, after_exit, awaits_gates, request_retentions
 from vllm_vtw.startup import layer_groups, refuse_unsupported, refuse_unsupported_dynamic, vtw_config
 
@@ -302,13 +303,13 @@ class VTWScheduler(GuardedScheduler):
         """Adds the plugin's statistics to vLLM's.
 
         vLLM sends the fields of `SchedulerStats` to the front end and nothing else, so they need a field that
-        has the type `dict[str, int]`. `waiting_lora_adapters` is read only where LoRA is enabled, which is
-        refused at start-up. `running_lora_adapters` would do as well, and `num_kv_fetch_reqs_by_stage` is
-        logged whenever one of its values is not 0.
+        has the type `dict[str, int]`. vLLM adds the names of LoRA adapters to `waiting_lora_adapters` in the
+        front end; `WithdrawalMetrics.record` takes the plugin's own keys out before vLLM shows them.
         """
         stats: SchedulerStats | None = super().make_stats(*args, **options)
         if stats is not None:
-            stats.waiting_lora_adapters = self.statistics.take()
+            counts = self.statistics.take()
+            stats.waiting_lora_adapters = {OWN_KEY + key: count for key, count in counts.items()}
         return stats
 
     def _free_blocks(self, request: Request) -> None:

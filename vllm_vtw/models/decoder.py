@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.distributed import get_pp_group
-from vllm.forward_context import BatchDescriptor, get_forward_context, override_forward_context
+from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.backend import AttentionType
 
 from vllm_vtw.families import DECODERS, ELSEWHERE
+from vllm_vtw.models.adapters import StageAdapters
 from vllm_vtw.models.gather_scatter import TokenStates
 from vllm_vtw.models.graph_inputs import GraphInputs
 from vllm_vtw.models.segment import Segment, attention_of, compiled_segment
@@ -43,6 +44,7 @@ class StagedDecoder:
         stages: The stages that this pipeline rank has layers of.
         segments: By stage, the layers of this rank.
         graph_inputs: The buffers that CUDA graphs of the segments read.
+        adapters: Sets the LoRA adapters of a stage's tokens. None without `--enable-lora`.
     """
 
     def __init__(self, vllm_config: VllmConfig, text_model: Any, policy: Policy, step: CurrentStep) -> None:
@@ -72,6 +74,7 @@ class StagedDecoder:
         if policy.gate is not None:
             step.gates = Gates(policy, vllm_config.model_config.get_hidden_size(), step.device)
         self.graph_inputs = GraphInputs(vllm_config, step.device)
+        self.adapters = None if vllm_config.lora_config is None else StageAdapters(text_model)
 
     @classmethod
     def install(
@@ -128,6 +131,8 @@ class StagedDecoder:
                 get_forward_context().attn_metadata.update(changed)
                 steps = self._steps(is_dummy)
             states.gather(steps[stage], self.step.prompt_logprobs)
+            if self.adapters is not None and states.kept is not None:
+                self.adapters.select(states.kept)
             if stage == 0:
                 self._set_slots(self.segments[0], len(states.hidden))
                 states.hidden, states.residual = self.segments[0](
@@ -139,6 +144,8 @@ class StagedDecoder:
                     stage, steps[stage], positions, states.hidden, states.residual
                 )
 
+        if self.adapters is not None:
+            self.adapters.restore()
         states.scatter(positions.shape[-1], self.text_model.norm if self.is_last_rank else None)
         if self.is_last_rank:
             return states.hidden
@@ -186,10 +193,11 @@ class StagedDecoder:
             positions = positions[..., kept]
         if size is not None:
             positions, hidden, residual = self.graph_inputs.write(size, positions, hidden, residual)
+            of_batch = context.batch_descriptor if piecewise else None
             context = replace(
                 context,
                 cudagraph_runtime_mode=CUDAGraphMode.PIECEWISE,
-                batch_descriptor=BatchDescriptor(num_tokens=size),
+                batch_descriptor=self.graph_inputs.descriptor(size, of_batch),
             )
         elif self.graph_inputs.uses_mrope:
             positions = self.graph_inputs.write_positions(rows, positions)

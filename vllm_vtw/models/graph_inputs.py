@@ -3,10 +3,12 @@
 """The buffers from which compiled segments and their CUDA graphs read their inputs."""
 
 from bisect import bisect_left
+from dataclasses import replace
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.forward_context import BatchDescriptor
 
 
 class GraphInputs(nn.Module):
@@ -40,6 +42,11 @@ class GraphInputs(nn.Module):
         # attention backends.
         if self.compilation.cudagraph_mode and self.compilation.cudagraph_capture_sizes:
             rows = max(self.compilation.cudagraph_capture_sizes)
+        # All runners capture a graph for every number of LoRA adapters up to this one.
+        lora = vllm_config.lora_config
+        self.any_adapters = BatchDescriptor(
+            num_tokens=0, has_lora=lora is not None, num_active_loras=lora.max_loras + 1 if lora else 0
+        )
         model = vllm_config.model_config
         states = torch.zeros(rows, model.get_hidden_size(), dtype=model.dtype, device=device)
         shape: tuple[int, ...] = (rows,)
@@ -62,6 +69,16 @@ class GraphInputs(nn.Module):
         sizes = self._sizes()
         index = bisect_left(sizes, rows)
         return sizes[index] if index < len(sizes) else None
+
+    def descriptor(self, size: int, of_batch: BatchDescriptor | None) -> BatchDescriptor:
+        """Which graph of `size` tokens a segment runs.
+
+        Args:
+            size: The number of tokens of the graph.
+            of_batch: Which piecewise graph the runner has chosen for the whole batch, by its LoRA adapters,
+                too. None if it has chosen none.
+        """
+        return replace(of_batch or self.any_adapters, num_tokens=size)
 
     def write(
         self, size: int, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor

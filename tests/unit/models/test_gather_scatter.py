@@ -19,7 +19,8 @@ def graph_inputs(mode: CUDAGraphMode) -> GraphInputs:
     model = SimpleNamespace(dtype=torch.float32, get_hidden_size=lambda: 4, uses_mrope=False)
     compilation = SimpleNamespace(cudagraph_mode=mode, cudagraph_capture_sizes=[32, 8, 16])
     return GraphInputs(
-        SimpleNamespace(compilation_config=compilation, model_config=model), torch.device("cpu")
+        SimpleNamespace(compilation_config=compilation, model_config=model, lora_config=None),
+        torch.device("cpu"),
     )
 
 

@@ -23,6 +23,7 @@ def graph_inputs(sizes: list[int]) -> GraphInputs:
         model_config=SimpleNamespace(
             uses_mrope=True, mrope_num_dims=3, dtype=torch.float32, get_hidden_size=lambda: HIDDEN
         ),
+        lora_config=None,
         scheduler_config=SimpleNamespace(max_num_batched_tokens=TOKENS),
     )
     return GraphInputs(config, torch.device("cpu"))
