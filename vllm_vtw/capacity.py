@@ -96,13 +96,23 @@ class LayerGroups:
     """The KV-cache groups that a decoder's layers are split into.
 
     Pipeline ranks have groups and blocks of their own, and equally many blocks.
+
+    Attributes:
+        groups: The groups.
+        drafter_layers: The number of layers of a drafter for speculative decoding, which hold all tokens.
+            They are in the first group, together with layers of the decoder.
     """
 
     groups: tuple[LayerGroup, ...]
+    drafter_layers: int = 0
 
     @classmethod
     def of(
-        cls, policy: Policy, num_hidden_layers: int, rank_layers: Sequence[range] | None = None
+        cls,
+        policy: Policy,
+        num_hidden_layers: int,
+        rank_layers: Sequence[range] | None = None,
+        drafter_layers: int = 0,
     ) -> "LayerGroups":
         """The groups with which requests under a policy take little memory, and as few groups as that allows.
 
@@ -114,11 +124,16 @@ class LayerGroups:
             policy: What is withdrawn.
             num_hidden_layers: The number of decoder layers.
             rank_layers: The layers of each pipeline rank. None if one rank has all of them.
+            drafter_layers: The number of a drafter's layers. With several pipeline ranks, it has to be 0.
+
+        Raises:
+            ValueError: With these stages, there are no groups for the drafter's layers.
         """
         segments = policy.segments(num_hidden_layers)
         ranks = rank_layers or [range(num_hidden_layers)]
-        sizes = tuple(tuple(len(_overlap(segment, layers)) for segment in segments) for layers in ranks)
-        return _cheapest_groups(sizes, tuple(_possible_keeps(policy)))
+        sizes = [[len(_overlap(segment, layers)) for segment in segments] for layers in ranks]
+        sizes[0][0] += drafter_layers
+        return _cheapest_groups(tuple(map(tuple, sizes)), tuple(_possible_keeps(policy)), drafter_layers)
 
     @property
     def ranks(self) -> range:
@@ -139,7 +154,7 @@ class LayerGroups:
 
         vLLM may distribute layers otherwise over the groups of a stage that have the same number of pages.
         """
-        return [group for group in self.groups for _ in range(group.layers)]
+        return [group for group in self.groups for _ in range(group.layers)][self.drafter_layers :]
 
     def layer_tokens(self, held: Sequence[float]) -> float:
         """The memory that a request takes, as a number of tokens of one layer, without rounding to blocks.
@@ -166,8 +181,18 @@ class LayerGroups:
 
     @property
     def num_layers(self) -> int:
-        """The number of the decoder's layers."""
+        """The number of the layers of the decoder and of a drafter."""
         return sum(group.layers for group in self.groups)
+
+    @property
+    def can_hold_drafter(self) -> bool:
+        """Whether vLLM finds a drafter's blocks.
+
+        It addresses them by itself, as blocks of one page each, and all of them in one group. Some drafters
+        look for them in the first group, which is that of the decoder's layer 0.
+        """
+        as_in_stock = [group for group in self.groups if (group.stage, group.pages) == (0, 1)]
+        return len(as_in_stock) == 1 and as_in_stock[0].layers > self.drafter_layers
 
     @property
     def most_groups(self) -> int:
@@ -245,12 +270,16 @@ def _possible_keeps(policy: Policy) -> Iterator[tuple[float, ...]]:
 
 
 @lru_cache(CACHED_POLICIES)
-def _cheapest_groups(ranks: tuple[tuple[int, ...], ...], cases: tuple[tuple[float, ...], ...]) -> LayerGroups:
+def _cheapest_groups(
+    ranks: tuple[tuple[int, ...], ...], cases: tuple[tuple[float, ...], ...], drafter_layers: int
+) -> LayerGroups:
     """As `LayerGroups.of`.
 
     Args:
-        ranks: For each pipeline rank, the number of its layers in each stage.
+        ranks: For each pipeline rank, the number of its layers in each stage. Those of a drafter are in stage
+            0 of the first rank.
         cases: The fractions of visual tokens that stages may hold of a request.
+        drafter_layers: The number of a drafter's layers.
     """
     widest = max(map(sum, ranks))
     text = (0.0,) * len(ranks[0])
@@ -263,7 +292,14 @@ def _cheapest_groups(ranks: tuple[tuple[int, ...], ...], cases: tuple[tuple[floa
                 groups = [
                     group._replace(rank=rank) for rank, found in enumerate(by_rank) for group in found or ()
                 ]
-                candidates.add(LayerGroups(tuple(groups)))
+                found = LayerGroups(tuple(groups), drafter_layers)
+                if not drafter_layers or found.can_hold_drafter:
+                    candidates.add(found)
+    if not candidates:
+        raise ValueError(
+            f"no few KV-cache groups have place for the {drafter_layers} layers of a drafter among all "
+            f"{sum(ranks[0])}: withdraw at a deeper layer, or remove --speculative-config"
+        )
 
     def ratio(groups: LayerGroups, keeps: Sequence[float], lost: float) -> float:
         """The memory of a request beside what its tokens need, if groups lose so many tokens by rounding."""

@@ -34,6 +34,9 @@ from vllm_vtw.families import (
 from vllm_vtw.gates import load_gates
 from vllm_vtw.policy import Policy
 
+DRAFTERS = ("eagle", "eagle3", "draft_model")
+"""The methods of speculative decoding with a model of their own that are supported."""
+
 
 def vtw_config(vllm_config: VllmConfig) -> VTWConfig:
     """The plugin's configuration. It is the same in all processes of an engine.
@@ -85,7 +88,16 @@ def layer_groups(vllm_config: VllmConfig, policy: Policy) -> LayerGroups:
     num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
     size = vllm_config.parallel_config.pipeline_parallel_size
     ranks = [range(*get_pp_indices(num_layers, rank, size)) for rank in range(size)]
-    return LayerGroups.of(policy, num_layers, ranks)
+    return LayerGroups.of(policy, num_layers, ranks, drafter_layers(vllm_config))
+
+
+def drafter_layers(vllm_config: VllmConfig) -> int:
+    """The number of layers of a drafter for speculative decoding, which have a KV cache of all tokens."""
+    speculative = vllm_config.speculative_config
+    if speculative is None or speculative.method not in DRAFTERS:
+        return 0
+    layers: int = speculative.draft_model_config.hf_text_config.num_hidden_layers
+    return layers
 
 
 class VTWModelConfig(VerifyAndUpdateConfig):
@@ -115,6 +127,8 @@ class VTWModelConfig(VerifyAndUpdateConfig):
             load_gates(config.policy.gate, [stage.layer for stage in config.policy.stages], hidden_size)
         if config.guard_share:
             refuse_unsupported_guard(vllm_config)
+        if drafter_layers(vllm_config):
+            layer_groups(vllm_config, config.policy)  # may have no place for them
         admission = Admission(
             config.policy, config.num_layers, config.bridge, scheduler.max_num_batched_tokens
         )
@@ -185,11 +199,8 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
     yield from _model_refusals(vllm_config)
     if not isinstance(vllm_config.additional_config, dict | None):
         yield "--additional-config has to be a JSON object"
-    if speculative is not None and not speculative.use_ngram():
-        yield (
-            f'speculative decoding with method {speculative.method!r}: use "method": "ngram", or remove '
-            "--speculative-config"
-        )
+    if speculative is not None:
+        yield from _drafter_refusals(vllm_config)
     if vllm_config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE:
         yield "compilation mode 1 compiles the whole model at once: remove -cc.mode=1, vLLM's default is 3"
     if parallel.pipeline_parallel_size > 1:
@@ -257,6 +268,36 @@ def _model_refusals(vllm_config: VllmConfig) -> Iterator[str]:
         yield (
             "deep layers route no withdrawn tokens: remove enable_return_routed_experts from "
             "--aux-output-config"
+        )
+
+
+def _drafter_refusals(vllm_config: VllmConfig) -> Iterator[str]:
+    """The reasons that lie in speculative decoding."""
+    speculative, parallel = vllm_config.speculative_config, vllm_config.parallel_config
+    if speculative.use_ngram():
+        return
+    if speculative.method not in DRAFTERS:
+        methods = ", ".join(("ngram", *DRAFTERS))
+        yield (
+            f"speculative decoding with method {speculative.method!r}: use one of {methods}, or remove "
+            "--speculative-config"
+        )
+        return
+    if parallel.pipeline_parallel_size > 1:
+        yield (
+            f"pipeline ranks do not share the blocks of a drafter with method {speculative.method!r}: use "
+            '--tensor-parallel-size, not --pipeline-parallel-size, or "method": "ngram"'
+        )
+    draft, model = speculative.draft_model_config, vllm_config.model_config
+    shapes = [
+        (one.get_num_kv_heads(ranks), one.get_head_size(), one.dtype)
+        for one, ranks in ((draft, speculative.draft_parallel_config), (model, parallel))
+    ]
+    if shapes[0] != shapes[1]:
+        described = [f"{heads} heads of {size} in {dtype}" for heads, size, dtype in shapes]
+        yield (
+            f"the drafter's keys and values have another shape ({described[0]}) than the model's "
+            f'({described[1]}), and would not fit in its KV blocks: use another drafter, or "method": "ngram"'
         )
 
 

@@ -78,6 +78,28 @@ class Reference:
         return self.model.lm_head(text.norm(result))
 
     @torch.no_grad()
+    def states(
+        self,
+        token_ids: Sequence[int],
+        image_embeds: Sequence[torch.Tensor],
+        layer: int,
+        dropped: Sequence[bool],
+    ) -> list[torch.Tensor]:
+        """The states before each layer and after the last, of every token, each `(tokens, hidden)`.
+
+        A dropped token keeps the state that it left with.
+        """
+        state = self._embedded(token_ids, image_embeds)
+        found, kept = [state], torch.arange(len(state))
+        for index in range(len(self.model.model.language_model.layers)):
+            if index == layer:
+                kept = kept[~torch.tensor(dropped)]
+            after, _ = self._layer(index, state[kept], kept)
+            state = state.index_copy(0, kept, after)
+            found.append(state)
+        return found
+
+    @torch.no_grad()
     def ranked_logits(
         self,
         token_ids: Sequence[int],

@@ -11,6 +11,8 @@ import pytest
 from vllm.config import CompilationMode, ECTransferConfig, KVEventsConfig, KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 
+from benchmarks.small_llava import SmallLlava
+from tests.engine.drafters import draft_model
 from tests.engine.engines import MODEL
 from tests.engine.gates import LAYERS, gated, random_gates
 
@@ -118,11 +120,36 @@ def test_an_option_that_only_a_guard_refuses(checkpoint, options, message):
         configure(folder, additional_config={"vtw": {"layer": 3, "guard": {"share": 0.5}}}, **options)
 
 
-def test_a_draft_model(checkpoint):
+def test_other_methods_of_speculative_decoding(checkpoint):
+    states = {"method": "extract_hidden_states", "num_speculative_tokens": 1}
+    states["draft_model_config"] = {"hf_config": {"eagle_aux_hidden_state_layer_ids": [1]}}
+    message = r"with method 'extract_hidden_states': use one of ngram, eagle, eagle3, draft_model"
+    with pytest.raises(ValueError, match=message):
+        configure(checkpoint(MODEL), speculative_config=states)
+
+
+def test_a_drafter_with_other_heads(checkpoint, tmp_path):
     folder = checkpoint(MODEL)
-    draft = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 2}
-    with pytest.raises(ValueError, match='with method \'draft_model\': use "method": "ngram"'):
-        configure(folder, speculative_config=draft)
+    drafter = draft_model(tmp_path / "draft", folder)
+    file = tmp_path / "draft" / "config.json"
+    config = json.loads(file.read_text()) | {"num_key_value_heads": 1}
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"\(1 heads of 32 .*\(2 heads of 32 .*: use another drafter"):
+        configure(folder, speculative_config=drafter)
+
+
+def test_a_drafter_and_pipeline_ranks(checkpoint, tmp_path):
+    folder = checkpoint(MODEL)
+    drafter = draft_model(tmp_path / "draft", folder)
+    with pytest.raises(ValueError, match="use --tensor-parallel-size, not --pipeline-parallel-size"):
+        configure(folder, speculative_config=drafter, pipeline_parallel_size=2)
+
+
+def test_a_drafter_beside_a_shallow_layer(checkpoint, tmp_path):
+    folder = checkpoint(SmallLlava(layers=32, hidden=32, heads=1, kv_heads=1))
+    drafter = draft_model(tmp_path / "draft", folder)
+    with pytest.raises(ValueError, match=r"the 2 layers of a drafter .* withdraw at a deeper layer"):
+        configure(folder, speculative_config=drafter, additional_config={"vtw": {"layer": 1}})
 
 
 def test_breakable_cuda_graphs(checkpoint, monkeypatch):

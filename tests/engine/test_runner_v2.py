@@ -36,6 +36,7 @@ def run(plugin: str, corner: str) -> None:
         pytest.param(f"{PREEMPTED}[False]", marks=slow),
         pytest.param(f"{LOGPROBS}[several apart]", marks=slow),
         pytest.param("test_lora.py", marks=slow),
+        pytest.param("test_drafters.py::test_answers", marks=slow),
     ],
 )
 def test_corner(corner):

@@ -116,6 +116,23 @@ def test_vllm_makes_these_groups(given_policy: tuple[Policy, int]):
         assert sizes == [len(range(index, sum(sizes), count)) for index in range(count)]
 
 
+@pytest.mark.parametrize("drafter_layers", [1, 2, 5])
+@pytest.mark.parametrize("num_layers", DECODERS)
+def test_a_drafter_is_in_a_group_as_in_stock_vllm(num_layers: int, drafter_layers: int):
+    for layer in range(num_layers // 4, num_layers + 1):
+        policy = Policy.withdraw_at(layer, num_layers)
+        groups = LayerGroups.of(policy, num_layers, drafter_layers=drafter_layers)
+        as_in_stock = [group for group in groups.groups if group.stage == 0 and group.pages == 1]
+        # It is the group of layer 0, too, and has place for the drafter and one more layer.
+        assert as_in_stock == [groups.by_layer()[0]]
+        assert as_in_stock[0].layers > drafter_layers
+        assert groups.num_layers == num_layers + drafter_layers
+        assert len(groups.by_layer()) == num_layers
+        held = [VISUAL + TEXT, TEXT][: len(policy.keeps)]
+        needed = layer * held[0] + (num_layers - layer) * held[-1] + drafter_layers * held[0]
+        assert needed - 1e-6 <= groups.layer_tokens(held) <= 1.12 * needed, (layer, groups)
+
+
 def sums(total: int, largest: int, most: int) -> Iterator[tuple[int, ...]]:
     """All ways to write a number as a sum of at most `most` numbers, descending."""
     if total == 0:

@@ -54,6 +54,10 @@ class VTWScheduler(GuardedScheduler):
 
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, **options: Any) -> None:
         refuse_unsupported(vllm_config)
+        speculative = vllm_config.speculative_config
+        if speculative is not None and speculative.use_eagle_block_drop():
+            # Otherwise, vLLM would recompute the last cached block of all groups, not only the drafter's.
+            kv_cache_config.kv_cache_groups[0].is_eagle_group = True
         super().__init__(vllm_config, kv_cache_config, **options)
         config = vtw_config(vllm_config)
         self.withdrawal_policy = config.policy
@@ -73,8 +77,8 @@ class VTWScheduler(GuardedScheduler):
         self.ended_in_flight: dict[str, int] = {}
         self.turns = Turns()
         groups = layer_groups(vllm_config, config.policy)
-        layers = [*(stage.layer for stage in self.withdrawal_policy.stages), groups.num_layers]
-        self.statistics = Statistics(layers, groups.width, self.kv_cache_manager)
+        layers = [*(stage.layer for stage in self.withdrawal_policy.stages), self.num_layers]
+        self.statistics = Statistics(layers, groups, self.kv_cache_manager)
         if config.guard_share:
             self.guard = Guard(
                 config.guard_share,

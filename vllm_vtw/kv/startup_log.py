@@ -45,7 +45,7 @@ def log_startup(
         "vtw: withdrawing %s of L = %d; KV cache groups: %s; "
         "%s of %d tokens takes %s %.2f MiB of KV cache, %.2f MiB in stock vLLM%s",
         _withdrawal(config),
-        groups.num_layers,
+        config.num_layers,
         " | ".join(
             " + ".join(_described(policy, group) for group in groups.groups if group.rank == rank)
             for rank in groups.ranks

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from vllm_vtw.capacity import LayerGroups
 from vllm_vtw.kv.cache_manager import StagedKVCacheManager
 from vllm_vtw.metrics import (
     DIFFERENCE_BUCKETS,
@@ -35,13 +36,13 @@ class Statistics:
 
     Args:
         layers: The first layer of every stage past the first, followed by the number of layers.
-        width: The number of layers that a KV block has memory for.
+        groups: The KV-cache groups.
         manager: The manager of the KV blocks.
     """
 
-    def __init__(self, layers: Sequence[int], width: int, manager: StagedKVCacheManager) -> None:
+    def __init__(self, layers: Sequence[int], groups: LayerGroups, manager: StagedKVCacheManager) -> None:
         self.layers = layers
-        self.width = width
+        self.groups = groups
         self.manager = manager
         self.counts: Counter[str] = Counter()
 
@@ -127,6 +128,6 @@ class Statistics:
         counts, self.counts = dict(self.counts), Counter()
         held = self.manager.held_blocks()
         # A block of stock vLLM's only group holds one page of all layers.
-        in_stock = self.manager.pages_of_stage_0() * self.layers[-1] // self.width
+        in_stock = self.manager.pages_of_stage_0() * self.groups.num_layers // self.groups.width
         counts |= {f"{KV_BLOCKS}/{stage}": blocks for stage, blocks in sorted(held.items())}
         return counts | {f"{KV_BLOCKS_SAVED}/": in_stock - held.total()}

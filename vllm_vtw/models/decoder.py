@@ -21,7 +21,7 @@ from vllm_vtw.models.graph_inputs import GraphInputs
 from vllm_vtw.models.segment import Segment, attention_of, compiled_segment
 from vllm_vtw.policy import Policy
 from vllm_vtw.rankings import RANKINGS
-from vllm_vtw.startup import layer_groups
+from vllm_vtw.startup import drafter_layers, layer_groups
 from vllm_vtw.worker.attention_backend import StageAttention
 from vllm_vtw.worker.current_step import CurrentStep
 from vllm_vtw.worker.gates import Gates
@@ -44,6 +44,7 @@ class StagedDecoder:
         stages: The stages that this pipeline rank has layers of.
         segments: By stage, the layers of this rank.
         graph_inputs: The buffers that CUDA graphs of the segments read.
+        has_drafter: Whether a drafter for speculative decoding sees the states of all tokens.
         adapters: Sets the LoRA adapters of a stage's tokens. None without `--enable-lora`.
     """
 
@@ -56,12 +57,10 @@ class StagedDecoder:
         self.stages = range(bisect_right(borders, start), bisect_right(borders, end - 1) + 1)
         self.segments: dict[int, Segment] = {}
         for stage, layers in enumerate(policy.segments(len(text_model.layers))):
-            own = [text_model.layers[i] for i in layers if start <= i < end]
-            if not own:
-                continue
-            is_last = self.is_last_rank and layers.stop == end
-            norm = text_model.norm if is_last else None
-            self.segments[stage] = compiled_segment(vllm_config, stage, own, norm)
+            own = range(max(layers.start, start), min(layers.stop, end))
+            if own:
+                has_norm = self.is_last_rank and own.stop == end
+                self.segments[stage] = compiled_segment(vllm_config, stage, text_model, own, has_norm)
         if policy.stages:
             groups = layer_groups(vllm_config, policy)
             for index, group in list(enumerate(groups.by_layer()))[start:end]:
@@ -74,6 +73,7 @@ class StagedDecoder:
         if policy.gate is not None:
             step.gates = Gates(policy, vllm_config.model_config.get_hidden_size(), step.device)
         self.graph_inputs = GraphInputs(vllm_config, step.device)
+        self.has_drafter = drafter_layers(vllm_config) > 0
         self.adapters = None if vllm_config.lora_config is None else StageAdapters(text_model)
 
     @classmethod
@@ -97,7 +97,7 @@ class StagedDecoder:
         received: IntermediateTensors | None,
         inputs_embeds: torch.Tensor | None,
         deepstack: IntermediateTensors | None,
-    ) -> torch.Tensor | IntermediateTensors:
+    ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]] | IntermediateTensors:
         """Runs this pipeline rank's layers for one step.
 
         Args:
@@ -110,9 +110,9 @@ class StagedDecoder:
             deepstack: As `Segment.forward` takes it. Withdrawal begins behind its layers.
 
         Returns:
-            On the last rank, the final hidden states, shape `(tokens, hidden_size)`. On other ranks, hidden
-            states and residual, both of that shape. `TokenStates.scatter` says what the rows of withdrawn
-            tokens contain.
+            On the last rank, the final hidden states, shape `(tokens, hidden_size)`, together with the states
+            that a drafter wants to see, if it does. On other ranks, hidden states and residual, both of that
+            shape. `TokenStates.scatter` says what the rows of withdrawn tokens contain.
         """
         # There is no batch when vLLM measures memory, or when a data-parallel rank without requests runs a
         # step because the others do.
@@ -124,31 +124,34 @@ class StagedDecoder:
         else:
             states = TokenStates(received["hidden_states"], received["residual"])
 
+        seen_by_drafter = []
         for stage in self.stages:
             if stage > self.stages.start and self.step.gated_prompts and not is_dummy:
                 assert states.residual is not None
                 changed = self.step.ask_gates(stage, states.hidden, states.residual)
                 get_forward_context().attn_metadata.update(changed)
                 steps = self._steps(is_dummy)
-            states.gather(steps[stage], self.step.prompt_logprobs)
+            states.gather(steps[stage], self.step.prompt_logprobs or self.has_drafter)
             if self.adapters is not None and states.kept is not None:
                 self.adapters.select(states.kept)
             if stage == 0:
                 self._set_slots(self.segments[0], len(states.hidden))
-                states.hidden, states.residual = self.segments[0](
+                states.hidden, states.residual, seen = self.segments[0](
                     positions, states.hidden, states.residual, deepstack
                 )
             else:
                 assert states.residual is not None
-                states.hidden, states.residual = self._run(
+                states.hidden, states.residual, seen = self._run(
                     stage, steps[stage], positions, states.hidden, states.residual
                 )
+            # The graphs of the next segment may write to the memory that those of this one return.
+            seen_by_drafter += [states.of_batch(of_stage).clone() for of_stage in seen]
 
         if self.adapters is not None:
             self.adapters.restore()
         states.scatter(positions.shape[-1], self.text_model.norm if self.is_last_rank else None)
         if self.is_last_rank:
-            return states.hidden
+            return (states.hidden, seen_by_drafter) if seen_by_drafter else states.hidden
         assert states.residual is not None
         return IntermediateTensors({"hidden_states": states.hidden, "residual": states.residual})
 
@@ -163,7 +166,7 @@ class StagedDecoder:
         positions: torch.Tensor,
         hidden: torch.Tensor,
         residual: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
         """Runs one segment past the first, which may compute fewer tokens than the batch has.
 
         If the step uses piecewise CUDA graphs, or would use them if the batch were not too large, the segment
@@ -177,12 +180,13 @@ class StagedDecoder:
             residual: Their residual stream, same shape.
 
         Returns:
-            Hidden states and residual after the segment, same shape.
+            As `Segment.forward`, for the tokens that the stage computes.
         """
         segment, context = self.segments[stage], get_forward_context()
         rows = len(hidden)
         if rows == 0:
-            return hidden, residual  # all tokens of the step are withdrawn
+            # All tokens of the step are withdrawn.
+            return hidden, residual, [hidden] * len(segment.seen_layers)
         piecewise = context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE
         kept = None if step is None else step.kept
         size = rows if piecewise else None
@@ -203,8 +207,9 @@ class StagedDecoder:
             positions = self.graph_inputs.write_positions(rows, positions)
         with override_forward_context(context):
             self._set_slots(segment, len(hidden))
-            hidden, residual = segment(positions, hidden, residual)
-        return hidden[:rows], None if residual is None else residual[:rows]
+            hidden, residual, seen = segment(positions, hidden, residual)
+        seen = [states[:rows] for states in seen]
+        return hidden[:rows], None if residual is None else residual[:rows], seen
 
     def _set_slots(self, segment: Segment, num_tokens: int) -> None:
         """Tells the layers that have slots of their own where to store keys and values."""

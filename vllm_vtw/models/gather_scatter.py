@@ -53,6 +53,20 @@ class TokenStates:
         self.hidden, self.residual = self.hidden[index], self.residual[index]
         self.kept = step.kept
 
+    def of_batch(self, states: torch.Tensor) -> torch.Tensor:
+        """Adds those of withdrawn tokens, which have to be kept, to states of the current stage's tokens.
+
+        Args:
+            states: Shape `(kept, hidden_size)`.
+
+        Returns:
+            States of all tokens, shape `(tokens, hidden_size)`. A withdrawn token has that in which it left.
+        """
+        if self.kept is None:
+            return states
+        assert self.withdrawn_states is not None
+        return self.withdrawn_states.index_copy(0, self.kept, states)
+
     def scatter(self, num_tokens: int, norm: nn.Module | None) -> None:
         """Puts the tokens back into the rows of the batch.
 

@@ -17,22 +17,37 @@ from vllm.sequence import IntermediateTensors
 class Segment(nn.Module):
     """Decoder layers that compute the same tokens, followed by the final norm if they are the last.
 
-    Layers and norm are held in lists, which register nothing, so they stay registered in the text model only.
+    Text model and layers are held in lists, which register nothing, so layers stay registered in the text
+    model only.
 
     Args:
         vllm_config: vLLM's configuration. vLLM's compilation decorator reads it.
-        layers: The decoder layers.
-        norm: The final norm. None if other layers follow.
+        text_model: vLLM's text model.
+        layers: Which of its layers these are.
+        has_norm: Whether the final norm follows.
 
     Attributes:
         layer_names: The names of the layers' attention, under which vLLM keeps attention metadata.
     """
 
-    def __init__(self, *, vllm_config: VllmConfig, layers: list[Any], norm: nn.Module | None) -> None:
+    def __init__(self, *, vllm_config: VllmConfig, text_model: Any, layers: range, has_norm: bool) -> None:
         super().__init__()
-        self.layers = layers
-        self.final = [norm]
-        self.layer_names = [attention_of(layer).layer_name for layer in layers]
+        self.text_model = [text_model]
+        self.first_layer = layers.start
+        self.layers = list(text_model.layers[layers.start : layers.stop])
+        self.has_norm = has_norm
+        self.layer_names = [attention_of(layer).layer_name for layer in self.layers]
+
+    @property
+    def seen_layers(self) -> list[int]:
+        """The layers of which a drafter sees the states before them (EAGLE-3).
+
+        vLLM sets them in the text model after it has been loaded.
+        """
+        wanted = getattr(self.text_model[0], "aux_hidden_state_layers", ())
+        # The state at a border belongs to the segment that ends there.
+        first = self.first_layer + (self.first_layer > 0)
+        return [layer for layer in wanted if first <= layer <= self.first_layer + len(self.layers)]
 
     def forward(
         self,
@@ -40,7 +55,7 @@ class Segment(nn.Module):
         hidden_states: torch.Tensor,
         residual: torch.Tensor | None,
         deepstack: IntermediateTensors | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
         """Runs the layers.
 
         Args:
@@ -51,15 +66,22 @@ class Segment(nn.Module):
                 None if the first layer of the segment is not layer 0, and for other models.
 
         Returns:
-            Hidden states and residual, same shape. The residual is None after the final norm.
+            Hidden states, residual, and the states of `seen_layers`, all of the same shape. The residual is
+            None after the final norm.
         """
-        for index, layer in enumerate(self.layers):
+        (text_model,) = self.text_model
+        seen = []
+        if self.first_layer == 0 and 0 in self.seen_layers:
+            seen.append(hidden_states)
+        for index, layer in enumerate(self.layers, self.first_layer):
             hidden_states, residual = layer(positions, hidden_states, residual)
             if deepstack is not None and index < len(deepstack):
                 hidden_states = hidden_states + deepstack[f"deepstack_input_embeds_{index}"]
-        if self.final[0] is None:
-            return hidden_states, residual
-        return self.final[0](hidden_states, residual)[0], None
+            if index + 1 in self.seen_layers:
+                seen.append(hidden_states + residual)
+        if not self.has_norm:
+            return hidden_states, residual, seen
+        return text_model.norm(hidden_states, residual)[0], None, seen
 
 
 def attention_of(layer: nn.Module) -> Attention:
@@ -69,7 +91,7 @@ def attention_of(layer: nn.Module) -> Attention:
 
 
 def compiled_segment(
-    vllm_config: VllmConfig, stage: int, layers: list[Any], norm: nn.Module | None
+    vllm_config: VllmConfig, stage: int, text_model: Any, layers: range, has_norm: bool
 ) -> Segment:
     """Makes the segment of a stage, compiled if vLLM's configuration says so.
 
@@ -79,8 +101,9 @@ def compiled_segment(
     Args:
         vllm_config: vLLM's configuration.
         stage: Number of the stage.
-        layers: The decoder layers.
-        norm: The final norm. None if other layers follow.
+        text_model: vLLM's text model.
+        layers: Which of its layers these are.
+        has_norm: Whether the final norm follows.
     """
     name = f"Segment{stage}"
     code = Segment.forward.__code__.replace(co_name=f"forward_{stage}", co_qualname=f"{name}.forward")
@@ -93,4 +116,4 @@ def compiled_segment(
         type(name, (Segment,), {"forward": forward})
     )
     with set_model_tag(name.lower()):
-        return compiled(vllm_config=vllm_config, layers=layers, norm=norm)
+        return compiled(vllm_config=vllm_config, text_model=text_model, layers=layers, has_norm=has_norm)

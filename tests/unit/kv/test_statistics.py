@@ -18,7 +18,8 @@ def statistics(layers: list[int], width: int, held: dict[int, int], pages_of_sta
     manager: Any = SimpleNamespace(
         held_blocks=lambda: Counter(held), pages_of_stage_0=lambda: pages_of_stage_0
     )
-    return Statistics(layers, width, manager)
+    groups: Any = SimpleNamespace(num_layers=layers[-1], width=width)
+    return Statistics(layers, groups, manager)
 
 
 def test_requests_by_the_layer_that_first_withdraws():
