@@ -34,6 +34,9 @@ from vllm_vtw.families import (
 from vllm_vtw.gates import load_gates
 from vllm_vtw.policy import Policy
 
+_NIXL = "StagedNixlConnector", "vllm_vtw.connectors.nixl"
+CONNECTORS = dict.fromkeys(("NixlConnector", "NixlPullConnector", _NIXL[0]), _NIXL)
+"""By KV connector of vLLM, the plugin's subclass of it and the module that has it."""
 DRAFTERS = ("eagle", "eagle3", "draft_model")
 """The methods of speculative decoding with a model of their own that are supported."""
 
@@ -129,6 +132,10 @@ class VTWModelConfig(VerifyAndUpdateConfig):
             refuse_unsupported_guard(vllm_config)
         if drafter_layers(vllm_config):
             layer_groups(vllm_config, config.policy)  # may have no place for them
+        transfer = vllm_config.kv_transfer_config
+        if transfer is not None:
+            connector, transfer.kv_connector_module_path = CONNECTORS[transfer.kv_connector]
+            transfer.kv_connector = connector
         admission = Admission(
             config.policy, config.num_layers, config.bridge, scheduler.max_num_batched_tokens
         )
@@ -213,11 +220,13 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
         yield "prefill context parallelism: remove --prefill-context-parallel-size"
     if parallel.enable_dbo or parallel.ubatch_size > 1:
         yield "micro-batching: remove --enable-dbo and --ubatch-size"
-    if vllm_config.kv_transfer_config is not None or vllm_config.cache_config.kv_offloading_size is not None:
+    if vllm_config.cache_config.kv_offloading_size is not None:
         yield (
-            "KV connectors move KV blocks as if they held all tokens: remove --kv-transfer-config and "
-            "--kv-offloading-size"
+            "KV offloading finds a token's block by the token's position, as if blocks held all tokens: "
+            "remove --kv-offloading-size"
         )
+    elif vllm_config.kv_transfer_config is not None:
+        yield from _connector_refusals(vllm_config)
     if vllm_config.cache_config.prefix_match_unit is not None:
         yield "requests can share only whole KV blocks: remove --prefix-match-unit"
     events = vllm_config.kv_events_config
@@ -271,6 +280,29 @@ def _model_refusals(vllm_config: VllmConfig) -> Iterator[str]:
         )
 
 
+def _connector_refusals(vllm_config: VllmConfig) -> Iterator[str]:
+    """The reasons that lie in a KV connector."""
+    transfer = vllm_config.kv_transfer_config
+    if transfer.kv_connector not in CONNECTORS:
+        yield (
+            f"the KV connector {transfer.kv_connector} finds a token's block by the token's position, as if "
+            "blocks held all tokens: use NixlConnector, or remove --kv-transfer-config"
+        )
+        return
+    if not transfer.get_from_extra_config("enforce_handshake_compat", True):
+        yield (
+            "engines that withdraw other tokens must not read each other's blocks: remove "
+            "enforce_handshake_compat from --kv-transfer-config"
+        )
+    if drafter_layers(vllm_config):
+        yield "a drafter beside a KV connector is untested: remove --speculative-config"
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        yield (
+            "a KV connector knows one block pool, not one of each pipeline rank: use --tensor-parallel-size, "
+            "not --pipeline-parallel-size"
+        )
+
+
 def _drafter_refusals(vllm_config: VllmConfig) -> Iterator[str]:
     """The reasons that lie in speculative decoding."""
     speculative, parallel = vllm_config.speculative_config, vllm_config.parallel_config
@@ -310,6 +342,11 @@ def _dynamic_refusals(vllm_config: VllmConfig, policy: Policy) -> Iterator[str]:
         )
     if policy.gate is not None:
         yield from _worker_refusals(vllm_config, "a policy with gates", GATED_WORKER)
+    if vllm_config.kv_transfer_config is not None:
+        yield (
+            "the engine that decodes would not know which tokens stayed: use a policy without a ranking or "
+            "gates, or remove --kv-transfer-config"
+        )
     if policy.ranking is not None and cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
         yield f"ranking needs keys that are not quantized: remove --kv-cache-dtype {cache.cache_dtype}"
     scheduler = vllm_config.scheduler_config

@@ -23,6 +23,7 @@ from tests.engine.engines import (
 )
 
 METHODS = ("eagle", "eagle3", "draft_model")
+slow = pytest.mark.slow
 LAYER = MODEL.layers // 2
 # The encoder cache has room for as many tokens. With EAGLE, stock vLLM waits forever for the second of two
 # images that touch if only one has room in it.
@@ -134,7 +135,9 @@ def test_what_the_drafter_is_told_and_says(checkpoint, reference, config, told, 
         assert said > len(answer) // 2
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param("eagle", marks=slow), pytest.param("eagle3", marks=slow), "draft_model"]
+)
 def test_stock(checkpoint, reference, config, told, method):
     folder, answers = checkpoint(MODEL), []
     oracle = reference(folder)

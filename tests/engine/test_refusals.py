@@ -16,6 +16,11 @@ from tests.engine.drafters import draft_model
 from tests.engine.engines import MODEL
 from tests.engine.gates import LAYERS, gated, random_gates
 
+
+def nixl(**options):
+    return KVTransferConfig(kv_connector="NixlConnector", kv_role="kv_both", **options)
+
+
 OPTIONS = [
     (
         {"aux_output_config": {"enable_return_routed_experts": True}},
@@ -33,9 +38,20 @@ OPTIONS = [
     ({"enable_dbo": True}, "micro-batching: remove --enable-dbo"),
     (
         {"kv_transfer_config": KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")},
-        "KV connectors .* remove --kv-transfer-config",
+        "the KV connector ExampleConnector .* use NixlConnector, or remove --kv-transfer-config",
     ),
-    ({"kv_offloading_size": 1.0}, "KV connectors .* --kv-offloading-size"),
+    (
+        {"kv_offloading_size": 1.0},
+        "KV offloading .* remove --kv-offloading-size",
+    ),
+    (
+        {"kv_transfer_config": nixl(kv_connector_extra_config={"enforce_handshake_compat": False})},
+        "remove enforce_handshake_compat from --kv-transfer-config",
+    ),
+    (
+        {"kv_transfer_config": nixl(), "pipeline_parallel_size": 2},
+        "a KV connector .* use --tensor-parallel-size, not --pipeline-parallel-size",
+    ),
     (
         {"ec_transfer_config": ECTransferConfig(ec_connector="ECExampleConnector", ec_role="ec_both")},
         "encoder-cache connectors .* remove --ec-transfer-config",
@@ -70,6 +86,7 @@ WITH_QUESTION = [
     ({"pipeline_parallel_size": 2}, "use --tensor-parallel-size, not --pipeline-parallel-size"),
     ({"max_num_scheduled_tokens": 64}, "set --max-num-batched-tokens, not --max-num-scheduled-tokens"),
     ({"long_prefill_token_threshold": 64}, "remove --long-prefill-token-threshold"),
+    ({"kv_transfer_config": nixl()}, "would not know which tokens stayed: .* remove --kv-transfer-config"),
 ]
 WITH_RANKING = [*WITH_QUESTION, ({"kv_cache_dtype": "fp8"}, "remove --kv-cache-dtype fp8")]
 WITH_GATES = [*WITH_QUESTION, ({"worker_cls": "elsewhere.Worker"}, "remove --worker-cls elsewhere.Worker")]
@@ -136,6 +153,13 @@ def test_a_drafter_with_other_heads(checkpoint, tmp_path):
     file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"\(1 heads of 32 .*\(2 heads of 32 .*: use another drafter"):
         configure(folder, speculative_config=drafter)
+
+
+def test_a_drafter_beside_a_kv_connector(checkpoint, tmp_path):
+    folder = checkpoint(MODEL)
+    drafter = draft_model(tmp_path / "draft", folder)
+    with pytest.raises(ValueError, match=r"a drafter beside a KV connector .* remove --speculative-config"):
+        configure(folder, speculative_config=drafter, kv_transfer_config=nixl())
 
 
 def test_a_drafter_and_pipeline_ranks(checkpoint, tmp_path):

@@ -60,7 +60,7 @@ def test_corner_with_compilation_and_graphs(corner):
 @pytest.mark.parametrize(
     "corner",
     [
-        "test_gated.py::test_blocks_are_those_of_the_stage_that_was_left",
+        pytest.param("test_gated.py::test_blocks_are_those_of_the_stage_that_was_left", marks=slow),
         "test_guard.py::test_a_request_that_arrives_gets_the_seat_of_a_reading[1]",
         pytest.param("test_guard.py", marks=slow),
         *(

@@ -21,7 +21,15 @@ from tests.families.requests import (
     slow,
 )
 
-LIKE_OTHERS = ("glm4v_moe", "idefics3", "internvl_chat_video", "llava_over_pixtral", "qwen2_vl")
+LIKE_OTHERS = (
+    "eagle",
+    "glm4v_moe",
+    "idefics3",
+    "internvl_chat_video",
+    "llava_onevision2",
+    "llava_over_pixtral",
+    "qwen2_vl",
+)
 """Families that differ little from another one. All their tests are slow."""
 
 

@@ -38,6 +38,7 @@ ALLOWED = {
         "retention",
         "startup",
     },
+    "connectors": {"choice", "startup"},
     "models": {"choice", "config", "families", "policy", "rankings", "retention", "startup", "worker"},
     "search": {"capacity", "config", "families", "policy"},
     "search.data": {"families", "search.checkpoint"},

@@ -72,6 +72,7 @@ class VTWScheduler(GuardedScheduler):
         self.stage_managers = self.kv_cache_manager.stage_managers
         for manager in self.stage_managers:
             manager.retentions = self.retentions
+            manager.shares_parts = self.connector is None
         self.awaiting_gates: set[str] = set()
         self.exits: dict[str, int | None] = {}
         self.ended_in_flight: dict[str, int] = {}

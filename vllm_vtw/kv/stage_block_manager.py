@@ -83,10 +83,12 @@ class StageManager(SingleTypeKVCacheManager):
         page_size: Tokens of a page.
         pages: Pages of a block.
         retentions: By request id, the retention of every stage past the first. The scheduler sets it.
+        shares_parts: Whether requests share parts of blocks. The scheduler sets it.
         num_cached_block: By request id, how many pages of its row have been offered to other requests.
     """
 
     retentions: Mapping[str, tuple[Retention, ...]] = {}
+    shares_parts: bool = True
 
     def __init__(self, kv_cache_spec: Any, *args: Any, **options: Any) -> None:
         super().__init__(kv_cache_spec, *args, **options)
@@ -155,7 +157,6 @@ class StageManager(SingleTypeKVCacheManager):
         num_local_computed_tokens: int,
         num_external_computed_tokens: int,
     ) -> None:
-        assert num_external_computed_tokens == 0, "KV connectors are refused at start-up"
         retained = self._retained(request_id, num_local_computed_tokens)
         super().add_local_computed_blocks(
             request_id, new_computed_blocks, retained, num_external_computed_tokens
@@ -164,6 +165,19 @@ class StageManager(SingleTypeKVCacheManager):
         # `allocate_new_blocks` replaces a block that is shared in part by a copy. Its pages are offered, too.
         self._hold(new_computed_blocks[:whole_blocks])
         self.num_cached_block[request_id] = whole_blocks * self.pages
+
+    def allocate_external_computed_blocks(
+        self,
+        request_id: str,
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+        **options: Any,
+    ) -> None:
+        num_local = self._retained(request_id, num_local_computed_tokens)
+        num_computed = self._retained(request_id, num_local_computed_tokens + num_external_computed_tokens)
+        held = len(self.req_to_blocks[request_id])
+        super().allocate_external_computed_blocks(request_id, num_local, num_computed - num_local, **options)
+        self._hold(self.req_to_blocks[request_id][held:])
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -204,8 +218,11 @@ class StageManager(SingleTypeKVCacheManager):
         self.num_cached_block[request.request_id] = stop
 
     def offer_parts(self) -> None:
-        """Offers the parts of blocks that the step computes, now that no other request can join the step."""
-        for offers in self._offered_after_step.values():
+        """Offers the parts of blocks that the step computes, now that no other request can join the step.
+
+        Beside a KV connector, it offers none, as the connector could overwrite a block before it is copied.
+        """
+        for offers in self._offered_after_step.values() if self.shares_parts else ():
             for offer in offers:
                 self.block_pool._insert_block_hash(*offer)
         self._offered_after_step.clear()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from vllm.multimodal.inputs import PlaceholderRange
 
-from vllm_vtw.choice import choice_of
+from vllm_vtw.choice import LAYER, TASK, Choice, choice_of
 from vllm_vtw.config import Admission
 from vllm_vtw.retention import Retention, request_retentions
 
@@ -65,10 +65,11 @@ def check_request(admission: Admission, prompt: Any, params: Any) -> None:
         params: Its `SamplingParams`.
 
     Raises:
-        ValueError: It chose a layer or task that is not offered, or its policy computes the prompt in one
-            step, for which it is too long.
+        ValueError: It chose a layer or task that is not offered, another engine has computed its prompt with
+            another layer, or its policy computes the prompt in one step, for which it is too long.
     """
     choice = choice_of(admission.policy, admission.num_layers, params)
+    _check_prefill(admission, choice, params)
     if not isinstance(prompt, Mapping) or prompt.get("type") != "multimodal":
         return
     retentions = prompt_retentions(admission, prompt, choice.layer)
@@ -80,6 +81,21 @@ def check_request(admission: Admission, prompt: Any, params: Any) -> None:
             f"computes them in one step, and a step has room for {admission.max_step_tokens}: raise "
             f"--max-num-batched-tokens to {needed} (to --max-model-len for prompts of any length), "
             "or send a shorter prompt."
+        )
+
+
+def _check_prefill(admission: Admission, choice: Choice, params: Any) -> None:
+    """Refuses a request whose prompt another engine has computed with another layer."""
+    transfer = (getattr(params, "extra_args", None) or {}).get("kv_transfer_params") or {}
+    if not transfer.get("do_remote_prefill"):
+        return
+    layer = choice.layer or admission.policy.default_layer or admission.num_layers
+    if transfer.get(LAYER) != layer:
+        left = f"at layer {transfer[LAYER]}" if LAYER in transfer else "at no layer that is known"
+        raise ValueError(
+            f"The engine that computed the prompt withdrew its visual tokens {left}, and this request's "
+            f"leave at layer {layer}: send the same {LAYER!r} or {TASK!r} to both, and kv_transfer_params as "
+            "the first one returned them."
         )
 
 

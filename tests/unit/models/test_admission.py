@@ -124,3 +124,18 @@ def test_beam_search_is_refused_where_a_longer_prompt_retains_other_tokens():
     assert REFUSED not in processed(RANKED, prompt(0))
     assert REFUSED not in processed(FIXED, prompt(1))
     assert REFUSED in processed(FIXED, prompt(1, behind=0))
+
+
+@pytest.mark.parametrize(("chosen", "layer"), [({}, 4), ({"vtw_layer": 2}, 2), ({"vtw_task": "ocr"}, 8)])
+def test_another_engine_has_to_have_withdrawn_at_the_same_layer(chosen: dict[str, Any], layer: int):
+    told = {"do_remote_prefill": True, "vtw_layer": layer}
+    check(SEVERAL, prompt(1), kv_transfer_params=told, **chosen)
+    check(SEVERAL, prompt(1), kv_transfer_params={"do_remote_decode": True}, **chosen)
+    other = told | {"vtw_layer": layer - 1}
+    with pytest.raises(
+        VLLMValidationError, match=rf"at layer {layer - 1}, and this .* leave at layer {layer}"
+    ):
+        check(SEVERAL, prompt(1), kv_transfer_params=other, **chosen)
+    del told["vtw_layer"]
+    with pytest.raises(VLLMValidationError, match="at no layer that is known"):
+        check(SEVERAL, prompt(1), kv_transfer_params=told, **chosen)
