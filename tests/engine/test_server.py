@@ -46,7 +46,8 @@ def server(checkpoint, adapter, tmp_path_factory):
     vtw = json.dumps({"vtw": {"layer": LAYER}})
     folder = adapter.save(tmp_path_factory.mktemp("adapters") / "first")
     lora = ("--enable-lora", f"--lora-modules=first={folder}")
-    with serving(checkpoint(MODEL), *OPTIONS, *lora, f"--additional-config={vtw}") as server:
+    tools = ("--enable-auto-tool-choice", "--tool-call-parser=hermes")
+    with serving(checkpoint(MODEL), *OPTIONS, *lora, *tools, f"--additional-config={vtw}") as server:
         yield server
 
 
@@ -120,6 +121,17 @@ def test_structured_output(client):
         extra_body={"structured_outputs": {"choice": choices}},
     )
     assert answer.choices[0].message.content in choices
+
+
+def test_a_tool_call(client):
+    """vLLM's grammar makes even a random model name the tool and write its arguments as JSON."""
+    tool = {"type": "function", "function": {"name": "draw", "parameters": {"type": "object"}}}
+    named = {"type": "function", "function": {"name": "draw"}}
+    options = {"tools": [tool], "tool_choice": named, "max_completion_tokens": 200}
+    answer = chat(client, A, extra_body={"ignore_eos": False}, **options)
+    (call,) = answer.choices[0].message.tool_calls
+    assert call.function.name == "draw"
+    json.loads(call.function.arguments)
 
 
 def test_bad_requests_get_400_and_the_server_lives_on(client):

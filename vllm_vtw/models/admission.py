@@ -5,7 +5,7 @@
 The refused request ends with HTTP 400, or `LLM.generate` raises the error.
 """
 
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any, NamedTuple
 
 from vllm.multimodal.inputs import PlaceholderRange
@@ -61,13 +61,16 @@ def check_request(admission: Admission, prompt: Any, params: Any) -> None:
 
     Args:
         admission: What the policy serves.
-        prompt: The request's engine input.
+        prompt: The request's engine input, or the pieces of one that come in the course of time.
         params: Its `SamplingParams`.
 
     Raises:
-        ValueError: It chose a layer or task that is not offered, another engine has computed its prompt with
-            another layer, or its policy computes the prompt in one step, for which it is too long.
+        ValueError: Its prompt comes in pieces. It chose a layer or task that is not offered. Another engine
+            has computed its prompt with another layer. Or its policy computes the prompt in one step, for
+            which it is too long.
     """
+    if isinstance(prompt, AsyncGenerator):
+        raise ValueError("Streaming input would change what was withdrawn: send the whole prompt at once.")
     choice = choice_of(admission.policy, admission.num_layers, params)
     _check_prefill(admission, choice, params)
     if not isinstance(prompt, Mapping) or prompt.get("type") != "multimodal":

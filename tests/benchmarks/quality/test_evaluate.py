@@ -97,5 +97,6 @@ def test_pages_say_what_was_measured(page):
     measured = RESULTS.with_suffix(".md").read_text().splitlines()
     said = [line for line in page.read_text().splitlines() if re.match(r"\| (stock|K = \d+) \|", line)]
     assert said
-    beside_tasks = RESULTS.with_name("task-layers.md").read_text().splitlines()
-    assert set(said) <= {*measured, *beside_tasks}
+    for other in ("task-layers.md", "drafts.md"):
+        measured += RESULTS.with_name(other).read_text().splitlines()
+    assert set(said) <= {*measured}

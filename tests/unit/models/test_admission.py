@@ -139,3 +139,11 @@ def test_another_engine_has_to_have_withdrawn_at_the_same_layer(chosen: dict[str
     del told["vtw_layer"]
     with pytest.raises(VLLMValidationError, match="at no layer that is known"):
         check(SEVERAL, prompt(1), kv_transfer_params=told, **chosen)
+
+
+def test_streaming_input_is_refused():
+    async def pieces():
+        yield prompt(1)
+
+    with pytest.raises(VLLMValidationError, match="send the whole prompt at once"):
+        check(FIXED, pieces())
