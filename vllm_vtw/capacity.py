@@ -297,8 +297,8 @@ def _cheapest_groups(
                     candidates.add(found)
     if not candidates:
         raise ValueError(
-            f"no few KV-cache groups have place for the {drafter_layers} layers of a drafter among all "
-            f"{sum(ranks[0])}: withdraw at a deeper layer, or remove --speculative-config"
+            f"the {drafter_layers} layers of a drafter do not fit into the KV-cache group of the first "
+            f"layers, of {sum(ranks[0])} in all: withdraw at a deeper layer, or remove --speculative-config"
         )
 
     def ratio(groups: LayerGroups, keeps: Sequence[float], lost: float) -> float:

@@ -188,7 +188,7 @@ def refuse_unsupported_guard(vllm_config: VllmConfig) -> None:
             "remove --mm-processor-cache-type shm"
         )
     lora = vllm_config.lora_config
-    if lora is not None and (lora.target_modules is None or "lm_head" in lora.target_modules):
+    if lora is not None and any(name.endswith("lm_head") for name in lora.target_modules or ["lm_head"]):
         refused.append(
             "vLLM computes log-probabilities of prompts without, or with wrong, adapters of the LM head: set "
             "--lora-target-modules to the modules of your adapters, without lm_head"
@@ -285,14 +285,19 @@ def _connector_refusals(vllm_config: VllmConfig) -> Iterator[str]:
     transfer = vllm_config.kv_transfer_config
     if transfer.kv_connector not in CONNECTORS:
         yield (
-            f"the KV connector {transfer.kv_connector} finds a token's block by the token's position, as if "
-            "blocks held all tokens: use NixlConnector, or remove --kv-transfer-config"
+            f"the KV connector {transfer.kv_connector} may take blocks for those of all tokens: use "
+            "NixlConnector, or remove --kv-transfer-config"
         )
         return
     if not transfer.get_from_extra_config("enforce_handshake_compat", True):
         yield (
             "engines that withdraw other tokens must not read each other's blocks: remove "
             "enforce_handshake_compat from --kv-transfer-config"
+        )
+    if transfer.get_from_extra_config("bidirectional_kv_xfer", False):
+        yield (
+            "the engine that prefills would not know at which layer the tokens of blocks that it reads back "
+            "left: remove bidirectional_kv_xfer from --kv-transfer-config"
         )
     if drafter_layers(vllm_config):
         yield "a drafter beside a KV connector is untested: remove --speculative-config"
@@ -321,12 +326,21 @@ def _drafter_refusals(vllm_config: VllmConfig) -> Iterator[str]:
             '--tensor-parallel-size, not --pipeline-parallel-size, or "method": "ngram"'
         )
     draft, model = speculative.draft_model_config, vllm_config.model_config
+    cache_dtype = vllm_config.cache_config.cache_dtype
     shapes = [
-        (one.get_num_kv_heads(ranks), one.get_head_size(), one.dtype)
-        for one, ranks in ((draft, speculative.draft_parallel_config), (model, parallel))
+        (one.get_num_kv_heads(ranks), one.get_head_size(), one.dtype, in_cache, one.get_sliding_window())
+        for one, ranks, in_cache in (
+            (draft, speculative.draft_parallel_config, speculative.kv_cache_dtype or cache_dtype),
+            (model, parallel, cache_dtype),
+        )
     ]
+    if speculative.parallel_drafting:
+        yield "parallel drafting is untested: remove parallel_drafting from --speculative-config"
     if shapes[0] != shapes[1]:
-        described = [f"{heads} heads of {size} in {dtype}" for heads, size, dtype in shapes]
+        described = [
+            f"{heads} heads of {size} in {dtype}, --kv-cache-dtype {in_cache}, sliding window {window}"
+            for heads, size, dtype, in_cache, window in shapes
+        ]
         yield (
             f"the drafter's keys and values have another shape ({described[0]}) than the model's "
             f'({described[1]}), and would not fit in its KV blocks: use another drafter, or "method": "ngram"'

@@ -20,7 +20,10 @@ from tests.engine.engines import (
     assert_follows,
     free_blocks,
     running,
+    scheduler_of,
 )
+from tests.engine.gates import assert_gated, dividing
+from tests.engine.test_ranked import assert_ranked, written
 
 METHODS = ("eagle", "eagle3", "draft_model")
 slow = pytest.mark.slow
@@ -133,6 +136,38 @@ def test_what_the_drafter_is_told_and_says(checkpoint, reference, config, told, 
             )
             said += accepted + 1
         assert said > len(answer) // 2
+
+
+@slow
+@pytest.mark.parametrize("method", METHODS)
+def test_ranked_schedules_and_gates(checkpoint, reference, config, tmp_path, method):
+    folder, schedule = checkpoint(MODEL), {4: 0.5, 6: 0.05}
+    oracle = reference(folder)
+    prompts = [ask.to_vllm(oracle) for ask in SHAPES]
+    options = {"max_num_batched_tokens": 640, "max_num_seqs": 8, "speculative_config": config(method)}
+    with running(folder, written(tmp_path, schedule), **options) as llm:
+        for ask, output in zip(SHAPES, llm.generate(prompts, GREEDY, use_tqdm=False), strict=True):
+            assert_ranked(oracle, ask, output, schedule)
+    gates = dividing(tmp_path, oracle, layers=(4, 6))
+    with running(folder, gates.options, **options) as llm:
+        outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    exits = [assert_gated(oracle, *told, gates) for told in zip(SHAPES, outputs, strict=True)]
+    assert set(exits) == {4, 6, MODEL.layers}
+
+
+@slow
+def test_a_guard_beside_a_drafter(checkpoint, reference, config):
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    options = ENGINE | {"speculative_config": config("eagle")}
+    with running(folder, {"layer": LAYER, "align": False, "guard": {"share": 1}}, **options) as llm:
+        outputs = llm.generate([ask.to_vllm(oracle) for ask in SHAPES], GREEDY, use_tqdm=False)
+        while scheduler_of(llm).has_requests():
+            llm.llm_engine.step()
+        counts = scheduler_of(llm).statistics.take()
+    for ask, output in zip(SHAPES, outputs, strict=True):
+        assert_follows(oracle, ask, output.prompt_token_ids, output.outputs[0].token_ids, LAYER, 1)
+    assert counts[f"guard_greedy_tokens/{LAYER}/"] == counts[f"guard_tokens/{LAYER}/"] > 0
 
 
 @pytest.mark.parametrize(

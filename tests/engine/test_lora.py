@@ -25,6 +25,7 @@ from tests.engine.engines import (
 from tests.engine.gates import assert_gated, dividing
 from tests.engine.reference import Reference
 from tests.engine.test_ranked import assert_ranked, written
+from vllm_vtw.kv.guard import CLIENT
 
 pytestmark = pytest.mark.usefixtures(rows_without_adapters.__name__)
 LAYER = MODEL.layers // 2
@@ -145,6 +146,24 @@ def test_a_guard_reads_answers_with_their_adapters(checkpoint, choices):
     assert counts["guard_requests/7/"] > 4
     # Read without its adapter, hardly any token would be the most probable one.
     assert counts["guard_greedy_tokens/7/"] == counts["guard_tokens/7/"] == 16 * counts["guard_requests/7/"]
+
+
+def test_a_reading_makes_way_for_another_adapter(checkpoint, choices):
+    """A step has room for one adapter, and the reading takes several steps."""
+    options = ENGINE | {"max_loras": 1, "lora_target_modules": [*MODULES]}
+    long = next(ask for ask in SHAPES if ask.name == "several apart")
+    with running(checkpoint(MODEL), {"layer": LAYER, "guard": {"share": 1}}, **options) as llm:
+        answer(llm, [(long, choices[1])])
+        for _ in range(2):
+            llm.llm_engine.step()
+        assert [request.client_index for request in scheduler_of(llm).running] == [CLIENT]
+        asked = [(long, choices[2])]
+        outputs = answer(llm, asked)
+        while scheduler_of(llm).has_requests():
+            llm.llm_engine.step()
+        counts = Counter(scheduler_of(llm).statistics.take())
+    assert_right(asked, outputs, [LAYER], 1)
+    assert counts[f"guard_requests/{LAYER}/"] == 2
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,10 @@ OPTIONS = [
         "the KV connector ExampleConnector .* use NixlConnector, or remove --kv-transfer-config",
     ),
     (
+        {"kv_transfer_config": nixl(kv_connector_extra_config={"bidirectional_kv_xfer": True})},
+        "remove bidirectional_kv_xfer from --kv-transfer-config",
+    ),
+    (
         {"kv_offloading_size": 1.0},
         "KV offloading .* remove --kv-offloading-size",
     ),
@@ -127,7 +131,7 @@ def test_an_option_that_only_gates_refuse(checkpoint, tmp_path, options, message
         ({"logprobs_mode": "raw_logits"}, "remove --logprobs-mode raw_logits"),
         ({"mm_processor_cache_type": "shm"}, "remove --mm-processor-cache-type shm"),
         ({"enable_lora": True}, "set --lora-target-modules .* without lm_head"),
-        ({"enable_lora": True, "lora_target_modules": ["lm_head"]}, "set --lora-target-modules "),
+        ({"enable_lora": True, "lora_target_modules": ["model.lm_head"]}, "set --lora-target-modules "),
     ],
 )
 def test_an_option_that_only_a_guard_refuses(checkpoint, options, message):
@@ -155,6 +159,20 @@ def test_a_drafter_with_other_heads(checkpoint, tmp_path):
         configure(folder, speculative_config=drafter)
 
 
+@pytest.mark.parametrize(
+    ("speculative", "message"),
+    [
+        ({"kv_cache_dtype": "fp8"}, r"use another drafter"),
+        ({"parallel_drafting": True}, "remove parallel_drafting from --speculative-config"),
+    ],
+)
+def test_a_drafter_with_another_kv_cache(checkpoint, tmp_path, speculative, message):
+    folder = checkpoint(MODEL)
+    drafter = draft_model(tmp_path / "draft", folder)
+    with pytest.raises(ValueError, match=message):
+        configure(folder, speculative_config=drafter | speculative)
+
+
 def test_a_drafter_beside_a_kv_connector(checkpoint, tmp_path):
     folder = checkpoint(MODEL)
     drafter = draft_model(tmp_path / "draft", folder)
@@ -172,7 +190,9 @@ def test_a_drafter_and_pipeline_ranks(checkpoint, tmp_path):
 def test_a_drafter_beside_a_shallow_layer(checkpoint, tmp_path):
     folder = checkpoint(SmallLlava(layers=32, hidden=32, heads=1, kv_heads=1))
     drafter = draft_model(tmp_path / "draft", folder)
-    with pytest.raises(ValueError, match=r"the 2 layers of a drafter .* withdraw at a deeper layer"):
+    with pytest.raises(
+        ValueError, match=r"the 2 layers of a drafter do not fit .* withdraw at a deeper layer"
+    ):
         configure(folder, speculative_config=drafter, additional_config={"vtw": {"layer": 1}})
 
 

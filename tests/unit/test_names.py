@@ -35,8 +35,8 @@ OVERRIDES = {
     "RankingImpl": {"forward"},
     "StageAttention": {"bind_kv_cache", "get_attn_backend", "get_kv_cache_spec"},
     "StageBuilder": {"build", "get_cudagraph_support", "supports_update_block_table"},
-    "StagedNixlConnector": {"connector_worker", "request_finished_all_groups"},
-    "StagedNixlWorker": {"compat_hash", "region_group_ids"},
+    "StagedNixlConnector": {"request_finished_all_groups"},
+    "StagedNixlWorker": {"compat_hash"},
     "StageManager": {
         "add_local_computed_blocks",
         "allocate_external_computed_blocks",

@@ -38,9 +38,12 @@ class StagedNixlWorker(NixlPullConnectorWorker):
 
     _compat_hash: str | None = None
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.region_group_ids = WholeBlocks()
+    @classmethod
+    def adopt(cls, worker: NixlPullConnectorWorker) -> None:
+        """Changes the class of the worker that vLLM's connector has made, which has agents and threads."""
+        assert type(worker) is NixlPullConnectorWorker, f"unexpected worker {type(worker).__name__}"
+        worker.__class__ = cls
+        worker.region_group_ids = WholeBlocks()
 
     @property
     def compat_hash(self) -> str | None:
@@ -48,7 +51,9 @@ class StagedNixlWorker(NixlPullConnectorWorker):
             return None
         config = vtw_config(self.vllm_config)
         groups = layer_groups(self.vllm_config, config.policy)
-        withdrawn = [config.policy.to_json({}), config.align, config.bridge, groups.groups]
+        block_size = self.vllm_config.cache_config.block_size
+        withdrawn = [config.policy.to_json({}), config.align_to(block_size), config.bridge]
+        withdrawn += [block_size, groups.groups]
         return hashlib.sha256(f"{self._compat_hash} {json.dumps(withdrawn)}".encode()).hexdigest()
 
     @compat_hash.setter
@@ -68,7 +73,7 @@ class StagedNixlConnector(NixlPullConnector):
         super().__init__(vllm_config, role, kv_cache_config)
         self.withdrawal = vtw_config(vllm_config)
         if role == KVConnectorRole.WORKER:
-            self.connector_worker = StagedNixlWorker(vllm_config, self.engine_id, kv_cache_config)
+            StagedNixlWorker.adopt(self.connector_worker)
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]

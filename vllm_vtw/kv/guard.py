@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingType
 from vllm.v1.request import Request, RequestStatus
 
@@ -109,6 +110,12 @@ class Guard:
         answer = self._current or next(iter(self._queue), None)
         return 0 if answer is None else answer.request.num_tokens + 1
 
+    @property
+    def next_adapter(self) -> LoRARequest | None:
+        """The LoRA adapter of the next reading. None if it has none, or if there is no reading."""
+        answer = self._current or next(iter(self._queue), None)
+        return None if answer is None else answer.request.lora_request
+
     def consider(self, request: Request, retentions: Sequence[Retention], task: str) -> None:
         """Chooses a finished request or passes it over.
 
@@ -117,6 +124,8 @@ class Guard:
             retentions: Its retention in every stage past the first.
             task: The task that it chose, or "".
         """
+        if (request.kv_transfer_params or {}).get("do_remote_decode"):
+            return  # another engine has the answer
         withdrawn = any(retention.num_withdrawn for retention in retentions)
         if request.client_index == CLIENT or not withdrawn or not has_answer(request):
             return

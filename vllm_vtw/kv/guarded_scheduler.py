@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -60,8 +61,10 @@ class GuardedScheduler(Scheduler):
         # Model runner V2 has no row to spare. If users may need that of a reading that sits the step out, the
         # worker has to be told that it is free in this step.
         no_seat = len(self.running) + num_waiting > self.max_num_running_reqs
+        # vLLM admits a user's adapter if it fits beside those of the requests that are in the step.
+        must_stop = guard.sat_out or no_seat or self.lora_config is not None
         has_room = request.status == RequestStatus.RUNNING and not guard.needs_room
-        if not has_room or (num_waiting and (guard.sat_out or no_seat)):
+        if not has_room or (num_waiting and must_stop):
             self._stop_reading()
             return []
         guard.sat_out = num_waiting > 0
@@ -81,8 +84,18 @@ class GuardedScheduler(Scheduler):
             and not any(request.is_prefill_chunk for request in self.running)
             and self.pause_state == PauseState.UNPAUSED
             and self._blocks_suffice(guard.num_tokens)
+            and self._adapters_fit(guard.next_adapter)
         ):
             self.add_request(guard.next_reading())
+
+    def _adapters_fit(self, adapter: LoRARequest | None) -> bool:
+        """Whether a step has room for a LoRA adapter beside those of the running requests."""
+        if self.lora_config is None:
+            return True
+        used = {request.lora_request.lora_int_id for request in self.running if request.lora_request}
+        if adapter is not None:
+            used.add(adapter.lora_int_id)
+        return len(used) <= self.lora_config.max_loras
 
     def _blocks_suffice(self, num_tokens: int) -> bool:
         """Whether blocks are free for a request without withdrawal, and one more for each running request."""

@@ -207,7 +207,7 @@ class VTWScheduler(GuardedScheduler):
             return []
         if request.status == RequestStatus.RUNNING:
             self.running = [request, *(other for other in self.running if other is not request)]
-        elif len(self.running) < self.max_num_running_reqs:
+        elif len(self.running) < self.max_num_running_reqs and self._adapters_fit(request.lora_request):
             # No other request is admitted in this step, so the number of running requests stays within
             # vLLM's limit.
             sitting_out, self.running = self.running, []
@@ -309,7 +309,9 @@ class VTWScheduler(GuardedScheduler):
 
         vLLM sends the fields of `SchedulerStats` to the front end and nothing else, so they need a field that
         has the type `dict[str, int]`. vLLM adds the names of LoRA adapters to `waiting_lora_adapters` in the
-        front end; `WithdrawalMetrics.record` takes the plugin's own keys out before vLLM shows them.
+        front end; `WithdrawalMetrics.record` takes the plugin's own keys out before vLLM shows them. Offline
+        engines have no such logger: with LoRA and `disable_log_stats=False`, their `vllm:lora_requests_info`
+        has these keys among its names.
         """
         stats: SchedulerStats | None = super().make_stats(*args, **options)
         if stats is not None:

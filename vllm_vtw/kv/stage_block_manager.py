@@ -239,6 +239,8 @@ class StageManager(SingleTypeKVCacheManager):
         retention = of_stage(hashes.retentions, self.stage)
         most = min(most, retention.shareable)
         offered = self.num_cached_block.get(request.request_id, 0)
+        if not self.shares_parts:
+            offered -= offered % self.pages
         _, covered = _longest_hit(
             min(retention.count(most) // self.page_size, offered),
             self.pages,

@@ -29,11 +29,19 @@ class StageAdapters:
     def __init__(self, text_model: nn.Module) -> None:
         self._text_model = text_model
         self._of_batch: torch.Tensor | None = None
+        self._kept: torch.Tensor | None = None
 
     @functools.cached_property
     def _wrapper(self) -> Any:
+        """The object that the layers share. None if `--lora-target-modules` names none of them."""
         layers = (layer for layer in self._text_model.modules() if isinstance(layer, BaseLayerWithLoRA))
-        return next(layers).punica_wrapper
+        return getattr(next(layers, None), "punica_wrapper", None)
+
+    @property
+    def _batch_has_none(self) -> bool:
+        """Whether no token of the batch has an adapter, so that those of no stage do."""
+        kernels = getattr(self._wrapper, "token_mapping_meta", None)
+        return self._wrapper.no_lora if kernels is None else bool(kernels.no_lora_flag_cpu[0])
 
     def select(self, kept: torch.Tensor) -> None:
         """Sets the adapters of a stage's tokens. `restore` has to be called after the last stage.
@@ -41,15 +49,20 @@ class StageAdapters:
         Args:
             kept: Indices of these tokens in the batch, shape `(kept,)`.
         """
+        if self._wrapper is None or kept is self._kept:
+            return
         if self._of_batch is None:
+            if self._batch_has_none:
+                return
             self._of_batch = self._wrapper.token_lora_indices.clone()
         self._write(self._of_batch[kept])
+        self._kept = kept
 
     def restore(self) -> None:
         """Sets the adapters of the whole batch again. The runner does not, if the next step has the same."""
         if self._of_batch is not None:
             self._write(self._of_batch)
-            self._of_batch = None
+            self._of_batch = self._kept = None
 
     def _write(self, adapters: torch.Tensor) -> None:
         """Does what vLLM's `update_metadata` does for the layers, but from a tensor, not from a list."""

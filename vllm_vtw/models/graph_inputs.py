@@ -42,9 +42,9 @@ class GraphInputs(nn.Module):
         # attention backends.
         if self.compilation.cudagraph_mode and self.compilation.cudagraph_capture_sizes:
             rows = max(self.compilation.cudagraph_capture_sizes)
-        # All runners capture a graph for every number of LoRA adapters up to this one.
         lora = vllm_config.lora_config
-        self.any_adapters = BatchDescriptor(
+        # All runners capture graphs for as many LoRA adapters as a batch may have, and tokens without one.
+        self.most_adapters = BatchDescriptor(
             num_tokens=0, has_lora=lora is not None, num_active_loras=lora.max_loras + 1 if lora else 0
         )
         model = vllm_config.model_config
@@ -78,7 +78,7 @@ class GraphInputs(nn.Module):
             of_batch: Which piecewise graph the runner has chosen for the whole batch, by its LoRA adapters,
                 too. None if it has chosen none.
         """
-        return replace(of_batch or self.any_adapters, num_tokens=size)
+        return replace(of_batch or self.most_adapters, num_tokens=size)
 
     def write(
         self, size: int, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
