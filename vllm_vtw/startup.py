@@ -5,7 +5,7 @@
 from collections.abc import Iterator
 
 from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
-from vllm.config import CompilationMode, VllmConfig
+from vllm.config import CompilationMode, KVTransferConfig, VllmConfig
 from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
@@ -35,7 +35,9 @@ from vllm_vtw.gates import load_gates
 from vllm_vtw.policy import Policy
 
 _NIXL = "StagedNixlConnector", "vllm_vtw.connectors.nixl"
+OFFLOADING, _ = _OFFLOAD = "StagedOffloadConnector", "vllm_vtw.connectors.offload"
 CONNECTORS = dict.fromkeys(("NixlConnector", "NixlPullConnector", _NIXL[0]), _NIXL)
+CONNECTORS |= dict.fromkeys(("SimpleCPUOffloadConnector", OFFLOADING), _OFFLOAD)
 """By KV connector of vLLM, the plugin's subclass of it and the module that has it."""
 DRAFTERS = ("eagle", "eagle3", "draft_model")
 """The methods of speculative decoding with a model of their own that are supported."""
@@ -132,6 +134,16 @@ class VTWModelConfig(VerifyAndUpdateConfig):
             refuse_unsupported_guard(vllm_config)
         if drafter_layers(vllm_config):
             layer_groups(vllm_config, config.policy)  # may have no place for them
+        size, vllm_config.cache_config.kv_offloading_size = (
+            vllm_config.cache_config.kv_offloading_size,
+            None,
+        )
+        if size is not None:
+            vllm_config.kv_transfer_config = KVTransferConfig(
+                kv_connector=OFFLOADING,
+                kv_role="kv_both",
+                kv_connector_extra_config={"cpu_bytes_to_use": size * 2**30},
+            )
         transfer = vllm_config.kv_transfer_config
         if transfer is not None:
             connector, transfer.kv_connector_module_path = CONNECTORS[transfer.kv_connector]
@@ -221,11 +233,8 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
     if parallel.enable_dbo or parallel.ubatch_size > 1:
         yield "micro-batching: remove --enable-dbo and --ubatch-size"
     if vllm_config.cache_config.kv_offloading_size is not None:
-        yield (
-            "KV offloading finds a token's block by the token's position, as if blocks held all tokens: "
-            "remove --kv-offloading-size"
-        )
-    elif vllm_config.kv_transfer_config is not None:
+        yield from _offloading_refusals(vllm_config)
+    if vllm_config.kv_transfer_config is not None:
         yield from _connector_refusals(vllm_config)
     if vllm_config.cache_config.prefix_match_unit is not None:
         yield "requests can share only whole KV blocks: remove --prefix-match-unit"
@@ -286,9 +295,11 @@ def _connector_refusals(vllm_config: VllmConfig) -> Iterator[str]:
     if transfer.kv_connector not in CONNECTORS:
         yield (
             f"the KV connector {transfer.kv_connector} may take blocks for those of all tokens: use "
-            "NixlConnector, or remove --kv-transfer-config"
+            "NixlConnector or SimpleCPUOffloadConnector, or remove --kv-transfer-config"
         )
         return
+    if CONNECTORS[transfer.kv_connector] == _OFFLOAD:
+        yield from _host_refusals("--kv-transfer-config")
     if not transfer.get_from_extra_config("enforce_handshake_compat", True):
         yield (
             "engines that withdraw other tokens must not read each other's blocks: remove "
@@ -305,6 +316,23 @@ def _connector_refusals(vllm_config: VllmConfig) -> Iterator[str]:
         yield (
             "a KV connector knows one block pool, not one of each pipeline rank: use --tensor-parallel-size, "
             "not --pipeline-parallel-size"
+        )
+
+
+def _offloading_refusals(vllm_config: VllmConfig) -> Iterator[str]:
+    """The reasons that lie in `--kv-offloading-size`."""
+    if vllm_config.kv_transfer_config is not None:
+        yield "several KV connectors are untested: remove --kv-offloading-size or --kv-transfer-config"
+    if vllm_config.cache_config.kv_offloading_backend != "native":
+        yield "LMCache takes blocks for those of all tokens: remove --kv-offloading-backend"
+    yield from _host_refusals("--kv-offloading-size")
+
+
+def _host_refusals(option: str) -> Iterator[str]:
+    if not current_platform.is_cuda_alike():
+        yield (
+            f"KV offloading copies blocks with CUDA, which {current_platform.device_name} has not: "
+            f"remove {option}"
         )
 
 
@@ -358,8 +386,8 @@ def _dynamic_refusals(vllm_config: VllmConfig, policy: Policy) -> Iterator[str]:
         yield from _worker_refusals(vllm_config, "a policy with gates", GATED_WORKER)
     if vllm_config.kv_transfer_config is not None:
         yield (
-            "the engine that decodes would not know which tokens stayed: use a policy without a ranking or "
-            "gates, or remove --kv-transfer-config"
+            "another engine would not know which tokens stayed: use a policy without a ranking or gates, or "
+            "remove --kv-transfer-config and --kv-offloading-size"
         )
     if policy.ranking is not None and cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
         yield f"ranking needs keys that are not quantized: remove --kv-cache-dtype {cache.cache_dtype}"

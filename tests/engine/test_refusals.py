@@ -38,7 +38,7 @@ OPTIONS = [
     ({"enable_dbo": True}, "micro-batching: remove --enable-dbo"),
     (
         {"kv_transfer_config": KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")},
-        "the KV connector ExampleConnector .* use NixlConnector, or remove --kv-transfer-config",
+        "the KV connector ExampleConnector .* use NixlConnector or .* remove --kv-transfer-config",
     ),
     (
         {"kv_transfer_config": nixl(kv_connector_extra_config={"bidirectional_kv_xfer": True})},
@@ -46,8 +46,13 @@ OPTIONS = [
     ),
     (
         {"kv_offloading_size": 1.0},
-        "KV offloading .* remove --kv-offloading-size",
+        "KV offloading copies blocks with CUDA, .* remove --kv-offloading-size",
     ),
+    (
+        {"kv_offloading_size": 1.0, "kv_offloading_backend": "lmcache"},
+        "LMCache .* remove --kv-offloading-backend",
+    ),
+    ({"kv_offloading_size": 1.0, "kv_transfer_config": nixl()}, "remove --kv-offloading-size or --kv-tr"),
     (
         {"kv_transfer_config": nixl(kv_connector_extra_config={"enforce_handshake_compat": False})},
         "remove enforce_handshake_compat from --kv-transfer-config",
@@ -90,7 +95,7 @@ WITH_QUESTION = [
     ({"pipeline_parallel_size": 2}, "use --tensor-parallel-size, not --pipeline-parallel-size"),
     ({"max_num_scheduled_tokens": 64}, "set --max-num-batched-tokens, not --max-num-scheduled-tokens"),
     ({"long_prefill_token_threshold": 64}, "remove --long-prefill-token-threshold"),
-    ({"kv_transfer_config": nixl()}, "would not know which tokens stayed: .* remove --kv-transfer-config"),
+    ({"kv_transfer_config": nixl()}, "would not know which tokens stayed: .* remove --kv-tr"),
 ]
 WITH_RANKING = [*WITH_QUESTION, ({"kv_cache_dtype": "fp8"}, "remove --kv-cache-dtype fp8")]
 WITH_GATES = [*WITH_QUESTION, ({"worker_cls": "elsewhere.Worker"}, "remove --worker-cls elsewhere.Worker")]

@@ -38,7 +38,7 @@ ALLOWED = {
         "retention",
         "startup",
     },
-    "connectors": {"choice", "startup"},
+    "connectors": {"choice", "kv", "retention", "startup"},
     "models": {"choice", "config", "families", "policy", "rankings", "retention", "startup", "worker"},
     "search": {"capacity", "config", "families", "policy"},
     "search.data": {"families", "search.checkpoint"},

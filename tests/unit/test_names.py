@@ -37,6 +37,11 @@ OVERRIDES = {
     "StageBuilder": {"build", "get_cudagraph_support", "supports_update_block_table"},
     "StagedNixlConnector": {"request_finished_all_groups"},
     "StagedNixlWorker": {"compat_hash"},
+    "StagedOffloadScheduler": {
+        "_select_eager_blocks_to_store",
+        "get_num_new_matched_tokens",
+        "update_state_after_alloc",
+    },
     "StageManager": {
         "add_local_computed_blocks",
         "allocate_external_computed_blocks",
