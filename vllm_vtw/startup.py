@@ -148,6 +148,8 @@ class VTWModelConfig(VerifyAndUpdateConfig):
         if transfer is not None:
             connector, transfer.kv_connector_module_path = CONNECTORS[transfer.kv_connector]
             transfer.kv_connector = connector
+            if connector == OFFLOADING:
+                _refuse_to_offload(layer_groups(vllm_config, config.policy))
         admission = Admission(
             config.policy, config.num_layers, config.bridge, scheduler.max_num_batched_tokens
         )
@@ -158,6 +160,19 @@ class VTWModelConfig(VerifyAndUpdateConfig):
             refuse_unsupported_dynamic(vllm_config, config.policy)
             if config.policy.gate is not None:
                 vllm_config.parallel_config.worker_cls = GATED_WORKER
+
+
+def _refuse_to_offload(groups: LayerGroups) -> None:
+    """Refuses groups with which vLLM cannot offload blocks.
+
+    Raises:
+        ValueError: vLLM needs a group that holds all tokens in blocks of one page.
+    """
+    if not any((group.stage, group.pages) == (0, 1) for group in groups.groups):
+        raise ValueError(
+            "--model-impl vtw cannot offload KV blocks if those of the first layers hold several pages: "
+            "withdraw at a deeper layer, or remove --kv-offloading-size and --kv-transfer-config"
+        )
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:

@@ -21,6 +21,7 @@ from tests.engine.engines import (
     running,
     step_until,
 )
+from tests.engine.test_refusals import configure
 from vllm_vtw import startup
 
 
@@ -98,3 +99,8 @@ def test_an_image_that_the_engine_has_lost_comes_back(checkpoint, reference, vtw
     assert cached[:6] == [(0, 0)] * 6
     for tokens, loaded in cached[6:]:
         assert (tokens > 100 and loaded > 4) == comes_back
+
+
+def test_a_layer_with_which_no_blocks_of_the_first_layers_are_as_in_stock_vllm(checkpoint):
+    with pytest.raises(ValueError, match=r"cannot offload KV blocks .* withdraw at a deeper layer"):
+        configure(checkpoint(MODEL), kv_offloading_size=0.05, additional_config={"vtw": {"layer": 2}})
