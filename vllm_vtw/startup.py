@@ -134,16 +134,14 @@ class VTWModelConfig(VerifyAndUpdateConfig):
             refuse_unsupported_guard(vllm_config)
         if drafter_layers(vllm_config):
             layer_groups(vllm_config, config.policy)  # may have no place for them
-        size, vllm_config.cache_config.kv_offloading_size = (
-            vllm_config.cache_config.kv_offloading_size,
-            None,
-        )
-        if size is not None:
+        cache = vllm_config.cache_config
+        if cache.kv_offloading_size is not None:
             vllm_config.kv_transfer_config = KVTransferConfig(
                 kv_connector=OFFLOADING,
                 kv_role="kv_both",
-                kv_connector_extra_config={"cpu_bytes_to_use": size * 2**30},
+                kv_connector_extra_config={"cpu_bytes_to_use": cache.kv_offloading_size * 2**30},
             )
+            cache.kv_offloading_size = None  # vLLM would choose its own connector
         transfer = vllm_config.kv_transfer_config
         if transfer is not None:
             connector, transfer.kv_connector_module_path = CONNECTORS[transfer.kv_connector]

@@ -70,14 +70,14 @@ class Segment(nn.Module):
             None after the final norm.
         """
         (text_model,) = self.text_model
-        seen = []
-        if self.first_layer == 0 and 0 in self.seen_layers:
+        seen_layers, seen = self.seen_layers, []
+        if self.first_layer == 0 and 0 in seen_layers:
             seen.append(hidden_states)
         for index, layer in enumerate(self.layers, self.first_layer):
             hidden_states, residual = layer(positions, hidden_states, residual)
             if deepstack is not None and index < len(deepstack):
                 hidden_states = hidden_states + deepstack[f"deepstack_input_embeds_{index}"]
-            if index + 1 in self.seen_layers:
+            if index + 1 in seen_layers:
                 seen.append(hidden_states + residual)
         if not self.has_norm:
             return hidden_states, residual, seen
