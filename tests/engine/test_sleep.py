@@ -82,7 +82,7 @@ def test_the_inputs_of_graphs_are_buffers():
         cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE, cudagraph_capture_sizes=[1, 2, 8]
     )
     model = SimpleNamespace(get_hidden_size=lambda: 16, dtype=torch.float32, uses_mrope=False)
-    config: Any = SimpleNamespace(compilation_config=compilation, model_config=model)
+    config: Any = SimpleNamespace(compilation_config=compilation, model_config=model, lora_config=None)
     inputs = GraphInputs(config, torch.device("cpu"))
     assert {name: len(buffer) for name, buffer in inputs.named_buffers()} == dict.fromkeys(
         ("positions", "hidden", "residual"), 8
