@@ -56,7 +56,7 @@ class WithdrawalMetrics(AggregateStatLoggerBase):
         """
         if not self.withdraws:
             return
-        from vllm_vtw.startup import vtw_config
+        from vllm_vtw.startup.options import vtw_config
 
         config = vtw_config(self.vllm_config)
         policy = config.policy

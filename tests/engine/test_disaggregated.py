@@ -3,10 +3,9 @@
 """One engine computes prompts, another one decodes, and NIXL moves blocks between them."""
 
 import json
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import pytest
@@ -69,28 +68,7 @@ def servers(stack: ExitStack, folder: Any, *of_each: dict[str, Any] | None) -> l
 @pytest.fixture(scope="module")
 def pair(checkpoint) -> Iterator[Pair]:
     with ExitStack() as stack:
-        pair = Pair(*servers(stack, checkpoint(MODEL), VTW, VTW))
-        stack.enter_context(kept_awake(pair.prefills))
-        yield pair
-
-
-@contextmanager
-def kept_awake(server: Server) -> Iterator[None]:
-    """Sends short requests. Without RDMA, an engine's blocks may be read only while it computes something."""
-    over = threading.Event()
-
-    def send() -> None:
-        client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
-        while not over.wait(0.2):
-            client.completions.create(model="small", prompt="Are you there?", max_tokens=1)
-
-    thread = threading.Thread(target=send)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+        yield Pair(*servers(stack, checkpoint(MODEL), VTW, VTW))
 
 
 def ask(server: Server, images: tuple, transfer: dict[str, Any], layer: int | None, **more: Any) -> Any:

@@ -59,7 +59,7 @@ OPTIONS = [
     ),
     (
         {"kv_transfer_config": nixl(), "pipeline_parallel_size": 2},
-        "a KV connector .* use --tensor-parallel-size, not --pipeline-parallel-size",
+        "--kv-transfer-config knows one block pool.*use --tensor-parallel-size, not --pipeline",
     ),
     (
         {"ec_transfer_config": ECTransferConfig(ec_connector="ECExampleConnector", ec_role="ec_both")},
@@ -181,8 +181,10 @@ def test_a_drafter_with_another_kv_cache(checkpoint, tmp_path, speculative, mess
 def test_a_drafter_beside_a_kv_connector(checkpoint, tmp_path):
     folder = checkpoint(MODEL)
     drafter = draft_model(tmp_path / "draft", folder)
-    with pytest.raises(ValueError, match=r"a drafter beside a KV connector .* remove --speculative-config"):
-        configure(folder, speculative_config=drafter, kv_transfer_config=nixl())
+    for option in ({"kv_transfer_config": nixl()}, {"kv_offloading_size": 1}):
+        name = "--" + next(iter(option)).replace("_", "-")
+        with pytest.raises(ValueError, match=f"a drafter beside {name} .* remove --speculative-config"):
+            configure(folder, speculative_config=drafter, **option)
 
 
 def test_a_drafter_and_pipeline_ranks(checkpoint, tmp_path):

@@ -15,7 +15,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
 from vllm_vtw.choice import LAYER, choice_of
-from vllm_vtw.startup import layer_groups, vtw_config
+from vllm_vtw.startup.options import layer_groups, vtw_config
 
 
 class WholeBlocks(list[int]):

@@ -25,7 +25,8 @@ from vllm_vtw.kv.startup_log import log_startup
 from vllm_vtw.kv.statistics import Statistics
 from vllm_vtw.metrics import OWN_KEY
 from vllm_vtw.retention import OneStepPrefill, Retention, after_exit, awaits_gates, request_retentions
-from vllm_vtw.startup import layer_groups, refuse_unsupported, refuse_unsupported_dynamic, vtw_config
+from vllm_vtw.startup.options import layer_groups, vtw_config
+from vllm_vtw.startup.refusals import refuse_unsupported, refuse_unsupported_dynamic
 
 logger = logging.getLogger("vllm.vtw")
 

@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm_vtw.capacity import TYPICAL_TEXT, LayerGroup, LayerGroups, best_partition, visual_tokens_held
 from vllm_vtw.config import VTWConfig
 from vllm_vtw.policy import Policy, one_of
-from vllm_vtw.startup import has_timestamps
+from vllm_vtw.startup.options import has_timestamps
 
 logger = logging.getLogger("vllm.vtw")
 

@@ -21,7 +21,8 @@ from vllm_vtw.models.graph_inputs import GraphInputs
 from vllm_vtw.models.segment import Segment, attention_of, compiled_segment
 from vllm_vtw.policy import Policy
 from vllm_vtw.rankings import RANKINGS
-from vllm_vtw.startup import drafter_layers, layer_groups
+from vllm_vtw.startup.drafters import drafter_layers
+from vllm_vtw.startup.options import layer_groups
 from vllm_vtw.worker.attention_backend import StageAttention
 from vllm_vtw.worker.current_step import CurrentStep
 from vllm_vtw.worker.gates import Gates

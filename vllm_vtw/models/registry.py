@@ -106,7 +106,7 @@ def _is_ours(architecture: str) -> bool:
 def _register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from vllm_vtw.startup import VTWModelConfig
+    from vllm_vtw.startup.model_config import VTWModelConfig
 
     for architecture in BY_ARCHITECTURE:
         name = f"{PREFIX}{architecture}"

@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm_vtw.families import BY_ARCHITECTURE, ELSEWHERE, PREFIX
 from vllm_vtw.models.decoder import StagedDecoder, find_text_model
 from vllm_vtw.models.processor import with_request_check
-from vllm_vtw.startup import vtw_config
+from vllm_vtw.startup.options import vtw_config
 from vllm_vtw.worker import runner_v1
 from vllm_vtw.worker.current_step import CurrentStep
 

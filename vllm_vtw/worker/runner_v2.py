@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm_vtw.choice import choice_of
 from vllm_vtw.config import VTWConfig
 from vllm_vtw.retention import Retention, after_exit, request_retentions
-from vllm_vtw.startup import vtw_config
+from vllm_vtw.startup.options import vtw_config
 from vllm_vtw.worker.current_step import CurrentStep
 from vllm_vtw.worker.gates import blocks_after_exit
 from vllm_vtw.worker.step_plan import Batch, BatchRetentions, wants_prompt_logprobs

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
+"""Checkpoints in the formats of quantized weights, and references that round what such a model rounds."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AttentionInterface
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from tests.engine.reference import Reference
+
+GROUP = 32
+"""Rows of weights that share a scale in the formats of 4 bits."""
+INPUT_SCALE = 0.05
+"""Of the inputs of layers in fp8, which are at most 448 times this."""
+
+
+class Rounded(nn.Module):
+    """A linear layer of weights, shape `(out, in)`, that were rounded, and of inputs that it rounds."""
+
+    def __init__(self, weight: torch.Tensor, inputs: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.weight, self.inputs = weight, inputs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inputs(x) @ self.weight.T
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a checkpoint stores the linear layers of a decoder.
+
+    Attributes:
+        config: The checkpoint's `"quantization_config"`.
+        store: From weights, shape `(out, in)`, to the tensors of a layer by name and to the rounded weights.
+        inputs: Rounds the inputs of a layer, shape `(..., in)`.
+    """
+
+    config: Mapping[str, Any]
+    store: Callable[[torch.Tensor], tuple[dict[str, torch.Tensor], torch.Tensor]]
+    inputs: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
+
+    def save(self, source: Path, folder: Path) -> Reference:
+        """Writes the checkpoint of `source` in this format to `folder`, and returns its reference."""
+        folder.mkdir()
+        for file in source.iterdir():
+            if file.name not in ("config.json", "model.safetensors"):
+                (folder / file.name).write_bytes(file.read_bytes())
+        config = json.loads((source / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": self.config}))
+        oracle, tensors = Reference(source), {}
+        layers = oracle.model.model.language_model.layers
+        for name, tensor in load_file(source / "model.safetensors").items():
+            if "language_model" not in name or not name.endswith("_proj.weight"):
+                tensors[name] = tensor
+                continue
+            stored, rounded = self.store(tensor)
+            layer = name.removesuffix(".weight")
+            tensors |= {f"{layer}.{part}": value.contiguous() for part, value in stored.items()}
+            layers.set_submodule(layer.split(".layers.")[1], Rounded(rounded, self.inputs))
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return oracle
+
+
+def packed(numbers: torch.Tensor, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
+    """Eight numbers of 4 bits along the last axis in an int32, the one of `order[i]` in the bits from 4 i."""
+    groups = numbers.to(torch.int64).unflatten(-1, (-1, 8))[..., list(order)]
+    words = (groups << torch.arange(0, 32, 4)).sum(-1)
+    return (words - (words >> 31 << 32)).to(torch.int32)
+
+
+def _awq(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    groups = weight.unflatten(1, (-1, GROUP))
+    low, high = groups.amin(-1), groups.amax(-1)
+    scales = ((high - low) / 15).half().float()
+    zeros = (-low / scales).round().clamp(0, 15)
+    numbers = (groups / scales[..., None] + zeros[..., None]).round().clamp(0, 15)
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    stored = {
+        "qweight": packed(numbers.flatten(1).T, order),
+        "qzeros": packed(zeros.T, order),
+        "scales": scales.T.half(),
+    }
+    return stored, ((numbers - zeros[..., None]) * scales[..., None]).flatten(1)
+
+
+def _gptq(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    groups = weight.unflatten(1, (-1, GROUP))
+    scales = (groups.abs().amax(-1) / 7).half().float()
+    numbers = (groups / scales[..., None]).round().clamp(-8, 7)
+    stored = {
+        "qweight": packed(numbers.flatten(1) + 8).T,
+        "qzeros": packed(torch.full_like(scales, 7).T),
+        "scales": scales.T.half(),
+        "g_idx": torch.arange(weight.shape[1], dtype=torch.int32) // GROUP,
+    }
+    return stored, (numbers * scales[..., None]).flatten(1)
+
+
+def _int8(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    numbers = (weight / scale).round()
+    return {"weight": numbers.to(torch.int8), "weight_scale": scale}, numbers * scale
+
+
+def _to_int8(x: torch.Tensor) -> torch.Tensor:
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return (x / scale).round() * scale
+
+
+def to_fp8(x: torch.Tensor, scale: float | torch.Tensor = 1.0) -> torch.Tensor:
+    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+
+
+def _fp8(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    scale = weight.abs().max() / 448
+    stored = {
+        "weight": (weight / scale).to(torch.float8_e4m3fn),
+        "weight_scale": scale,
+        "input_scale": torch.tensor(INPUT_SCALE),
+    }
+    return stored, to_fp8(weight, scale)
+
+
+ELSEWHERE = ["vision_tower", "multi_modal_projector", "lm_head"]
+_EIGHT_BITS = {"num_bits": 8, "type": "int", "symmetric": True}
+FORMATS = {
+    "awq": Format(
+        {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": GROUP,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": ELSEWHERE,
+        },
+        _awq,
+    ),
+    "gptq": Format(
+        {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True}, _gptq
+    ),
+    "compressed-tensors": Format(
+        {
+            "quant_method": "compressed-tensors",
+            "format": "int-quantized",
+            "quantization_status": "compressed",
+            "ignore": [f"re:.*{name}.*" for name in ELSEWHERE],
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": _EIGHT_BITS | {"strategy": "channel", "dynamic": False},
+                    "input_activations": _EIGHT_BITS | {"strategy": "token", "dynamic": True},
+                }
+            },
+        },
+        _int8,
+        _to_int8,
+    ),
+    "fp8": Format(
+        {"quant_method": "fp8", "activation_scheme": "static", "modules_to_not_convert": ELSEWHERE},
+        _fp8,
+        lambda x: to_fp8(x, INPUT_SCALE),
+    ),
+}
+"""By the name of vLLM's quantization method."""
+
+
+def with_fp8_cache(folder: Path) -> Reference:
+    """A reference whose attention reads keys and values as a KV cache of fp8 holds them."""
+    AttentionInterface.register("rounded_cache", _rounded_cache)
+    oracle = Reference(folder)
+    oracle.model.set_attn_implementation({"text_config": "rounded_cache"})
+    return oracle
+
+
+def _rounded_cache(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return eager_attention_forward(module, query, to_fp8(key), to_fp8(value), *args, **options)
