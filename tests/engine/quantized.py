@@ -18,8 +18,6 @@ from tests.engine.reference import Reference
 
 GROUP = 32
 """Rows of weights that share a scale in the formats of 4 bits."""
-INPUT_SCALE = 0.05
-"""Of the inputs of layers in fp8, which are at most 448 times this."""
 
 
 class Rounded(nn.Module):
@@ -120,18 +118,39 @@ def to_fp8(x: torch.Tensor, scale: float | torch.Tensor = 1.0) -> torch.Tensor:
 
 
 def _fp8(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    scale = weight.abs().max() / 448
-    stored = {
-        "weight": (weight / scale).to(torch.float8_e4m3fn),
-        "weight_scale": scale,
-        "input_scale": torch.tensor(INPUT_SCALE),
-    }
+    scale = weight.abs().amax(1, keepdim=True) / 448
+    stored = {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
     return stored, to_fp8(weight, scale)
 
 
+def _inputs_to_fp8(x: torch.Tensor) -> torch.Tensor:
+    return to_fp8(x, x.abs().amax(-1, keepdim=True) / 448)
+
+
 ELSEWHERE = ["vision_tower", "multi_modal_projector", "lm_head"]
-_EIGHT_BITS = {"num_bits": 8, "type": "int", "symmetric": True}
+
+
+def _compressed(numbers: str, layout: str) -> dict[str, Any]:
+    """A configuration with a scale for each row of weights and, at run time, for each token."""
+    eight_bits = {"num_bits": 8, "type": numbers, "symmetric": True}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "quantization_status": "compressed",
+        "ignore": [f"re:.*{name}.*" for name in ELSEWHERE],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": eight_bits | {"strategy": "channel", "dynamic": False},
+                "input_activations": eight_bits | {"strategy": "token", "dynamic": True},
+            }
+        },
+    }
+
+
 FORMATS = {
+    "int8": Format(_compressed("int", "int-quantized"), _int8, _to_int8),
+    "fp8": Format(_compressed("float", "float-quantized"), _fp8, _inputs_to_fp8),
     "awq": Format(
         {
             "quant_method": "awq",
@@ -146,30 +165,8 @@ FORMATS = {
     "gptq": Format(
         {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True}, _gptq
     ),
-    "compressed-tensors": Format(
-        {
-            "quant_method": "compressed-tensors",
-            "format": "int-quantized",
-            "quantization_status": "compressed",
-            "ignore": [f"re:.*{name}.*" for name in ELSEWHERE],
-            "config_groups": {
-                "group_0": {
-                    "targets": ["Linear"],
-                    "weights": _EIGHT_BITS | {"strategy": "channel", "dynamic": False},
-                    "input_activations": _EIGHT_BITS | {"strategy": "token", "dynamic": True},
-                }
-            },
-        },
-        _int8,
-        _to_int8,
-    ),
-    "fp8": Format(
-        {"quant_method": "fp8", "activation_scheme": "static", "modules_to_not_convert": ELSEWHERE},
-        _fp8,
-        lambda x: to_fp8(x, INPUT_SCALE),
-    ),
 }
-"""By the name of vLLM's quantization method."""
+"""Weights of 8 bits as compressed-tensors stores them, and the formats of 4 bits."""
 
 
 def with_fp8_cache(folder: Path) -> Reference:
@@ -183,4 +180,11 @@ def with_fp8_cache(folder: Path) -> Reference:
 def _rounded_cache(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return eager_attention_forward(module, query, to_fp8(key), to_fp8(value), *args, **options)
+    return eager_attention_forward(module, query, _in_cache(key), _in_cache(value), *args, **options)
+
+
+def _in_cache(x: torch.Tensor) -> torch.Tensor:
+    """As vLLM's kernel for the CPU stores it: it rounds to zero, not to the nearest number."""
+    nearest = x.to(torch.float8_e4m3fn)
+    too_far = (nearest.float().abs() > x.abs()).to(torch.uint8)
+    return (nearest.view(torch.uint8) - too_far).view(torch.float8_e4m3fn).float()
