@@ -30,15 +30,14 @@ class Pair(NamedTuple):
     decodes: Server
 
 
-def options(vtw: dict[str, Any] | None, **more: Any) -> tuple[str, ...]:
-    # Without a thread, NIXL waits until the other engine steps. More of them take the cores from the engines.
-    extra = {"num_threads": 1}
+def options(role: str, vtw: dict[str, Any] | None) -> tuple[str, ...]:
     transfer = {
         "kv_connector": "NixlConnector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": extra | more,
+        "kv_role": role,
+        # Without a thread, NIXL waits until the other engine steps. More take the cores from the engines.
+        "kv_connector_extra_config": {"num_threads": 1},
+        "kv_buffer_device": "cpu",
     }
-    transfer["kv_buffer_device"] = "cpu"
     plugin = ("--model-impl=vtw", f"--additional-config={json.dumps({'vtw': vtw})}") if vtw else ()
     return (
         "--dtype=float32",
@@ -54,21 +53,21 @@ def options(vtw: dict[str, Any] | None, **more: Any) -> tuple[str, ...]:
     )
 
 
-def servers(stack: ExitStack, folder: Any, *of_each: dict[str, Any] | None) -> list[Server]:
-    """Starts them at the same time."""
+def servers(stack: ExitStack, folder: Any, **vtw_by_role: dict[str, Any] | None) -> list[Server]:
+    """Starts a server of each role, at the same time."""
 
-    def start(vtw: dict[str, Any] | None) -> Server:
+    def start(role: str) -> Server:
         env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(get_open_port())}
-        return stack.enter_context(serving(folder, *options(vtw), env=env))
+        return stack.enter_context(serving(folder, *options(role, vtw_by_role[role]), env=env))
 
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(start, of_each))
+        return list(pool.map(start, vtw_by_role))
 
 
 @pytest.fixture(scope="module")
 def pair(checkpoint) -> Iterator[Pair]:
     with ExitStack() as stack:
-        yield Pair(*servers(stack, checkpoint(MODEL), VTW, VTW))
+        yield Pair(*servers(stack, checkpoint(MODEL), kv_producer=VTW, kv_consumer=VTW))
 
 
 def ask(server: Server, images: tuple, transfer: dict[str, Any], layer: int | None, **more: Any) -> Any:
@@ -145,7 +144,7 @@ def test_an_engine_that_was_asked_for_another_layer(pair):
 def test_engines_that_withdraw_other_tokens_do_not_meet(pair, checkpoint, reference, other):
     oracle = reference(checkpoint(MODEL))
     with ExitStack() as stack:
-        (stranger,) = servers(stack, checkpoint(MODEL), other)
+        (stranger,) = servers(stack, checkpoint(MODEL), kv_producer=other)
         told = prefill(stranger, (A,), 6 if other else None) | {"vtw_layer": 6}
         with pytest.raises(APIStatusError):
             ask(pair.decodes, (A,), told, 6, max_tokens=4)
