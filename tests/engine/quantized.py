@@ -16,11 +16,11 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from tests.engine.reference import Reference
 
-GROUP = 32
-"""Rows of weights that share a scale in the formats of 4 bits."""
+_GROUP = 32
+"""How many inputs of a row of weights share a scale in the formats of 4 bits."""
 
 
-class Rounded(nn.Module):
+class _Rounded(nn.Module):
     """A linear layer of weights, shape `(out, in)`, that were rounded, and of inputs that it rounds."""
 
     def __init__(self, weight: torch.Tensor, inputs: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -62,12 +62,12 @@ class Format:
             stored, rounded = self.store(tensor)
             layer = name.removesuffix(".weight")
             tensors |= {f"{layer}.{part}": value.contiguous() for part, value in stored.items()}
-            layers.set_submodule(layer.split(".layers.")[1], Rounded(rounded, self.inputs))
+            layers.set_submodule(layer.split(".layers.")[1], _Rounded(rounded, self.inputs))
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return oracle
 
 
-def packed(numbers: torch.Tensor, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
+def _packed(numbers: torch.Tensor, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
     """Eight numbers of 4 bits along the last axis in an int32, the one of `order[i]` in the bits from 4 i."""
     groups = numbers.to(torch.int64).unflatten(-1, (-1, 8))[..., list(order)]
     words = (groups << torch.arange(0, 32, 4)).sum(-1)
@@ -75,29 +75,29 @@ def packed(numbers: torch.Tensor, order: tuple[int, ...] = tuple(range(8))) -> t
 
 
 def _awq(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    groups = weight.unflatten(1, (-1, GROUP))
+    groups = weight.unflatten(1, (-1, _GROUP))
     low, high = groups.amin(-1), groups.amax(-1)
     scales = ((high - low) / 15).half().float()
     zeros = (-low / scales).round().clamp(0, 15)
     numbers = (groups / scales[..., None] + zeros[..., None]).round().clamp(0, 15)
     order = (0, 2, 4, 6, 1, 3, 5, 7)
     stored = {
-        "qweight": packed(numbers.flatten(1).T, order),
-        "qzeros": packed(zeros.T, order),
+        "qweight": _packed(numbers.flatten(1).T, order),
+        "qzeros": _packed(zeros.T, order),
         "scales": scales.T.half(),
     }
     return stored, ((numbers - zeros[..., None]) * scales[..., None]).flatten(1)
 
 
 def _gptq(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    groups = weight.unflatten(1, (-1, GROUP))
+    groups = weight.unflatten(1, (-1, _GROUP))
     scales = (groups.abs().amax(-1) / 7).half().float()
     numbers = (groups / scales[..., None]).round().clamp(-8, 7)
     stored = {
-        "qweight": packed(numbers.flatten(1) + 8).T,
-        "qzeros": packed(torch.full_like(scales, 7).T),
+        "qweight": _packed(numbers.flatten(1) + 8).T,
+        "qzeros": _packed(torch.full_like(scales, 7).T),
         "scales": scales.T.half(),
-        "g_idx": torch.arange(weight.shape[1], dtype=torch.int32) // GROUP,
+        "g_idx": torch.arange(weight.shape[1], dtype=torch.int32) // _GROUP,
     }
     return stored, (numbers * scales[..., None]).flatten(1)
 
@@ -113,21 +113,22 @@ def _to_int8(x: torch.Tensor) -> torch.Tensor:
     return (x / scale).round() * scale
 
 
-def to_fp8(x: torch.Tensor, scale: float | torch.Tensor = 1.0) -> torch.Tensor:
+def _to_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
 
 
 def _fp8(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     scale = weight.abs().amax(1, keepdim=True) / 448
     stored = {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
-    return stored, to_fp8(weight, scale)
+    return stored, _to_fp8(weight, scale)
 
 
 def _inputs_to_fp8(x: torch.Tensor) -> torch.Tensor:
-    return to_fp8(x, x.abs().amax(-1, keepdim=True) / 448)
+    return _to_fp8(x, x.abs().amax(-1, keepdim=True) / 448)
 
 
-ELSEWHERE = ["vision_tower", "multi_modal_projector", "lm_head"]
+UNQUANTIZED = ["vision_tower", "multi_modal_projector", "lm_head"]
+"""Parts of a checkpoint that stay as they are."""
 
 
 def _compressed(numbers: str, layout: str) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def _compressed(numbers: str, layout: str) -> dict[str, Any]:
         "quant_method": "compressed-tensors",
         "format": layout,
         "quantization_status": "compressed",
-        "ignore": [f"re:.*{name}.*" for name in ELSEWHERE],
+        "ignore": [f"re:.*{name}.*" for name in UNQUANTIZED],
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
@@ -155,15 +156,15 @@ FORMATS = {
         {
             "quant_method": "awq",
             "bits": 4,
-            "group_size": GROUP,
+            "group_size": _GROUP,
             "zero_point": True,
             "version": "gemm",
-            "modules_to_not_convert": ELSEWHERE,
+            "modules_to_not_convert": UNQUANTIZED,
         },
         _awq,
     ),
     "gptq": Format(
-        {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True}, _gptq
+        {"quant_method": "gptq", "bits": 4, "group_size": _GROUP, "desc_act": False, "sym": True}, _gptq
     ),
 }
 """Weights of 8 bits as compressed-tensors stores them, and the formats of 4 bits."""

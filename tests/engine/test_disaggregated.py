@@ -34,7 +34,7 @@ def options(role: str, vtw: dict[str, Any] | None) -> tuple[str, ...]:
     transfer = {
         "kv_connector": "NixlConnector",
         "kv_role": role,
-        # Without a thread, NIXL waits until the other engine steps. More take the cores from the engines.
+        # Without a thread, NIXL waits until the other engine steps. More threads take cores from engines.
         "kv_connector_extra_config": {"num_threads": 1},
         "kv_buffer_device": "cpu",
     }

@@ -22,7 +22,7 @@ from tests.engine.engines import (
     step_until,
 )
 from tests.engine.test_refusals import configure
-from vllm_vtw import startup
+from vllm_vtw.startup import connectors
 
 
 class Event:
@@ -56,7 +56,7 @@ class Copies:
 @pytest.fixture(autouse=True)
 def without_cuda(monkeypatch):
     platform = SimpleNamespace(is_cuda_alike=lambda: True, is_cpu=lambda: True, device_name="cpu")
-    monkeypatch.setattr(startup, "current_platform", platform)
+    monkeypatch.setattr(connectors, "current_platform", platform)
     stream = SimpleNamespace(priority_range=lambda: (0, 0))
     cuda = SimpleNamespace(Stream=SimpleNamespace, current_stream=lambda: None)
     cuda.Stream = type(

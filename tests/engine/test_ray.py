@@ -14,6 +14,9 @@ from tests.engine.engines import SHAPES, assert_follows, running
 from tests.engine.gates import assert_gated, dividing
 
 ray = pytest.importorskip("ray", reason="`pip install ray` installs it")
+from vllm.v1.executor.ray_executor import RayDistributedExecutor  # noqa: E402
+from vllm.v1.executor.ray_executor_v2 import RayExecutorV2  # noqa: E402
+
 pytestmark = pytest.mark.slow
 LAYERS = 6
 MODEL = SmallLlava(layers=LAYERS)
@@ -32,16 +35,16 @@ def cluster() -> Iterator[None]:
         "worker_process_setup_hook": pretend_gpus,
         "env_vars": {"PYTHONPATH": str(Path(__file__).parents[2]), "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
     }
+    # An engine that has ended keeps those that it was given.
     ray.init(num_cpus=2, num_gpus=16, include_dashboard=False, runtime_env=environment)
     yield
     ray.shutdown()
     CpuPlatform.ray_device_key = ""
 
 
-@pytest.mark.parametrize("executor", ["0", "1"], ids=["compiled graph", "message queues"])
-def test_two_workers(checkpoint, reference, cluster, monkeypatch, tmp_path, executor):
-    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", executor)
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+@pytest.mark.parametrize(("v2", "executor"), [("0", RayDistributedExecutor), ("1", RayExecutorV2)])
+def test_two_workers(checkpoint, reference, cluster, monkeypatch, tmp_path, v2, executor):
+    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", v2)
     folder = checkpoint(MODEL)
     oracle = reference(folder)
     options = {
@@ -54,6 +57,7 @@ def test_two_workers(checkpoint, reference, cluster, monkeypatch, tmp_path, exec
     answers = []
     for vtw in (None, {"layer": LAYERS}, {"layer": LAYERS // 2, "align": False}, gates.options):
         with running(folder, vtw, **options) as llm:
+            assert type(llm.llm_engine.engine_core.engine_core.model_executor) is executor
             answers.append(llm.generate(prompts, SHORT, use_tqdm=False))
     stock, full, withdrawn, gated = answers
     left = set()

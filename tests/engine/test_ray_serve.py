@@ -14,7 +14,7 @@ from vllm.utils.network_utils import get_open_port
 from tests.engine.engines import BLOCK_SIZE, MODEL, Ask, assert_follows, picture
 from tests.engine.test_server import message
 
-ray = pytest.importorskip("ray", reason="`pip install 'ray[llm]'` installs it")
+ray = pytest.importorskip("ray", reason="`pip install 'ray[serve]' jsonref pyarrow` installs it")
 serve = pytest.importorskip("ray.serve")
 llm = pytest.importorskip("ray.serve.llm")
 pytestmark = pytest.mark.slow

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from vllm.config import CompilationMode, ECTransferConfig, KVEventsConfig, KVTransferConfig
@@ -15,6 +16,7 @@ from benchmarks.small_llava import SmallLlava
 from tests.engine.drafters import draft_model
 from tests.engine.engines import MODEL
 from tests.engine.gates import LAYERS, gated, random_gates
+from vllm_vtw.startup import connectors
 
 
 def nixl(**options):
@@ -54,12 +56,17 @@ OPTIONS = [
     ),
     ({"kv_offloading_size": 1.0, "kv_transfer_config": nixl()}, "remove --kv-offloading-size or --kv-tr"),
     (
+        {"kv_offloading_size": 1.0, "pipeline_parallel_size": 2},
+        "--kv-offloading-size moves the blocks of one pool.*use --tensor-parallel-size, not --pipeline",
+    ),
+    ({"kv_cache_dtype": "int8_per_token_head"}, "int8_per_token_head is untested: use --kv-cache-dtype fp8"),
+    (
         {"kv_transfer_config": nixl(kv_connector_extra_config={"enforce_handshake_compat": False})},
         "remove enforce_handshake_compat from --kv-transfer-config",
     ),
     (
         {"kv_transfer_config": nixl(), "pipeline_parallel_size": 2},
-        "--kv-transfer-config knows one block pool.*use --tensor-parallel-size, not --pipeline",
+        "--kv-transfer-config moves the blocks of one pool.*use --tensor-parallel-size, not --pipeline",
     ),
     (
         {"ec_transfer_config": ECTransferConfig(ec_connector="ECExampleConnector", ec_role="ec_both")},
@@ -178,13 +185,25 @@ def test_a_drafter_with_another_kv_cache(checkpoint, tmp_path, speculative, mess
         configure(folder, speculative_config=drafter | speculative)
 
 
-def test_a_drafter_beside_a_kv_connector(checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        ({"kv_transfer_config": nixl()}, "--kv-transfer-config"),
+        ({"kv_offloading_size": 1}, "--kv-offloading-size"),
+    ],
+)
+def test_a_drafter_beside_a_kv_connector(checkpoint, tmp_path, option, name):
     folder = checkpoint(MODEL)
     drafter = draft_model(tmp_path / "draft", folder)
-    for option in ({"kv_transfer_config": nixl()}, {"kv_offloading_size": 1}):
-        name = "--" + next(iter(option)).replace("_", "-")
-        with pytest.raises(ValueError, match=f"a drafter beside {name} .* remove --speculative-config"):
-            configure(folder, speculative_config=drafter, **option)
+    with pytest.raises(ValueError, match=f"a drafter beside {name} .* remove --speculative-config"):
+        configure(folder, speculative_config=drafter, **option)
+
+
+def test_ranking_beside_offloading(checkpoint, monkeypatch):
+    monkeypatch.setattr(connectors, "current_platform", SimpleNamespace(is_cuda_alike=lambda: True))
+    policy = {"vtw": {"policy": RANKED}}
+    with pytest.raises(ValueError, match=r"which tokens stayed: .* remove .* --kv-offloading-size"):
+        configure(checkpoint(MODEL), additional_config=policy, kv_offloading_size=1)
 
 
 def test_a_drafter_and_pipeline_ranks(checkpoint, tmp_path):

@@ -48,7 +48,7 @@ def test_corner(corner):
     [
         f"{GRAPHS}[True-False]",
         pytest.param("graph_corners.py::test_ranked_prompts_choose_between_graphs", marks=slow),
-        "graph_corners.py::test_adapters_of_a_stage_in_its_graphs",
+        pytest.param("graph_corners.py::test_adapters_of_a_stage_in_its_graphs", marks=slow),
         pytest.param("graph_corners.py::test_requests_choose_between_graphs", marks=slow),
         pytest.param("graph_corners.py", marks=slow),  # all of them
     ],

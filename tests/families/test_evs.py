@@ -14,7 +14,7 @@ from tests.engine.test_runner_v2 import run
 from tests.families.oracle import Encoded
 from tests.families.requests import FAMILIES, GREEDY, METADATA, VIDEO, Ask, asks, engine, noise, slow
 from tests.families.test_mrope import configure
-from vllm_vtw import startup
+from vllm_vtw.startup import refusals
 
 RATE = 0.5
 GRID = (4, 2, 3)
@@ -45,7 +45,7 @@ def pruned(encoded: Encoded) -> Encoded:
 
 
 def test_answers(family_checkpoint, oracle, monkeypatch):
-    monkeypatch.setattr(startup, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    monkeypatch.setattr(refusals, "current_platform", SimpleNamespace(is_cpu=lambda: False))
     family, layer = FAMILIES["qwen2_5_vl"], 3
     video = (noise(4, 8, 56, 84, 3), METADATA | {"total_num_frames": 8, "frames_indices": list(range(8))})
     ask = Ask(asks(family)[VIDEO].prompt, (), (video,))

@@ -57,8 +57,8 @@ def connector_refusals(vllm_config: VllmConfig) -> Iterator[str]:
         yield f"a drafter beside {option} is untested: remove --speculative-config"
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         yield (
-            f"{option} knows one block pool, not one of each pipeline rank: use --tensor-parallel-size, "
-            "not --pipeline-parallel-size"
+            f"{option} moves the blocks of one pool, and each pipeline rank has its own: use "
+            "--tensor-parallel-size, not --pipeline-parallel-size"
         )
 
 

@@ -23,9 +23,9 @@ class VTWModelConfig(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Refuses what cannot be served correctly, and sets the options that the plugin needs.
 
-        It sets the scheduler and, for policies with gates and for pipeline ranks, the worker. It replaces the
-        user's `"vtw"` options by resolved ones, which mean the same in every process. vLLM calls this before
-        the engine starts.
+        It sets the scheduler, the KV connector if there is one and, for policies with gates and for pipeline
+        ranks, the worker. It replaces the user's `"vtw"` options by resolved ones, which mean the same in
+        every process. vLLM calls this before the engine starts.
 
         Raises:
             ValueError: An option is not supported, or the policy or its gates cannot be used.
@@ -53,4 +53,5 @@ class VTWModelConfig(VerifyAndUpdateConfig):
             refuse_unsupported_dynamic(vllm_config, config.policy)
             if config.policy.gate is not None:
                 vllm_config.parallel_config.worker_cls = GATED_WORKER
-        use_own_connector(vllm_config, layer_groups(vllm_config, config.policy))
+        groups = layer_groups(vllm_config, config.policy)  # may have no place for a drafter's layers
+        use_own_connector(vllm_config, groups)

@@ -60,7 +60,11 @@ def has_timestamps(vllm_config: VllmConfig) -> bool:
 
 
 def layer_groups(vllm_config: VllmConfig, policy: Policy) -> LayerGroups:
-    """The KV-cache groups under a policy. They are the same in all processes of an engine."""
+    """The KV-cache groups under a policy. They are the same in all processes of an engine.
+
+    Raises:
+        ValueError: The layers of a drafter for speculative decoding have no place in them.
+    """
     num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
     size = vllm_config.parallel_config.pipeline_parallel_size
     ranks = [range(*get_pp_indices(num_layers, rank, size)) for rank in range(size)]

@@ -15,6 +15,11 @@ from vllm_vtw.startup.connectors import connector_refusals
 from vllm_vtw.startup.drafters import drafter_refusals
 from vllm_vtw.startup.options import has_timestamps
 
+KV_CACHE_TYPES = ("auto", "float32", "float16", "bfloat16")
+"""The values of `--kv-cache-dtype` with which a KV cache holds keys and values as they were computed."""
+QUANTIZED_KV_CACHE_TYPES = ("fp8", "fp8_e4m3", "fp8_e5m2")
+"""Those that are quantized and supported."""
+
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
     """Refuses options with which no policy can be served.
@@ -89,6 +94,12 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
     if parallel.enable_dbo or parallel.ubatch_size > 1:
         yield "micro-batching: remove --enable-dbo and --ubatch-size"
     yield from connector_refusals(vllm_config)
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if cache_dtype not in KV_CACHE_TYPES + QUANTIZED_KV_CACHE_TYPES:
+        yield (
+            f"the KV cache type {cache_dtype} is untested: use --kv-cache-dtype fp8, or remove "
+            f"--kv-cache-dtype {cache_dtype}"
+        )
     if vllm_config.cache_config.prefix_match_unit is not None:
         yield "requests can share only whole KV blocks: remove --prefix-match-unit"
     events = vllm_config.kv_events_config
@@ -156,7 +167,7 @@ def _dynamic_refusals(vllm_config: VllmConfig, policy: Policy) -> Iterator[str]:
             "another engine would not know which tokens stayed: use a policy without a ranking or gates, or "
             "remove --kv-transfer-config and --kv-offloading-size"
         )
-    if policy.ranking is not None and cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
+    if policy.ranking is not None and cache.cache_dtype not in KV_CACHE_TYPES:
         yield f"ranking needs keys that are not quantized: remove --kv-cache-dtype {cache.cache_dtype}"
     scheduler = vllm_config.scheduler_config
     if (
