@@ -9,7 +9,7 @@ from functools import cache, lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
-from vllm_vtw.policy import Policy
+from vllm_vtw.policy import BY_IMAGE, Policy
 
 MAX_GROUPS_PER_STAGE = 2
 """The limit for the average over a decoder's stages. Every group has block tables and attention metadata of
@@ -392,6 +392,8 @@ def visual_tokens_held(
         One number for each stage, starting with stage 0.
     """
     everything = images * tokens_per_image
+    if policy.ranking in BY_IMAGE:
+        return [everything, *(images * stage.kept(tokens_per_image) for stage in policy.stages)]
     if policy.ranking is not None:
         return [everything, *(stage.kept(everything) for stage in policy.stages)]
     left = images * (tokens_per_image - withdrawn_per_image(tokens_per_image, align_to))

@@ -137,17 +137,18 @@ class VTWConfig:
             if "policy" in options and key in options:
                 raise _error(key, options[key], f'give either "{key}" or "policy", not both')
         policy = _policy(options, model)
-        if policy.stages and policy.stages[0].layer < model.first_layer:
+        # Visual features that are added to the first layers' states would need places for all tokens.
+        if policy.stages and policy.stages[0].layer < model.first_layer and model.first_layer > 1:
             raise _error(
                 "policy",
                 options.get("policy"),
                 f"withdraws at layer {policy.stages[0].layer}, and the model adds visual features up to "
                 f"layer {model.first_layer - 1}: the first stage may begin at layer {model.first_layer}",
             )
-        align = options.get("align", prefix_caching and not policy.is_dynamic)
+        align = options.get("align", prefix_caching and policy.withdraws_all)
         if type(align) is not bool:
             raise _error("align", align, "has to be true or false")
-        if align and policy.is_dynamic:
+        if align and not policy.withdraws_all:
             raise _error("align", align, "has to be false for a policy that ranks visual tokens or has gates")
         share = _guard_share(options["guard"]) if "guard" in options else 0.0
         return cls(policy, align, model.num_hidden_layers, model.bridge, share)

@@ -19,7 +19,10 @@ MAX_POLICY_BYTES = 16 << 20
 """The size of the largest policy file that is read. With the curves of a calibration, a file takes less than
 a hundredth of that."""
 FORMAT = "vllm-vtw-policy/1"
-RANKING = "last-token-attention"
+BY_QUESTION = ("last-token-attention", "key-norm")
+"""The rankings of visual tokens that read what a decoder has computed of the prompt."""
+BY_IMAGE = ("uniform", "random")
+"""The rankings that go by an image alone. They are the same for every question about it."""
 MODEL_KEYS = ("model_type", "num_hidden_layers", "hidden_size")
 """The keys of a policy file's `model` object, which says what model the policy was made for."""
 
@@ -39,14 +42,15 @@ class Stage:
     Attributes:
         layer: The stage's first decoder layer.
         keep: The fraction of a request's visual tokens that the stage holds, from 0 (none) to less than 1. It
-            counts all of the request's visual tokens, not those of the stage before.
+            counts all of the request's visual tokens, not those of the stage before. Under a ranking by
+            image alone, it is the fraction of each image's.
     """
 
     layer: int
     keep: float
 
     def kept(self, visual_tokens: int) -> int:
-        """How many of a request's visual tokens the stage holds. Those that are ranked highest stay."""
+        """How many of these visual tokens the stage holds. Those that are ranked highest stay."""
         # In floating point, 0.07 of 100 tokens would be 7.000000000000001, which is rounded up to 8.
         return ceil(Fraction(str(self.keep)) * visual_tokens)
 
@@ -81,12 +85,14 @@ class Policy:
         layer: The layer at which the visual tokens of requests leave that do not choose one. None for the
             deepest stage's layer, and under a policy that ranks visual tokens or has gates.
         tasks: By the name of a task, the layer at which the visual tokens of its requests leave.
+        ranked_by: What visual tokens are ranked by where a stage keeps only some of them.
     """
 
     stages: tuple[Stage, ...]
     gate: Gate | None = None
     layer: int | None = None
     tasks: Mapping[str, int] = field(default_factory=dict, hash=False)
+    ranked_by: str = BY_QUESTION[0]
 
     @classmethod
     def withdraw_at(cls, layer: int, num_hidden_layers: int) -> "Policy":
@@ -148,13 +154,22 @@ class Policy:
             raise ValueError(
                 f"'stages' = {shorten(stages)}: has to be a list of objects with the keys 'layer' and 'keep'"
             )
-        policy = cls(cls._checked_stages(stages, model["num_hidden_layers"]))
+        ranking = content.get("ranking")
+        # Before the decoder, nothing has been computed of the question.
+        first_layer = 0 if ranking in BY_IMAGE else 1
+        policy = cls(cls._checked_stages(stages, range(first_layer, model["num_hidden_layers"])))
         if content.get("gate") is not None:
             policy = replace(policy, gate=policy._checked_gate(content["gate"]))
-        ranking = content.get("ranking")
-        if ranking != policy.ranking:
-            found = f"'ranking' = {shorten(ranking)}: has to be {policy.ranking!r}"
-            raise ValueError(f"{found}, as {'a' if policy.ranking else 'no'} stage has a 'keep' above 0")
+        if policy.ranking is None:
+            if ranking is not None:
+                found = f"'ranking' = {shorten(ranking)}: has to be None"
+                raise ValueError(f"{found}, as no stage has a 'keep' above 0")
+        elif ranking in BY_QUESTION + BY_IMAGE:
+            policy = replace(policy, ranked_by=ranking)
+        else:
+            allowed = ", ".join(map(repr, BY_QUESTION + BY_IMAGE))
+            found = f"'ranking' = {shorten(ranking)}: has to be one of {allowed}"
+            raise ValueError(f"{found}, as a stage has a 'keep' above 0")
         offered = policy.offered_layers(model["num_hidden_layers"])
         return replace(
             policy,
@@ -165,7 +180,7 @@ class Policy:
     def _checked_default(self, layer: Any, offered: list[int]) -> int | None:
         if layer is None:
             return None
-        if self.is_dynamic:
+        if not self.withdraws_all:
             raise ValueError(
                 f"'layer' = {shorten(layer)}: has to be left out of a policy that ranks visual tokens or has "
                 "gates"
@@ -175,7 +190,7 @@ class Policy:
         return layer
 
     @staticmethod
-    def _checked_stages(stages: list[Any], num_hidden_layers: int) -> tuple[Stage, ...]:
+    def _checked_stages(stages: list[Any], layers: range) -> tuple[Stage, ...]:
         checked: list[Stage] = []
         for number, stage in enumerate(stages):
             where = f"'stages'[{number}]"
@@ -184,12 +199,14 @@ class Policy:
                     f"{where} has to have exactly the keys 'layer' and 'keep', got {shorten(stage)}"
                 )
             layer, keep = stage["layer"], stage["keep"]
-            least = checked[-1].layer + 1 if checked else 1
-            if type(layer) is not int or not least <= layer < num_hidden_layers:
+            least = checked[-1].layer + 1 if checked else layers.start
+            if type(layer) is not int or not least <= layer < layers.stop:
                 after = ", deeper than the stage before" if checked else ""
+                if layer == 0 and not checked:
+                    after = f", or 0 under {' or '.join(map(repr, BY_IMAGE))}, which go by the image alone"
                 raise ValueError(
                     f"{where}['layer'] = {shorten(layer)}: has to be an integer from {least} to "
-                    f"{num_hidden_layers - 1}{after}"
+                    f"{layers.stop - 1}{after}"
                 )
             if type(keep) not in (int, float) or not 0 <= keep < 1:
                 raise ValueError(
@@ -249,12 +266,17 @@ class Policy:
     @property
     def ranking(self) -> str | None:
         """What visual tokens are ranked by. None if no stage keeps only some of them."""
-        return RANKING if any(stage.keep > 0 for stage in self.stages) else None
+        return self.ranked_by if any(stage.keep > 0 for stage in self.stages) else None
 
     @property
     def is_dynamic(self) -> bool:
         """Whether what is withdrawn depends on states that are known only when the prompt is computed."""
-        return self.ranking is not None or self.gate is not None
+        return self.ranking in BY_QUESTION or self.gate is not None
+
+    @property
+    def withdraws_all(self) -> bool:
+        """Whether all visual tokens of a request leave at one layer, which is known when it arrives."""
+        return self.ranking is None and self.gate is None
 
     @property
     def default_layer(self) -> int | None:
@@ -262,7 +284,7 @@ class Policy:
 
         None if nothing is withdrawn, and under a policy that ranks visual tokens or has gates.
         """
-        if self.is_dynamic or not self.stages:
+        if not self.withdraws_all or not self.stages:
             return None
         return self.stages[-1].layer if self.layer is None else self.layer
 

@@ -10,13 +10,14 @@ import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_vtw.policy import Policy
+from vllm_vtw.policy import BY_IMAGE, Policy
+from vllm_vtw.rankings import IMAGE_RANKINGS
 
 VISUAL = ("image", "video")
 Span = tuple[int, int]
@@ -77,8 +78,8 @@ class Retention:
         shareable: Length of the prompt's prefix whose retention depends on the tokens of that prefix alone.
             KV blocks within it can be shared with other requests.
         one_step: The part of the prompt that has to be computed in one step. None if there is none.
-        exit_layer: The layer at which all `withdrawn` positions left. None if each may have left at another
-            one.
+        exit_layer: The layer at which the `withdrawn` positions left, or the first of them under a ranking by
+            image alone. None if each may have left at another one.
 
     Attributes:
         num_withdrawn: Tokens of the whole request that the stage never holds.
@@ -226,7 +227,7 @@ def request_retentions(
             they stay. None if the request leaves it to the policy.
     """
     mm_features = list(mm_features)
-    if policy.is_dynamic:
+    if not policy.withdraws_all:
         align_to = 1
     spans = visual_spans(mm_features, bridge)
     all_withdrawn = prompt_retention(spans, num_prompt_tokens, align_to)
@@ -235,6 +236,8 @@ def request_retentions(
     if layer is not None:
         leaving = Retention(all_withdrawn.withdrawn, all_withdrawn.shareable, exit_layer=layer)
         return tuple(leaving if stage.layer >= layer else EVERYTHING for stage in policy.stages)
+    if policy.ranking in BY_IMAGE:
+        return tuple(_selected_retentions(policy, mm_features, num_prompt_tokens, bridge))
     if not all_withdrawn.num_withdrawn:
         return (all_withdrawn,) * len(policy.stages)
     start = min(feature.mm_position.offset for feature in mm_features if feature.modality in VISUAL)
@@ -247,6 +250,31 @@ def request_retentions(
     # gates are not asked and the visual tokens stay.
     all_kept = Retention((), start, one_step if one_step.text_tokens > 1 else None)
     return (all_kept,) * len(policy.stages)
+
+
+def _selected_retentions(
+    policy: Policy, mm_features: Iterable[Any], num_prompt_tokens: int, bridge: int
+) -> Iterator[Retention]:
+    """The retention of every stage past the first under a ranking by image alone."""
+    assert policy.ranking is not None
+    ranking, images = IMAGE_RANKINGS[policy.ranking](), []
+    for feature in mm_features:
+        spans = visual_spans([feature], bridge)
+        if spans:
+            tokens = np.concatenate([np.arange(start, stop) for start, stop in spans])
+            images.append(tokens[ranking.order(len(tokens), feature.mm_hash or feature.identifier)])
+    last = num_prompt_tokens - 1
+    for stage in policy.stages:
+        leaving = [tokens[stage.kept(len(tokens)) :] for tokens in images]
+        withdrawn = np.sort(np.concatenate(leaving)) if leaving else np.empty(0, dtype=np.int64)
+        shareable = sys.maxsize
+        if len(withdrawn) and withdrawn[-1] == last:
+            # It stays here, as the first output token is sampled from its state, but not in longer prompts.
+            withdrawn, shareable = withdrawn[:-1], last
+        borders = np.flatnonzero(np.diff(withdrawn, prepend=-2, append=num_prompt_tokens + 1) > 1)
+        runs = pairwise(borders)
+        spans = [(int(withdrawn[start]), int(withdrawn[stop - 1]) + 1) for start, stop in runs]
+        yield Retention(spans, shareable, exit_layer=policy.stages[0].layer)
 
 
 def _ranked_retentions(policy: Policy, one_step: OneStepPrefill) -> Iterator[Retention]:

@@ -78,6 +78,26 @@ class Reference:
         return self.model.lm_head(text.norm(result))
 
     @torch.no_grad()
+    def selected_logits(
+        self, token_ids: Sequence[int], image_embeds: Sequence[torch.Tensor], leaving: Mapping[int, set[int]]
+    ) -> torch.Tensor:
+        """Logits of the tokens that are never dropped, shape `(tokens, vocabulary)`.
+
+        Args:
+            token_ids: Of prompt and answer.
+            image_embeds: As of `embeds`.
+            leaving: By layer: the positions that are dropped before it.
+        """
+        text, hidden = self.model.model.language_model, self._embedded(token_ids, image_embeds)
+        here = list(range(len(token_ids)))
+        for index in range(len(text.layers)):
+            gone = leaving.get(index, set())
+            hidden = hidden[[position not in gone for position in here]]
+            here = [position for position in here if position not in gone]
+            hidden, _ = self._layer(index, hidden, torch.tensor(here))
+        return self.model.lm_head(text.norm(hidden))
+
+    @torch.no_grad()
     def states(
         self,
         token_ids: Sequence[int],

@@ -114,7 +114,10 @@ def test_a_ranked_policy_is_planned(checkpoint, tmp_path):
     file.write_text(json.dumps(policy.to_json(shape)))
     plan = planned(folder, "--policy", str(file), "--images", "3", "--prompt-tokens", "60")
     assert [stage["tokens_held"] for stage in plan["stages"]] == [188 + held for held in (300, 150, 1, 0)]
-    assert "what the prompt's end attends to least" in vtw_plan(str(folder), "--policy", str(file))[1]
+    assert (
+        "visual tokens by the ranking 'last-token-attention'"
+        in vtw_plan(str(folder), "--policy", str(file))[1]
+    )
 
 
 def test_gates_are_planned_for_every_exit(checkpoint, tmp_path):

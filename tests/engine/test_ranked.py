@@ -244,7 +244,7 @@ def test_a_server_answers_400_and_lives_on(checkpoint, tmp_path):
         with pytest.raises(BadRequestError, match="Beam search sends every generated token"):
             chat(client, A, extra_body={"use_beam_search": True, "n": 1})
         assert chat(client, B).choices[0].token_ids
-        assert "withdrawing the visual tokens that a prompt's last token attends to least: " in server.log()
+        assert "withdrawing a request's visual tokens by the ranking 'last-token-attention': " in server.log()
 
 
 def test_prompts_that_wait_do_not_hold_each_others_pictures_back(checkpoint, reference, tmp_path):

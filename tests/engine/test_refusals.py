@@ -199,6 +199,12 @@ def test_a_drafter_beside_a_kv_connector(checkpoint, tmp_path, option, name):
         configure(folder, speculative_config=drafter, **option)
 
 
+def test_a_ranking_by_image_beside_a_kv_connector(checkpoint):
+    policy = RANKED | {"ranking": "uniform"}
+    with pytest.raises(ValueError, match=r"the ranking 'uniform' beside .* remove --kv-transfer-config"):
+        configure(checkpoint(MODEL), additional_config={"vtw": {"policy": policy}}, kv_transfer_config=nixl())
+
+
 def test_ranking_beside_offloading(checkpoint, monkeypatch):
     monkeypatch.setattr(connectors, "current_platform", SimpleNamespace(is_cuda_alike=lambda: True))
     policy = {"vtw": {"policy": RANKED}}

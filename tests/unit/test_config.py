@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_vtw.config import ModelShape, VTWConfig
-from vllm_vtw.policy import Gate, Policy, Stage
+from vllm_vtw.policy import BY_IMAGE, BY_QUESTION, Gate, Policy, Stage
 
 SMALL = ModelShape("llava", "llama", 8, 64)
 POLICY = {
@@ -161,7 +161,23 @@ def test_wrong_options(options, message):
             {"ranking": "last-token-attention"},
             "'ranking' = 'last-token-attention': has to be None, as no stage",
         ),
-        (RANKED | {"ranking": None}, "'ranking' = None: has to be 'last-token-attention', as a stage"),
+        (
+            RANKED | {"ranking": None},
+            "'ranking' = None: has to be one of 'last-token-attention', 'key-norm', 'uniform', 'random', as",
+        ),
+        (RANKED | {"ranking": ["uniform"]}, "'ranking' = ['uniform']: has to be one of"),
+        (
+            RANKED | {"stages": [{"layer": 0, "keep": 0.5}]},
+            "'stages'[0]['layer'] = 0: has to be an integer from 1 to 7, or 0 under 'uniform' or 'random'",
+        ),
+        (
+            {"stages": [{"layer": 0, "keep": 0}], "ranking": "uniform"},
+            "'ranking' = 'uniform': has to be None, as no stage has a 'keep' above 0",
+        ),
+        (
+            {"gate": GATE | {"thresholds": [0]}, "ranking": "uniform", "stages": [{"layer": 0, "keep": 0.5}]},
+            "'keep' has to be 0 in all of them",
+        ),
         ({"gate": {}}, "'gate' has to have exactly the keys"),
         ({"gate": GATE, "stages": [{"layer": 3, "keep": 0.1}]}, "'keep' has to be 0 in all of them"),
         ({"gate": GATE, "stages": []}, "at least one stage in 'stages'"),
@@ -217,11 +233,13 @@ def test_a_gated_policy(tmp_path):
         parse({"policy": str(file), "align": True})
 
 
-def test_a_ranked_policy(tmp_path):
+@pytest.mark.parametrize("ranking", BY_QUESTION + BY_IMAGE)
+def test_a_ranked_policy(tmp_path, ranking):
     file = tmp_path / "policy.json"
-    file.write_text(json.dumps(POLICY | RANKED))
+    file.write_text(json.dumps(POLICY | RANKED | {"ranking": ranking}))
     config = parse({"policy": str(file)})
-    assert config.policy.ranking == "last-token-attention"
+    assert config.policy.ranking == ranking
+    assert config.policy.is_dynamic == (ranking in BY_QUESTION)
     assert config.policy.keeps == (1, 0.5, 0.1)
     assert parse(config.resolved(SMALL)) == config
     # Ranked policies withdraw by tokens, also with prefix caching.
@@ -230,6 +248,19 @@ def test_a_ranked_policy(tmp_path):
         ValueError, match=re.escape('["align"] = True: has to be false for a policy that ranks')
     ):
         parse({"policy": str(file), "align": True})
+
+
+def test_a_stage_before_the_decoder():
+    stages = [{"layer": 0, "keep": 0.25}, {"layer": 5, "keep": 0}]
+    content = POLICY | {"stages": stages, "ranking": "uniform"}
+    policy = parse({"policy": content}).policy
+    assert policy.segments(8) == [range(0), range(5), range(5, 8)]
+    assert policy.offered_layers(8) == [8]
+    assert policy.default_layer is None
+    deepstack = ModelShape("qwen3_vl", "qwen3", 8, 64, first_layer=3)
+    content = content | {"model": deepstack.as_dict()}
+    with pytest.raises(ValueError, match=r"withdraws at layer 0, and the model adds visual features up to"):
+        parse({"policy": content}, deepstack)
 
 
 @given(st.integers(0, 1000), st.integers(0, 5000))

@@ -17,7 +17,7 @@ ALLOWED = {
     "policy": {"untrusted_files"},
     "choice": {"policy", "untrusted_files"},
     "config": {"families", "untrusted_files", "policy"},
-    "retention": {"policy"},
+    "retention": {"policy", "rankings"},
     "capacity": {"policy"},
     "families": set(),
     "untrusted_files": set(),

@@ -14,7 +14,15 @@ from vllm.multimodal.inputs import PlaceholderRange
 
 from tests.unit.strategies import ALIGNMENTS, Prompt, prompts
 from vllm_vtw.policy import Gate, Policy, Stage
-from vllm_vtw.retention import after_exit, awaits_gates, prompt_retention, request_retentions, visual_spans
+from vllm_vtw.rankings import IMAGE_RANKINGS
+from vllm_vtw.retention import (
+    EVERYTHING,
+    after_exit,
+    awaits_gates,
+    prompt_retention,
+    request_retentions,
+    visual_spans,
+)
 
 
 @given(prompts(), ALIGNMENTS, st.integers(0, 20))
@@ -105,7 +113,9 @@ def test_a_block_across_two_touching_images_leaves():
 
 def feature(modality: str, offset: int, length: int, is_embed: list[bool] | None = None) -> SimpleNamespace:
     mask = None if is_embed is None else torch.tensor(is_embed)
-    return SimpleNamespace(modality=modality, mm_position=PlaceholderRange(offset, length, mask))
+    return SimpleNamespace(
+        modality=modality, mm_position=PlaceholderRange(offset, length, mask), mm_hash=f"image at {offset}"
+    )
 
 
 def test_only_images_and_videos_are_visual():
@@ -179,3 +189,34 @@ def test_ranked_stages_promise_a_number(prompt: Prompt, keeps: list[float]):
         assert retention.count(one_step.start) == one_step.start
         for generated in (0, 7):
             assert retention.count(prompt.length + generated) == prompt.length + generated - before
+
+
+@given(
+    prompts(),
+    st.sampled_from(sorted(IMAGE_RANKINGS)),
+    st.lists(st.sampled_from([0.0, 0.1, 0.5, 0.99]), min_size=1, max_size=3),
+)
+def test_rankings_by_image_alone_say_which_tokens_stay(prompt: Prompt, ranking: str, keeps: list[float]):
+    keeps.sort(reverse=True)
+    policy = Policy(
+        tuple(Stage(layer, keep) for layer, keep in enumerate([0.995, *keeps])), ranked_by=ranking
+    )
+    assert not policy.is_dynamic
+    features = [feature("image", start, stop - start) for start, stop in prompt.spans]
+    retentions = request_retentions(policy, features, prompt.length, 16, bridge=0)
+    for stage, retention in zip(policy.stages, retentions, strict=True):
+        leaving = set()
+        for (start, stop), image in zip(prompt.spans, features, strict=True):
+            order = IMAGE_RANKINGS[ranking]().order(stop - start, image.mm_hash)
+            leaving |= {start + int(token) for token in order[stage.kept(stop - start) :]}
+        last = prompt.length - 1
+        held = [position for position in range(prompt.length) if position == last or position not in leaving]
+        assert np.flatnonzero(retention.keep_mask(0, prompt.length)).tolist() == held
+        assert [retention.count(position) for position in held] == list(range(len(held)))
+        assert retention.count(prompt.length + 7) == len(held) + 7
+        assert retention.one_step is None
+        # In a longer prompt, the last token may leave.
+        assert (retention.shareable == last) == (last in leaving)
+        assert retention.left_before(prompt.length) == (0 if retention.num_withdrawn else None)
+    everything = request_retentions(policy, features, prompt.length, 1, bridge=0, layer=8)
+    assert all(retention is EVERYTHING for retention in everything)

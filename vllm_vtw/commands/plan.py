@@ -246,6 +246,7 @@ def plan(
         "stages": [
             {"first_layer": layers.start, "last_layer": layers.stop - 1, "tokens_held": tokens}
             for layers, tokens in zip(config.policy.segments(num_layers), held, strict=True)
+            if layers
         ],
         "groups": [
             {"stage": group.stage, "layers": group.layers, "pages": group.pages} for group in groups.groups
@@ -318,7 +319,7 @@ def describe(result: dict[str, Any]) -> str:
     mebibytes = {side: size / 2**20 for side, size in request_bytes.items()}
     withdrawn = f"whole blocks of {result['block_size']}" if result["align"] else "every visual token"
     if result["ranking"]:
-        withdrawn = "what the prompt's end attends to least"
+        withdrawn = f"visual tokens by the ranking {result['ranking']!r}"
     if result["has_gates"]:
         withdrawn = f"every visual token at layer {result['exits'][0]['layer']}, if the gate there says so"
     elif result["default_layer"] == result["num_hidden_layers"]:

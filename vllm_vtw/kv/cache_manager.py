@@ -3,7 +3,9 @@
 """vLLM's manager of all KV-cache groups, with counts that are right where stages hold fewer tokens."""
 
 from collections import Counter
+from collections.abc import Iterable
 
+from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, KVCacheBlockCopy
 from vllm.v1.request import Request
@@ -38,17 +40,23 @@ class StagedKVCacheManager(KVCacheManager):
         held[0] += self._held_as_in_stock()
         return held
 
-    def pages_of_stage_0(self) -> int:
-        """The pages that each layer of stage 0 holds, as many as in stock vLLM.
+    def pages_in_stock(self, running: Iterable[Request]) -> int:
+        """The pages that each layer would hold in stock vLLM, which are those of stage 0.
 
-        If all blocks of stage 0 hold several pages, unused ones count, too.
+        If all blocks of stage 0 hold several pages, unused ones count, too. If it has no layers, pages that
+        requests share count for each of them.
+
+        Args:
+            running: The requests that are running.
         """
         managers = len(self.coordinator.single_type_managers) - len(self.stage_managers)
         if managers:
             return self._held_as_in_stock() // managers
-        return min(
-            manager.num_held_blocks * manager.pages for manager in self.stage_managers if not manager.stage
-        )
+        of_stage_0 = [manager for manager in self.stage_managers if not manager.stage]
+        if not of_stage_0:
+            page_size = self.stage_managers[0].page_size
+            return sum(cdiv(request.num_computed_tokens, page_size) for request in running)
+        return min(manager.num_held_blocks * manager.pages for manager in of_stage_0)
 
     def _held_as_in_stock(self) -> int:
         """The blocks that requests hold in groups whose manager is vLLM's own."""

@@ -316,7 +316,7 @@ class VTWScheduler(GuardedScheduler):
         """
         stats: SchedulerStats | None = super().make_stats(*args, **options)
         if stats is not None:
-            counts = self.statistics.take()
+            counts = self.statistics.take(self.running)
             stats.waiting_lora_adapters = {OWN_KEY + key: count for key, count in counts.items()}
         return stats
 

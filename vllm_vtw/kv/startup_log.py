@@ -12,7 +12,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_vtw.capacity import TYPICAL_TEXT, LayerGroup, LayerGroups, best_partition, visual_tokens_held
 from vllm_vtw.config import VTWConfig
-from vllm_vtw.policy import Policy, one_of
+from vllm_vtw.policy import BY_IMAGE, Policy, one_of
 from vllm_vtw.startup.options import has_timestamps
 
 logger = logging.getLogger("vllm.vtw")
@@ -131,8 +131,9 @@ def _withdrawal(config: VTWConfig) -> str:
     stages = policy.stages
     default = num_layers if policy.default_layer is None else policy.default_layer
     if policy.ranking is not None:
-        parts = (f"{stage.keep:.3g} of all stay from layer {stage.layer} on" for stage in stages)
-        return f"the visual tokens that a prompt's last token attends to least: {', '.join(parts)}"
+        parts = [f"{stage.keep:.3g} of all stay from layer {stage.layer} on" for stage in stages]
+        whose = "each image's" if policy.ranking in BY_IMAGE else "a request's"
+        return f"{whose} visual tokens by the ranking {policy.ranking!r}: {', '.join(parts)}"
     if policy.gate is not None:
         borders = ", ".join(str(stage.layer) for stage in stages)
         return f"every visual token at the layer that gates choose, one of {borders}"

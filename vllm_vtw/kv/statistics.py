@@ -3,10 +3,11 @@
 """What the scheduler counts for `/metrics`; `vllm_vtw.metrics` shows it."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
+from vllm.v1.request import Request
 
 from vllm_vtw.capacity import LayerGroups
 from vllm_vtw.kv.cache_manager import StagedKVCacheManager
@@ -118,8 +119,11 @@ class Statistics:
         """Counts an answer that the guard chose and did not read."""
         self.counts[f"{GUARD_LEFT_OUT}/{reason}"] += 1
 
-    def take(self) -> dict[str, int]:
+    def take(self, running: Iterable[Request] = ()) -> dict[str, int]:
         """The counts since the last call, and the blocks that are held now.
+
+        Args:
+            running: The requests that are running.
 
         Returns:
             By `name/label`. The label is `layer/task` where requests are counted, and a stage where tokens or
@@ -128,6 +132,6 @@ class Statistics:
         counts, self.counts = dict(self.counts), Counter()
         held = self.manager.held_blocks()
         # A block of stock vLLM's only group holds one page of all layers.
-        in_stock = self.manager.pages_of_stage_0() * self.groups.num_layers // self.groups.width
+        in_stock = self.manager.pages_in_stock(running) * self.groups.num_layers // self.groups.width
         counts |= {f"{KV_BLOCKS}/{stage}": blocks for stage, blocks in sorted(held.items())}
         return counts | {f"{KV_BLOCKS_SAVED}/": in_stock - held.total()}

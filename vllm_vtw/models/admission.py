@@ -23,16 +23,19 @@ class MultiModalFeature(NamedTuple):
 
     modality: str
     mm_position: PlaceholderRange
+    mm_hash: str
 
 
-def mm_features(placeholders: Mapping[str, list[PlaceholderRange]]) -> list[MultiModalFeature]:
+def mm_features(prompt: Mapping[str, Any]) -> list[MultiModalFeature]:
     """The multimodal items of a prompt, as `request_retentions` takes them.
 
     Args:
-        placeholders: By modality, the places of the items in the prompt.
+        prompt: The engine input of a multimodal prompt.
     """
     return [
-        MultiModalFeature(modality, place) for modality, places in placeholders.items() for place in places
+        MultiModalFeature(modality, place, item_hash)
+        for modality, places in prompt["mm_placeholders"].items()
+        for place, item_hash in zip(places, prompt["mm_hashes"][modality], strict=True)
     ]
 
 
@@ -48,7 +51,7 @@ def prompt_retentions(
     """
     return request_retentions(
         admission.policy,
-        mm_features(prompt["mm_placeholders"]),
+        mm_features(prompt),
         len(prompt["prompt_token_ids"]),
         align_to=1,
         bridge=admission.bridge,

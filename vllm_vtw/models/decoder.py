@@ -19,8 +19,8 @@ from vllm_vtw.models.adapters import StageAdapters
 from vllm_vtw.models.gather_scatter import TokenStates
 from vllm_vtw.models.graph_inputs import GraphInputs
 from vllm_vtw.models.segment import Segment, attention_of, compiled_segment
-from vllm_vtw.policy import Policy
-from vllm_vtw.rankings import RANKINGS
+from vllm_vtw.policy import BY_QUESTION, Policy
+from vllm_vtw.rankings import QUESTION_RANKINGS
 from vllm_vtw.startup.drafters import drafter_layers
 from vllm_vtw.startup.options import layer_groups
 from vllm_vtw.worker.attention_backend import StageAttention
@@ -67,8 +67,8 @@ class StagedDecoder:
             for index, group in list(enumerate(groups.by_layer()))[start:end]:
                 if group.stage > 0 or group.pages > 1 or len(groups.ranks) > 1:
                     StageAttention.adopt(attention_of(text_model.layers[index]), groups, group, step)
-        if policy.ranking is not None:
-            ranking = RANKINGS[policy.ranking]()
+        if policy.ranking in BY_QUESTION:
+            ranking = QUESTION_RANKINGS[policy.ranking]()
             for stage, border in enumerate(borders, 1):
                 attach_ranking(attention_of(text_model.layers[border - 1]), stage, step, ranking)
         if policy.gate is not None:
@@ -141,7 +141,6 @@ class StagedDecoder:
                     positions, states.hidden, states.residual, deepstack
                 )
             else:
-                assert states.residual is not None
                 states.hidden, states.residual, seen = self._run(
                     stage, steps[stage], positions, states.hidden, states.residual
                 )
@@ -166,7 +165,7 @@ class StagedDecoder:
         step: StageStep | None,
         positions: torch.Tensor,
         hidden: torch.Tensor,
-        residual: torch.Tensor,
+        residual: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
         """Runs one segment past the first, which may compute fewer tokens than the batch has.
 
@@ -178,7 +177,7 @@ class StagedDecoder:
             step: What the step computes in the stage. None if it computes all tokens.
             positions: Position ids of the batch, tokens in the last dimension.
             hidden: Hidden states of the tokens that the stage computes, shape `(kept, hidden_size)`.
-            residual: Their residual stream, same shape.
+            residual: Their residual stream, same shape. None before layer 0.
 
         Returns:
             As `Segment.forward`, for the tokens that the stage computes.

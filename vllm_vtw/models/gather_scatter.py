@@ -44,13 +44,13 @@ class TokenStates:
         index = step.kept if self.kept is None else step.gather
         if index is None:
             return
-        assert self.residual is not None, "stage 0 computes every token"
         if keep_withdrawn_states:
-            states = self.hidden + self.residual
+            states = self.hidden.clone() if self.residual is None else self.hidden + self.residual
             if self.kept is not None and self.withdrawn_states is not None:
                 states = self.withdrawn_states.index_copy_(0, self.kept, states)
             self.withdrawn_states = states
-        self.hidden, self.residual = self.hidden[index], self.residual[index]
+        self.hidden = self.hidden[index]
+        self.residual = None if self.residual is None else self.residual[index]
         self.kept = step.kept
 
     def of_batch(self, states: torch.Tensor) -> torch.Tensor:

@@ -81,23 +81,25 @@ class GraphInputs(nn.Module):
         return replace(of_batch or self.most_adapters, num_tokens=size)
 
     def write(
-        self, size: int, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, size: int, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Copies a segment's inputs into the buffers.
 
         Args:
             size: The number of tokens of the graph that will run, at least the number of rows.
             positions: Position ids, shape `(rows,)`, or `(dims, rows)` with M-RoPE.
             hidden: Hidden states, shape `(rows, hidden_size)`.
-            residual: The residual stream, same shape.
+            residual: The residual stream, same shape. None before layer 0.
 
         Returns:
             Positions, hidden states and residual of `size` tokens, in the buffers.
         """
         rows = len(hidden)
         self.hidden[:rows].copy_(hidden)
-        self.residual[:rows].copy_(residual)
-        return self.write_positions(size, positions), self.hidden[:size], self.residual[:size]
+        if residual is not None:
+            self.residual[:rows].copy_(residual)
+            residual = self.residual[:size]
+        return self.write_positions(size, positions), self.hidden[:size], residual
 
     def write_positions(self, size: int, positions: torch.Tensor) -> torch.Tensor:
         """Copies positions into their buffer, and returns those of the first `size` tokens there."""

@@ -2,14 +2,21 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The rankings that decide which visual tokens a stage keeps, if it keeps only some of them.
 
-To add a ranking, subclass `Ranking` in a file of its own, and enter it in `RANKINGS` under its name in policy
-files.
+To add a ranking, subclass `QuestionRanking` or `ImageRanking` in a file of its own, and enter it here and in
+`vllm_vtw.policy` under its name in policy files.
 """
 
-from vllm_vtw.rankings.base import Ranking
+from vllm_vtw.rankings.base import ImageRanking, QuestionRanking
+from vllm_vtw.rankings.key_norm import KeyNorm
 from vllm_vtw.rankings.last_token_attention import LastTokenAttention
+from vllm_vtw.rankings.random import Random
+from vllm_vtw.rankings.uniform import Uniform
 
-RANKINGS: dict[str, type[Ranking]] = {"last-token-attention": LastTokenAttention}
+QUESTION_RANKINGS: dict[str, type[QuestionRanking]] = {
+    "last-token-attention": LastTokenAttention,
+    "key-norm": KeyNorm,
+}
+IMAGE_RANKINGS: dict[str, type[ImageRanking]] = {"uniform": Uniform, "random": Random}
 """The rankings, by their name in policy files."""
 
-__all__ = ["RANKINGS", "Ranking"]
+__all__ = ["IMAGE_RANKINGS", "QUESTION_RANKINGS", "ImageRanking", "QuestionRanking"]

@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""The base class of rankings."""
+"""The base classes of rankings."""
 
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch  # the process that schedules needs only rankings of images
 
 
-class Ranking(ABC):
+class QuestionRanking(ABC):
     """Scores the tokens of a prompt. The visual tokens with the highest scores stay."""
 
     @abstractmethod
-    def score(self, query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+    def score(self, query: "torch.Tensor", keys: "torch.Tensor", scale: float) -> "torch.Tensor":
         """Scores the tokens of one prompt, given queries and keys of the layer before a stage.
 
         Under tensor parallelism each rank calls this with its own heads, and the scores of all ranks are
@@ -25,4 +30,21 @@ class Ranking(ABC):
 
         Returns:
             The score of each token, float32, shape `(tokens,)`. Only the scores of visual tokens are used.
+        """
+
+
+class ImageRanking(ABC):
+    """Orders the visual tokens of one image or video, whatever the question about it. The first ones stay."""
+
+    @abstractmethod
+    def order(self, num_tokens: int, image_hash: str) -> npt.NDArray[np.int64]:
+        """Orders the tokens of an image.
+
+        Args:
+            num_tokens: The number of its visual tokens.
+            image_hash: vLLM's hash of the image.
+
+        Returns:
+            Their indices, from the one that stays longest to the one that leaves first, shape
+            `(num_tokens,)`.
         """

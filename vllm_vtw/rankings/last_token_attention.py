@@ -2,19 +2,22 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """FastV's ranking of visual tokens, by the attention of the prompt's last token."""
 
-import torch
+from typing import TYPE_CHECKING
 
-from vllm_vtw.rankings.base import Ranking
+from vllm_vtw.rankings.base import QuestionRanking
+
+if TYPE_CHECKING:
+    import torch
 
 
-class LastTokenAttention(Ranking):
+class LastTokenAttention(QuestionRanking):
     """Scores tokens by the attention that the prompt's last token pays to them, summed over the heads.
 
     This is the criterion of FastV (arXiv 2403.06764), which takes the mean over the heads. The sum puts the
     tokens into the same order.
     """
 
-    def score(self, query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+    def score(self, query: "torch.Tensor", keys: "torch.Tensor", scale: float) -> "torch.Tensor":
         grouped = query.float().unflatten(0, (keys.shape[1], -1))
-        products = torch.einsum("kgd,nkd->kgn", grouped, keys.float())
+        products = grouped @ keys.float().permute(1, 2, 0)
         return (products * scale).softmax(-1).sum((0, 1))

@@ -8,6 +8,7 @@ from vllm.config import KVTransferConfig, VllmConfig
 from vllm.platforms import current_platform
 
 from vllm_vtw.capacity import LayerGroups
+from vllm_vtw.policy import Policy
 from vllm_vtw.startup.drafters import drafter_layers
 
 _NIXL = "StagedNixlConnector", "vllm_vtw.connectors.nixl"
@@ -17,11 +18,12 @@ CONNECTORS |= dict.fromkeys(("SimpleCPUOffloadConnector", _OFFLOAD[0]), _OFFLOAD
 """By KV connector of vLLM, the plugin's subclass of it and the module that has it."""
 
 
-def use_own_connector(vllm_config: VllmConfig, groups: LayerGroups) -> None:
+def use_own_connector(vllm_config: VllmConfig, policy: Policy, groups: LayerGroups) -> None:
     """Puts the plugin's connector in place of vLLM's, for `--kv-offloading-size`, too.
 
     Raises:
-        ValueError: vLLM needs a group that holds all tokens in blocks of one page, and `groups` has none.
+        ValueError: vLLM needs a group that holds all tokens in blocks of one page, and `groups` has none. Or
+            the policy ranks visual tokens by image.
     """
     cache = vllm_config.cache_config
     if cache.kv_offloading_size is not None:
@@ -34,6 +36,11 @@ def use_own_connector(vllm_config: VllmConfig, groups: LayerGroups) -> None:
     transfer = vllm_config.kv_transfer_config
     if transfer is None:
         return
+    if policy.ranking is not None:
+        raise ValueError(
+            f"--model-impl vtw with the ranking {policy.ranking!r} beside a KV connector is untested: use a "
+            "policy without a ranking, or remove --kv-transfer-config and --kv-offloading-size"
+        )
     own = CONNECTORS[transfer.kv_connector]
     transfer.kv_connector, transfer.kv_connector_module_path = own
     if own == _OFFLOAD and not any((group.stage, group.pages) == (0, 1) for group in groups.groups):

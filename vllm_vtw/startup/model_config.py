@@ -54,4 +54,4 @@ class VTWModelConfig(VerifyAndUpdateConfig):
             if config.policy.gate is not None:
                 vllm_config.parallel_config.worker_cls = GATED_WORKER
         groups = layer_groups(vllm_config, config.policy)  # may have no place for a drafter's layers
-        use_own_connector(vllm_config, groups)
+        use_own_connector(vllm_config, config.policy, groups)

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionImpl
 
-from vllm_vtw.rankings import Ranking
+from vllm_vtw.rankings import QuestionRanking
 from vllm_vtw.retention import Retention
 
 KEY_DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -163,7 +163,7 @@ def ranking_order(scores: torch.Tensor, is_candidate: torch.Tensor, exists: torc
 
 
 def scores_of(
-    ranking: Ranking,
+    ranking: QuestionRanking,
     prompts: RankedPrompts,
     query: torch.Tensor,
     keys_of: Callable[[RankedPrompt], torch.Tensor],
@@ -176,7 +176,7 @@ def scores_of(
         prompts: The prompts.
         query: Queries of the step's tokens, shape `(tokens, heads, head_size)`.
         keys_of: Returns the keys of a prompt's tokens, shape `(num_prompt, kv_heads, head_size)`.
-        scale: As `Ranking.score` takes it.
+        scale: As `QuestionRanking.score` takes it.
 
     Returns:
         Shape `(prompts, longest)`, float32.
@@ -231,7 +231,7 @@ def ranking_impl(impl: Any) -> type[AttentionImpl]:
     class RankingImpl(impl):
         step: Any
         stage: int
-        ranking: Ranking
+        ranking: QuestionRanking
         order: torch.Tensor | None
 
         def forward(
@@ -276,7 +276,7 @@ def ranking_impl(impl: Any) -> type[AttentionImpl]:
     return RankingImpl
 
 
-def attach_ranking(attention: Attention, stage: int, step: Any, ranking: Ranking) -> None:
+def attach_ranking(attention: Attention, stage: int, step: Any, ranking: QuestionRanking) -> None:
     """Makes an attention layer rank tokens for the stage that begins after it.
 
     An attention implementation sees whole batches, even where the layers around it are compiled or captured

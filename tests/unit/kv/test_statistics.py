@@ -16,7 +16,7 @@ from vllm_vtw.retention import Retention
 def statistics(layers: list[int], width: int, held: dict[int, int], pages_of_stage_0: int) -> Statistics:
     """Of blocks with memory for `width` layers, of which each stage holds so many."""
     manager: Any = SimpleNamespace(
-        held_blocks=lambda: Counter(held), pages_of_stage_0=lambda: pages_of_stage_0
+        held_blocks=lambda: Counter(held), pages_in_stock=lambda running: pages_of_stage_0
     )
     groups: Any = SimpleNamespace(num_layers=layers[-1], width=width)
     return Statistics(layers, groups, manager)

@@ -3,7 +3,7 @@
 """What lies between a decoder's segments, and between pipeline ranks."""
 
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -36,8 +36,8 @@ def test_no_piecewise_graphs():
 
 def test_inputs_lie_where_those_before_lay():
     inputs = graph_inputs(CUDAGraphMode.PIECEWISE)
-    first = inputs.write(8, torch.arange(8), torch.ones(8, 4), torch.ones(8, 4))
-    second = inputs.write(8, torch.arange(3) + 100, torch.full((3, 4), 2.0), torch.full((3, 4), 3.0))
+    first: Any = inputs.write(8, torch.arange(8), torch.ones(8, 4), torch.ones(8, 4))
+    second: Any = inputs.write(8, torch.arange(3) + 100, torch.full((3, 4), 2.0), torch.full((3, 4), 3.0))
     assert [a.data_ptr() for a in first] == [b.data_ptr() for b in second]
     assert second[0].tolist() == [100, 101, 102, 3, 4, 5, 6, 7]
     assert second[1][:, 0].tolist() == [2.0] * 3 + [1.0] * 5
@@ -57,6 +57,21 @@ def stage(kept: list[int] | None, gather: list[int] | None) -> StageStep:
     """As much of a stage's plan as its border needs."""
     of_batch, of_stage_before = (None if at is None else torch.tensor(at) for at in (kept, gather))
     return cast(StageStep, SimpleNamespace(kept=of_batch, gather=of_stage_before))
+
+
+def test_tokens_that_leave_before_the_first_layer():
+    """They have no residual yet, and the runner's embeddings are not written to."""
+    embeddings = torch.rand(5, 4)
+    before = embeddings.clone()
+    states = TokenStates(embeddings, residual=None)
+    states.gather(stage([0, 3, 4], [0, 3, 4]), keep_withdrawn_states=True)
+    assert states.residual is None
+    states.hidden, states.residual = states.hidden + 1, torch.ones(3, 4)
+    states.gather(stage([0, 4], [0, 2]), keep_withdrawn_states=True)
+    states.hidden, states.residual = states.hidden + states.residual, None
+    states.scatter(5, norm=nn.Identity())
+    assert states.hidden.equal(before + torch.tensor([2.0, 0, 0, 2, 2])[:, None])
+    assert embeddings.equal(before)
 
 
 @pytest.mark.parametrize("keep_withdrawn_states", [False, True])

@@ -45,7 +45,9 @@ def test_strides(sizes, data):
         else:
             states = torch.zeros(len(kept), HIDDEN)
             written, hidden, residual = inputs.write(size, positions, states, states)
+            assert residual is not None
             assert len(hidden) == len(residual) == size
+            assert inputs.write(size, positions, states, None)[2] is None, "before layer 0"
         assert torch.equal(written[:, : len(kept)], positions)
         # As those of vLLM's own buffer, of which the runner gives the model the first columns.
         assert written.stride() == of_runner[:, :count].stride()

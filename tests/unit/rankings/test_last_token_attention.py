@@ -9,8 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_vtw.policy import RANKING
-from vllm_vtw.rankings import RANKINGS
 from vllm_vtw.rankings.last_token_attention import LastTokenAttention
 
 
@@ -35,7 +33,3 @@ def test_scores_are_computed_in_float32(dtype):
     assert scores.dtype == torch.float32
     assert scores[0] < scores[1]
     assert float(scores.sum()) == pytest.approx(1.0)
-
-
-def test_a_policy_names_a_ranking_that_there_is():
-    assert RANKINGS.keys() == {RANKING}

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
+"""The orders by which images lose their tokens under rankings by image alone, written down once more."""
+
+from hashlib import sha256
+
+import numpy as np
+
+
+def dithered(side: int) -> list[int]:
+    """The tokens of a square by the matrix of ordered dithering, which is made of itself four times."""
+    matrix = np.zeros((1, 1), dtype=int)
+    while len(matrix) < side:
+        matrix = np.block([[4 * matrix, 4 * matrix + 2], [4 * matrix + 3, 4 * matrix + 1]])
+    cells = [(int(matrix[row, column]), row * side + column) for row in range(side) for column in range(side)]
+    return [token for _, token in sorted(cells)]
+
+
+def drawn(tokens: int, image_hash: str) -> list[int]:
+    """The tokens of an image by lot."""
+    seed = int(sha256(image_hash.encode()).hexdigest(), 16)
+    return np.random.default_rng(seed).permutation(tokens).tolist()

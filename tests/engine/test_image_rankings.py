@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
+"""Stages that keep some of each image's tokens, by rankings that go by the image alone."""
+
+from collections.abc import Mapping
+from fractions import Fraction
+from math import ceil
+from typing import Any
+
+import pytest
+
+from tests.engine.engines import (
+    BLOCK_SIZE,
+    GREEDY,
+    MODEL,
+    SHAPES,
+    Ask,
+    free_blocks,
+    held_blocks,
+    running,
+    scheduler_of,
+    step_until,
+)
+from tests.engine.image_orders import dithered, drawn
+from tests.engine.reference import Reference
+from vllm_vtw.kv.scheduler import VTWScheduler
+
+slow = pytest.mark.slow
+Schedule = Mapping[int, float]
+SCHEDULES: list[Schedule] = [{0: 0.25}, {0: 0.5, 4: 0.0}, {2: 0.5, 5: 0.1}, {0: 0.93, 1: 0.4, 6: 0.05}]
+PER_IMAGE = MODEL.image_side**2
+
+
+def policy(schedule: Schedule, ranking: str) -> dict[str, Any]:
+    model = {"model_type": "llava", "num_hidden_layers": MODEL.layers, "hidden_size": MODEL.hidden}
+    stages = [{"layer": layer, "keep": keep} for layer, keep in schedule.items()]
+    content = {"format": "vllm-vtw-policy/1", "model": model, "stages": stages, "ranking": ranking}
+    return {"policy": content}
+
+
+@pytest.fixture
+def hashes(monkeypatch) -> dict[tuple[int, ...], list[str]]:
+    """By the tokens of a prompt: vLLM's hashes of its images."""
+    seen: dict[tuple[int, ...], list[str]] = {}
+    original = VTWScheduler.add_request
+
+    def add_request(self, request):
+        seen[tuple(request.prompt_token_ids)] = [feature.mm_hash for feature in request.mm_features]
+        original(self, request)
+
+    monkeypatch.setattr(VTWScheduler, "add_request", add_request)
+    return seen
+
+
+def leaving(
+    oracle: Reference, prompt: list[int], schedule: Schedule, ranking: str, hashes: list[str]
+) -> dict[int, set[int]]:
+    """By layer: the positions that leave there."""
+    visual = [position for position, token in enumerate(prompt) if token == oracle.image_token]
+    images = [visual[start : start + PER_IMAGE] for start in range(0, len(visual), PER_IMAGE)]
+    found: dict[int, set[int]] = {}
+    gone: set[int] = set()
+    for layer, keep in schedule.items():
+        kept = ceil(Fraction(str(keep)) * PER_IMAGE)
+        before = set(gone)
+        for positions, image_hash in zip(images, hashes, strict=True):
+            order = dithered(MODEL.image_side) if ranking == "uniform" else drawn(PER_IMAGE, image_hash)
+            gone |= {positions[token] for token in order[kept:]} - {len(prompt) - 1}
+        found[layer] = gone - before
+    return found
+
+
+def assert_selected(
+    oracle: Reference,
+    ask: Ask,
+    output: Any,
+    schedule: Schedule,
+    ranking: str,
+    hashes: Mapping[Any, list[str]],
+) -> None:
+    """The answer is the reference's greedy one, token for token."""
+    prompt, answer = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
+    embeds = [oracle.embeds(image) for image in ask.images]
+    left = leaving(oracle, prompt, schedule, ranking, hashes[tuple(prompt)])
+    logits = oracle.selected_logits([*prompt, *answer], embeds, left)
+    assert logits[-len(answer) - 1 : -1].argmax(-1).tolist() == answer, ask.name
+
+
+@pytest.mark.parametrize(
+    ("schedule", "ranking"),
+    [
+        (SCHEDULES[0], "uniform"),
+        *(pytest.param(schedule, "uniform", marks=slow) for schedule in SCHEDULES[1:]),
+        (SCHEDULES[1], "random"),
+        *(pytest.param(schedule, "random", marks=slow) for schedule in (SCHEDULES[0], *SCHEDULES[2:])),
+    ],
+)
+def test_every_request_shape(checkpoint, reference, hashes, schedule, ranking):
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    prompts = [ask.to_vllm(oracle) for ask in SHAPES]
+    # Prompts are computed in chunks that end inside images.
+    with running(folder, policy(schedule, ranking), max_num_batched_tokens=72, max_num_seqs=8) as llm:
+        all_free = free_blocks(llm)
+        together = llm.generate(prompts, GREEDY, use_tqdm=False)
+        alone = [llm.generate(prompt, GREEDY, use_tqdm=False)[0] for prompt in prompts]
+        assert free_blocks(llm) == all_free
+    for ask, batched, single in zip(SHAPES, together, alone, strict=True):
+        assert len(batched.outputs[0].token_ids) == GREEDY.max_tokens
+        assert batched.outputs[0].token_ids == single.outputs[0].token_ids, ask.name
+        assert_selected(oracle, ask, batched, schedule, ranking, hashes)
+
+
+def test_blocks_hold_what_stays(checkpoint, reference, hashes):
+    folder, schedule = checkpoint(MODEL), {0: 0.5, 4: 0.1}
+    oracle = reference(folder)
+    ask = next(ask for ask in SHAPES if ask.name == "several apart")
+    with running(folder, policy(schedule, "random"), max_num_batched_tokens=72) as llm:
+        llm.llm_engine.add_request("request", ask.to_vllm(oracle), GREEDY)
+        (request,) = scheduler_of(llm).requests.values()
+        prompt = list(request.prompt_token_ids)
+        left = leaving(oracle, prompt, schedule, "random", hashes[tuple(prompt)])
+        seen = []
+
+        def check() -> None:
+            computed = range(request.num_computed_tokens)
+            for manager, (blocks,) in zip(
+                scheduler_of(llm).kv_cache_manager.stage_managers,
+                zip(*held_blocks(llm).values(), strict=True) if held_blocks(llm) else (),
+                strict=False,
+            ):
+                gone = left[0] if manager.stage == 1 else left[0] | left[4]
+                tokens = sum(position not in gone for position in computed)
+                assert len(blocks) == -(-tokens // (BLOCK_SIZE * manager.pages))
+                seen.append((manager.stage, len(computed)))
+
+        step_until(llm, lambda: not llm.llm_engine.has_unfinished_requests(), check)
+    assert {stage for stage, _ in seen} == {1, 2}, "no layer holds all tokens"
+    assert any(tokens < len(prompt) for _, tokens in seen)
+
+
+def test_what_is_not_withdrawn_is_answered_as_in_stock(checkpoint, reference):
+    folder = checkpoint(MODEL)
+    prompts = [ask.to_vllm(reference(folder)) for ask in SHAPES]
+    params = GREEDY.clone()
+    params.extra_args = {"vtw_layer": MODEL.layers}
+    answers = []
+    for vtw, asked in ((None, GREEDY), (policy({0: 0.25, 3: 0.0}, "uniform"), params)):
+        with running(folder, vtw, max_num_batched_tokens=72, max_num_seqs=8) as llm:
+            outputs = llm.generate(prompts, asked, use_tqdm=False)
+            answers.append([output.outputs[0].token_ids for output in outputs])
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("ranking", ["uniform", pytest.param("random", marks=slow)])
+def test_the_prefix_cache_changes_no_answer(checkpoint, reference, hashes, ranking):
+    folder, schedule = checkpoint(MODEL), {0: 0.5, 4: 0.25}
+    oracle = reference(folder)
+    full = GREEDY.clone()
+    full.extra_args = {"vtw_layer": MODEL.layers}
+    options = {"enable_prefix_caching": True, "max_num_batched_tokens": 72, "max_num_seqs": 4}
+    with running(folder, policy(schedule, ranking), **options) as llm:
+        for params in (GREEDY, full, GREEDY, full):
+            outputs = llm.generate([ask.to_vllm(oracle) for ask in SHAPES], params, use_tqdm=False)
+            for ask, output in zip(SHAPES, outputs, strict=True):
+                asked = schedule if params is GREEDY else {}
+                assert_selected(oracle, ask, output, asked, ranking, hashes)
+        assert any(output.num_cached_tokens for output in outputs)
