@@ -226,19 +226,19 @@ def assert_hits_while_the_first_runs(llm, oracle, course, block_size):
     assert free_blocks(llm) == all_free
 
 
-def test_by_tokens_answers_stay_what_they_were(setting):
-    """How much is served follows from where pictures lie; the manager's tests say how much exactly."""
-    block_size = 32
-    options = {"block_size": block_size, **ENGINE}
-    with running(setting.folder, {"layer": LAYER, "align": False}, **options) as llm:
+@pytest.mark.parametrize(
+    ("model", "layer"),
+    [(MODEL, LAYER), pytest.param(DEEP, 28, marks=pytest.mark.slow)],
+    ids=["a page", "pages"],
+)
+def test_by_tokens_as_much_is_served_from_the_cache_as_in_stock(settings, model, layer):
+    setting = settings(model)
+    with running(setting.folder, {"layer": layer, "align": False}, **ENGINE) as llm:
         served = [serve(llm, turn) for turn in setting.course]
-    for one in served:
-        one.assert_right(setting.oracle, 1)
-    cached, stock = ([one.cached for one in turns] for turns in (served, setting.in_stock(block_size)))
-    assert all(ours <= theirs for ours, theirs in zip(cached, stock, strict=True))
-    # Text is served as in stock; of pictures only what lies between borders.
-    assert cached[-1] == stock[-1]
-    assert 0 < sum(cached) < sum(stock)
+        again = [serve(llm, turn) for turn in setting.course]
+    for one in served + again:
+        one.assert_right(setting.oracle, 1, layer)
+    assert [one.cached for one in served] == [one.cached for one in setting.in_stock(BLOCK_SIZE)]
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,9 @@
 """Allocates and shares the KV blocks of one group of a stage's layers.
 
 A block of the pool holds one or more *pages*, and a page the keys and values of `page_size` retained tokens;
-see `vllm_vtw.capacity`. Requests share pages: a row may begin with blocks that are shared as a whole, and
-then one that is shared up to the end of one of its pages. That last block is copied before it is written to.
+see `vllm_vtw.capacity`. Requests share rows up to *borders*, where a number of whole pages of the request's
+own tokens ends: a row may begin with blocks that are shared as a whole, and then one that is shared in part.
+That last block is copied before it is written to.
 """
 
 from collections import Counter, defaultdict
@@ -25,8 +26,8 @@ from vllm_vtw.retention import Retention, of_stage
 
 Found = TypeVar("Found")
 Offer = tuple[BlockHashWithGroupId, KVCacheBlock, int]
-"""The hash of a row up to the end of a page, the block that holds the page, and the number of tokens of the
-row up to there."""
+"""The hash of a row up to a border, a block of the row, and the number of the row's tokens up to the block's
+last one."""
 
 
 class StagedBlockHashes(list[BlockHash]):
@@ -44,33 +45,28 @@ class StagedBlockHashes(list[BlockHash]):
         super().__init__(hashes)
         self.retentions = retentions
 
-    def of_page(self, stage: int, page: int, page_size: int) -> BlockHash | None:
-        """The hash under which a stage's row is shared up to the end of a page.
+    def of_row(self, stage: int, border: int, page_size: int, is_last: bool) -> BlockHash:
+        """The hash under which a block of a stage's row is shared up to a border.
 
-        What a page holds depends on all tokens of the request up to the page's last token, so it is shared
-        under the hash of those tokens. vLLM has such a hash only where a number of whole blocks of the
-        request ends. For example, with pages of 16 tokens, if positions 32 to 95 are withdrawn, page 2 of the
-        row holds positions 96 to 111 and has the request's hash 6. If positions 35 to 97 are withdrawn, page
-        2 of the row holds positions 32 to 34 and 98 to 110, and cannot be shared.
+        What the row holds of the tokens before a border depends on these tokens, so it is shared under vLLM's
+        hash of them. For example, with pages of 16 tokens, if positions 32 to 95 are withdrawn, the row up to
+        the border at 112 holds 48 tokens, which fill three pages. If positions 35 to 97 are withdrawn, it
+        holds 49, and one of them is in a fourth page.
 
-        If tokens of the request have left before the page ends, its content also depends on the layer at
-        which they did. Requests share such a page only with those whose tokens left at the same layer.
+        If tokens of the request have left before the border, the row also depends on the layer at which they
+        did. Requests share it only with those whose tokens left at the same layer.
 
         Args:
             stage: The stage.
-            page: Index of the page in the row.
+            border: A multiple of `page_size`.
             page_size: Tokens of a page, which are as many as vLLM's hashes count in blocks of.
-
-        Returns:
-            The hash, or None if the row cannot be shared up to there.
+            is_last: Whether the block is the row's last one before the border. The one before it may have
+                been filled by the same page of the request.
         """
-        retention = of_stage(self.retentions, stage)
-        last = retention.position((page + 1) * page_size - 1)
-        blocks, rest = divmod(last + 1, page_size)
-        if rest:
-            return None
-        layer = retention.left_before(last)
-        return self[blocks - 1] if layer is None else BlockHash(self[blocks - 1] + layer.to_bytes(2))
+        layer = of_stage(self.retentions, stage).left_before(border)
+        block_hash = self[border // page_size - 1]
+        suffix = b"" if layer is None else layer.to_bytes(2)
+        return BlockHash(block_hash + suffix + (b"" if is_last else b"+"))
 
 
 class StageManager(SingleTypeKVCacheManager):
@@ -84,7 +80,7 @@ class StageManager(SingleTypeKVCacheManager):
         pages: Pages of a block.
         retentions: By request id, the retention of every stage past the first. The scheduler sets it.
         shares_parts: Whether requests share parts of blocks. The scheduler sets it.
-        num_cached_block: By request id, how many pages of its row have been offered to other requests.
+        num_cached_block: By request id, how many borders of it the row has been offered up to.
     """
 
     retentions: Mapping[str, tuple[Retention, ...]] = {}
@@ -162,9 +158,10 @@ class StageManager(SingleTypeKVCacheManager):
             request_id, new_computed_blocks, retained, num_external_computed_tokens
         )
         whole_blocks = retained // self.block_size
-        # `allocate_new_blocks` replaces a block that is shared in part by a copy. Its pages are offered, too.
+        # `allocate_new_blocks` replaces a block that is shared in part by a copy. It is offered, too.
         self._hold(new_computed_blocks[:whole_blocks])
-        self.num_cached_block[request_id] = whole_blocks * self.pages
+        start = of_stage(self.retentions[request_id], self.stage).position(whole_blocks * self.block_size)
+        self.num_cached_block[request_id] = min(start, num_local_computed_tokens) // self.page_size
 
     def allocate_external_computed_blocks(
         self,
@@ -191,30 +188,36 @@ class StageManager(SingleTypeKVCacheManager):
         return blocks
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **options: Any) -> None:
-        """Offers the full pages of the request's first `num_tokens` tokens to other requests.
+        """Offers the row up to the borders of the request's first `num_tokens` tokens to other requests.
 
         Another request can share a whole block at once: kernels write all keys of a step before they read
         any. To share a part of a block it needs a copy, and copies are made before a step computes
-        anything. Such a part is therefore offered by `offer_parts`, after this step has been scheduled.
+        anything. What may be shared in part is therefore offered by `offer_parts`, after this step has been
+        scheduled.
         """
         hashes = request.block_hashes
         assert isinstance(hashes, StagedBlockHashes)
         retention = of_stage(hashes.retentions, self.stage)
         start = self.num_cached_block.get(request.request_id, 0)
-        stop = retention.count(min(num_tokens, retention.shareable)) // self.page_size
+        stop = min(num_tokens, retention.shareable) // self.page_size
         if start >= stop:
             return
         row = self.req_to_blocks[request.request_id]
-        for page in range(start, stop):
-            block_hash = hashes.of_page(self.stage, page, self.page_size)
-            if block_hash is None:
-                continue
-            key = make_block_hash_with_group_id(block_hash, self.kv_cache_group_id)
-            offer = key, row[page // self.pages], (page + 1) * self.page_size
-            if (page + 1) % self.pages:
-                self._offered_after_step[request.request_id].append(offer)
-            else:
-                self.block_pool._insert_block_hash(*offer)
+        before = retention.count(start * self.page_size)
+        for border in range((start + 1) * self.page_size, (stop + 1) * self.page_size, self.page_size):
+            held = retention.count(border)
+            for block in range(
+                before // self.block_size, -(-held // self.block_size) if held > before else 0
+            ):
+                filled = min(held, (block + 1) * self.block_size)
+                is_last = held <= (block + 1) * self.block_size
+                block_hash = hashes.of_row(self.stage, border, self.page_size, is_last)
+                key = make_block_hash_with_group_id(block_hash, self.kv_cache_group_id)
+                if held == (block + 1) * self.block_size:
+                    self.block_pool._insert_block_hash(key, row[block], filled)
+                else:
+                    self._offered_after_step[request.request_id].append((key, row[block], filled))
+            before = held
         self.num_cached_block[request.request_id] = stop
 
     def offer_parts(self) -> None:
@@ -238,15 +241,13 @@ class StageManager(SingleTypeKVCacheManager):
         assert isinstance(hashes, StagedBlockHashes)
         retention = of_stage(hashes.retentions, self.stage)
         most = min(most, retention.shareable)
-        offered = self.num_cached_block.get(request.request_id, 0)
-        if not self.shares_parts:
-            offered -= offered % self.pages
-        _, covered = _longest_hit(
-            min(retention.count(most) // self.page_size, offered),
-            self.pages,
-            lambda page: hashes.of_page(self.stage, page, self.page_size),
-        )
-        return _hit_length(retention, covered, most, self.page_size)
+        offered = self.num_cached_block.get(request.request_id, 0) * self.page_size
+
+        def is_offered(border: int, is_last: bool) -> bool | None:
+            is_whole = is_last and retention.count(border) % self.block_size == 0
+            return (border <= offered and (self.shares_parts or is_whole)) or None
+
+        return _longest_hit(retention, most, self.page_size, self.pages, is_offered)[1]
 
     @classmethod
     def find_longest_cache_hit(
@@ -267,47 +268,64 @@ class StageManager(SingleTypeKVCacheManager):
         retention = of_stage(block_hashes.retentions, stage)
         most = min(max_length, retention.shareable)
 
-        def cached(page: int) -> list[KVCacheBlock] | None:
-            block_hash = block_hashes.of_page(stage, page, page_size)
-            return block_pool.get_cached_block(block_hash, kv_cache_group_ids) if block_hash else None
+        def cached(border: int, is_last: bool) -> list[KVCacheBlock] | None:
+            block_hash = block_hashes.of_row(stage, border, page_size, is_last)
+            return block_pool.get_cached_block(block_hash, kv_cache_group_ids)
 
-        found, covered = _longest_hit(retention.count(most) // page_size, kv_cache_spec.pages, cached)
+        found, hit = _longest_hit(retention, most, page_size, kv_cache_spec.pages, cached)
         rows = tuple(list(row) for row in zip(*found, strict=True)) or tuple([] for _ in kv_cache_group_ids)
-        return rows, _hit_length(retention, covered, most, page_size)
+        return rows, hit
 
 
 def _longest_hit(
-    num_pages: int, pages: int, lookup: Callable[[int], Found | None]
+    retention: Retention,
+    most: int,
+    page_size: int,
+    pages: int,
+    lookup: Callable[[int, bool], Found | None],
 ) -> tuple[list[Found], int]:
-    """Finds the longest part of a row that is cached, block by block.
+    """Finds the longest part of a request that a row has cached, block by block.
 
-    For example, with 4 pages in a block, a row of 7 pages is looked up at the end of page 3 first, then at
-    the end of page 6. If nothing is cached there, it is looked up at the ends of pages 5 and 4.
+    Each whole block is looked up at the first border behind its last token. If that is not cached, or is too
+    far, the block is looked up at the borders before, from the last one on: it may be cached in part.
+
+    Withdrawn tokens behind the last token that is cached are part of the hit. For example, with pages of 16
+    tokens, if the prompt begins with 32 text tokens and the next 64 tokens are withdrawn, two pages cover 96
+    tokens.
 
     Args:
-        num_pages: Full pages of the row.
+        retention: What the row holds of the request.
+        most: The largest number of tokens that the hit may have.
+        page_size: Tokens of a page.
         pages: Pages of a block.
-        lookup: Returns what is cached for the row up to the end of a page. None if nothing is.
+        lookup: Returns what is cached of a block up to a border, None if nothing is. It is also told whether
+            the block is the row's last one before the border.
 
     Returns:
-        What was found, for each block, and the number of pages that this covers.
+        What was found, for each block, and the number of tokens of the request that this covers.
     """
     found: list[Found] = []
-    covered = 0
-    while covered < num_pages and covered % pages == 0:
-        ends = range(min(covered + pages, num_pages) - 1, covered - 1, -1)
-        at, block = next(((page, hit) for page in ends if (hit := lookup(page))), (None, None))
-        if at is None or block is None:
+    block_size, most = page_size * pages, most // page_size * page_size
+
+    def border_behind(rank: int) -> int:
+        """The first border behind a token of the row."""
+        return (retention.position(rank) // page_size + 1) * page_size
+
+    while True:
+        covered = len(found) * block_size
+        border = border_behind(covered + block_size - 1)
+        hit = lookup(border, retention.count(border) == covered + block_size) if border <= most else None
+        if hit is None:
             break
-        found.append(block)
-        covered = at + 1
-    return found, covered
-
-
-def _hit_length(retention: Retention, pages: int, most: int, page_size: int) -> int:
-    """How many tokens of the prompt the first `pages` pages of a row cover, at most `most`.
-
-    Withdrawn tokens after the last page are part of the hit. For example, with pages of 16 tokens, if the
-    prompt begins with 32 text tokens and the next 64 tokens are withdrawn, two pages cover 96 tokens.
-    """
-    return min(most, retention.position(pages * page_size)) // page_size * page_size
+        found.append(hit)
+    held = retention.count(min(most, border - page_size))
+    while held > covered:
+        border = border_behind(held - 1)
+        hit = lookup(border, True)
+        if hit is not None:
+            found.append(hit)
+            covered = held
+            break
+        held = retention.count(border - page_size)
+    num_tokens = min(most, retention.position(covered)) // page_size * page_size
+    return found[: -(-retention.count(num_tokens) // block_size)], num_tokens

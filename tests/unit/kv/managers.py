@@ -52,6 +52,8 @@ LAYOUTS = pytest.mark.parametrize("layout", SPECS)
 LAYERS = 12
 EXITS = Policy((Stage(4, 0.0), Stage(8, 0.0)))
 """Two layers that requests may choose from, which are where the stages of `SPECS` begin."""
+LOTS = Policy((Stage(4, 0.6), Stage(8, 0.2)), ranked_by="random")
+"""Stages that begin there and draw lots."""
 
 TEXT = 4
 """The token of texts, which answers are made of too: a prompt may go on as another was answered."""
@@ -89,6 +91,12 @@ class Ask:
             MultiModalFeatureSpec(None, "image", f"{kind}{size}", PlaceholderRange(start, size))
             for kind, start, size in self.pictures
         ]
+
+    def selected(self, stays: bool = False) -> tuple[Retention, ...]:
+        """What the stages of `LOTS` retain, or what they do if the request chooses that everything stays."""
+        return request_retentions(
+            LOTS, self.features(), self.starts[-1], 1, 0, layer=LAYERS if stays else None
+        )
 
     def leaving(self, exit_stage: int | None, align_to: int) -> tuple[Retention, ...]:
         """What the stages of `EXITS` retain if the request chooses one. None withdraws nothing."""

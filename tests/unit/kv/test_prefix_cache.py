@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """What a prefix cache over stages serves, beside stock vLLM's."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.request import Request
 
 from tests.unit.kv.managers import ALL, BLOCK_SIZE, LAYOUTS, SPECS, Ask, asks, ends_step, manager
-from vllm_vtw.kv.spec import StageSpec
+from vllm_vtw.retention import Retention
 
 COURSES = st.lists(asks(most=8), min_size=2, max_size=8)
 
@@ -46,14 +46,22 @@ def in_stock(course: list[Ask], block_size: int = BLOCK_SIZE) -> list[int]:
     return hits(manager(True, [replace(ALL, block_size=block_size)], 4000), requests)
 
 
-def withdrawing(layout: str, course: list[Ask], align_to: int, block_size: int = BLOCK_SIZE) -> list[int]:
+def served(
+    layout: str, course: list[Ask], retentions: Sequence[tuple[Retention, ...]], block_size: int = BLOCK_SIZE
+) -> list[int]:
     requests = [
-        ask.request(str(i), (ask.prompt.retention(align_to),) * 2, block_size) for i, ask in enumerate(course)
+        ask.request(str(i), of_ask, block_size)
+        for i, (ask, of_ask) in enumerate(zip(course, retentions, strict=True))
     ]
     vtw = manager(True, specs(layout, block_size), 4000)
     for stage in vtw.stage_managers:
         stage.retentions = {request.request_id: request.block_hashes.retentions for request in requests}
     return hits(vtw, requests)
+
+
+def withdrawing(layout: str, course: list[Ask], align_to: int, block_size: int = BLOCK_SIZE) -> list[int]:
+    retentions = [(ask.prompt.retention(align_to),) * 2 for ask in course]
+    return served(layout, course, retentions, block_size)
 
 
 @pytest.mark.parametrize("block_size", [8, 16, 32])
@@ -68,22 +76,14 @@ def test_withdrawing_by_blocks_serves_as_much_from_the_cache_as_stock(
 
 @LAYOUTS
 @given(COURSES)
-def test_withdrawing_by_tokens_serves_what_lies_on_borders_of_blocks(layout: str, course: list[Ask]):
-    """Up to the last border of stock's blocks where the pages of every row ended on such a border, and all
-    whole blocks of the row did."""
-    pages = [spec.pages for spec in SPECS[layout] if isinstance(spec, StageSpec) and spec.stage]
+def test_withdrawing_by_tokens_serves_as_much_from_the_cache_as_stock(layout: str, course: list[Ask]):
+    assert withdrawing(layout, course, 1) == in_stock(course)
 
-    def is_border(ask: Ask, num_tokens: int) -> bool:
-        held = ask.prompt.held(num_tokens, align_to=1)
-        ends = [position + 1 for position in held[BLOCK_SIZE - 1 :: BLOCK_SIZE]]
-        needed = {end for number in pages for end in [*ends[number - 1 :: number], *ends[-1:]]}
-        return len(held) % BLOCK_SIZE == 0 and all(end % BLOCK_SIZE == 0 for end in needed)
 
-    allowed = [
-        max(border for border in range(0, hit + 1, BLOCK_SIZE) if is_border(ask, border))
-        for ask, hit in zip(course, in_stock(course), strict=True)
-    ]
-    assert withdrawing(layout, course, 1) == allowed
+@LAYOUTS
+@given(COURSES)
+def test_tokens_of_images_that_are_drawn_by_lot_share_as_much_as_in_stock(layout: str, course: list[Ask]):
+    assert served(layout, course, [ask.selected() for ask in course]) == in_stock(course)
 
 
 @pytest.mark.parametrize("align_to", [1, BLOCK_SIZE])
@@ -139,20 +139,15 @@ def test_requests_with_exits_of_their_own_share_what_is_the_same(
 ):
     """What lies before the tokens that leave is the same for all exits, and so are these tokens in the stages
     before. What follows is the same for requests with the same exit."""
-    requests = [
-        ask.request(str(number), ask.leaving(exit_stage, BLOCK_SIZE))
-        for number, (ask, exit_stage) in enumerate(course)
-    ]
-    vtw = manager(True, SPECS[layout], 4000)
-    for stage in vtw.stage_managers:
-        stage.retentions = {request.request_id: request.block_hashes.retentions for request in requests}
+    retentions = [ask.leaving(exit_stage, BLOCK_SIZE) for ask, exit_stage in course]
+    found = served(layout, [ask for ask, _ in course], retentions)
     offered: list[list[object]] = [[], [], []]
-    for (ask, exit_stage), served in zip(course, hits(vtw, requests), strict=True):
+    for (ask, exit_stage), tokens in zip(course, found, strict=True):
         rows = [pages(ask, stage, exit_stage) for stage in range(3)]
         missing = [
             end for row, shared in zip(rows, offered, strict=True) for end in row if row[end] not in shared
         ]
         limits = [end - 1 for end in missing] + [max(ask.starts[-1] - 1, 0)]
-        assert served == min(limits) // BLOCK_SIZE * BLOCK_SIZE
+        assert tokens == min(limits) // BLOCK_SIZE * BLOCK_SIZE
         for number, row in enumerate(rows):
             offered[number] += row.values()

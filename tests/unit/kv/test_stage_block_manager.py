@@ -3,6 +3,8 @@
 """vLLM's KV cache manager over stages, against the obvious model, through any course of requests."""
 
 from collections import Counter
+from fractions import Fraction
+from math import ceil
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -10,9 +12,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.request import Request
 
+from tests.engine.image_orders import drawn
 from tests.unit.kv.managers import (
     BLOCK_SIZE,
     LAYOUTS,
+    LOTS,
     MAX_MODEL_LEN,
     NUM_BLOCKS,
     SPECS,
@@ -21,7 +25,6 @@ from tests.unit.kv.managers import (
     asks,
     manager,
 )
-from tests.unit.strategies import Prompt
 from vllm_vtw.retention import Retention
 
 
@@ -44,14 +47,16 @@ class Course(RuleBasedStateMachine):
         enable_caching=st.booleans(),
         align_to=st.sampled_from([1, BLOCK_SIZE]),
         layout=st.sampled_from(sorted(SPECS)),
+        by_lot=st.booleans(),
     )
-    def start(self, enable_caching: bool, align_to: int, layout: str):
+    def start(self, enable_caching: bool, align_to: int, layout: str, by_lot: bool = False):
         self.manager = manager(enable_caching, SPECS[layout])
         self.align_to = align_to
+        self.by_lot = by_lot
         self.retentions: dict[str, tuple[Retention, ...]] = {}
         for stage in self.manager.stage_managers:
             stage.retentions = self.retentions
-        self.requests: dict[str, tuple[Request, Prompt]] = {}
+        self.requests: dict[str, tuple[Request, Ask]] = {}
         self.exits: dict[str, int | None] = {}
         self.cells: dict[tuple[int, int, int], object] = {}
         """What the KV cache holds, by pipeline rank, block and place in the block."""
@@ -69,17 +74,26 @@ class Course(RuleBasedStateMachine):
     def arrives(self, ask: Ask, exit_stage: int | None = 1):
         self.arrived += 1
         retentions = ask.leaving(exit_stage, self.align_to)
+        if self.by_lot:
+            retentions, exit_stage = ask.selected(stays=exit_stage is None), exit_stage and 1
         request = ask.request(str(self.arrived), retentions)
         self.retentions[request.request_id] = retentions
-        self.requests[request.request_id] = (request, ask.prompt)
+        self.requests[request.request_id] = (request, ask)
         self.exits[request.request_id] = exit_stage
 
     def held(self, request: Request, stage: int, num_tokens: int) -> list[int]:
         """The positions among the first `num_tokens` that a stage holds."""
-        prompt, exit_stage = self.requests[request.request_id][1], self.exits[request.request_id]
-        if exit_stage is None or stage < exit_stage:
+        ask, exit_stage = self.requests[request.request_id][1], self.exits[request.request_id]
+        if self.by_lot and exit_stage is not None and stage > 0:
+            keep, gone = LOTS.stages[stage - 1].keep, set()
+            for kind, start, size in ask.pictures:
+                order = drawn(size, f"{kind}{size}")
+                gone |= {start + token for token in order[ceil(Fraction(str(keep)) * size) :]}
+            last = ask.prompt.length - 1
+            return [position for position in range(num_tokens) if position == last or position not in gone]
+        if exit_stage is None or stage < exit_stage or self.by_lot:
             return list(range(num_tokens))
-        return prompt.held(num_tokens, self.align_to)
+        return ask.prompt.held(num_tokens, self.align_to)
 
     def rows(self, request: Request):
         """Group by group, what a request's blocks have to hold: all that the computed tokens come from."""
@@ -223,7 +237,7 @@ class Course(RuleBasedStateMachine):
                 pages.append(len(blocks) * pages_of(m))
         assert self.manager.held_blocks() == held
         # Groups with several pages in a block may hold some that are empty.
-        assert self.manager.pages_of_stage_0() == min(pages)
+        assert self.manager.pages_in_stock(()) == min(pages)
 
     def teardown(self):
         for request, _ in getattr(self, "requests", {}).values():
