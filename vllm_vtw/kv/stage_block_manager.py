@@ -60,8 +60,8 @@ class StagedBlockHashes(list[BlockHash]):
             stage: The stage.
             border: A multiple of `page_size`.
             page_size: Tokens of a page, which are as many as vLLM's hashes count in blocks of.
-            is_last: Whether the block is the row's last one before the border. The one before it may have
-                been filled by the same page of the request.
+            is_last: Whether the block is the row's last one before the border. Tokens in front of a border
+                may fill one block and begin the next.
         """
         layer = of_stage(self.retentions, stage).left_before(border)
         block_hash = self[border // page_size - 1]
@@ -203,21 +203,20 @@ class StageManager(SingleTypeKVCacheManager):
         if start >= stop:
             return
         row = self.req_to_blocks[request.request_id]
-        before = retention.count(start * self.page_size)
+        held = retention.count(start * self.page_size)
         for border in range((start + 1) * self.page_size, (stop + 1) * self.page_size, self.page_size):
-            held = retention.count(border)
-            for block in range(
-                before // self.block_size, -(-held // self.block_size) if held > before else 0
-            ):
-                filled = min(held, (block + 1) * self.block_size)
-                is_last = held <= (block + 1) * self.block_size
-                block_hash = hashes.of_row(self.stage, border, self.page_size, is_last)
+            before, held = held, retention.count(border)
+            if held == before:
+                continue
+            for block in range(before // self.block_size, -(-held // self.block_size)):
+                end = (block + 1) * self.block_size
+                block_hash = hashes.of_row(self.stage, border, self.page_size, is_last=held <= end)
                 key = make_block_hash_with_group_id(block_hash, self.kv_cache_group_id)
-                if held == (block + 1) * self.block_size:
-                    self.block_pool._insert_block_hash(key, row[block], filled)
+                offer = key, row[block], min(held, end)
+                if held == end:
+                    self.block_pool._insert_block_hash(*offer)
                 else:
-                    self._offered_after_step[request.request_id].append((key, row[block], filled))
-            before = held
+                    self._offered_after_step[request.request_id].append(offer)
         self.num_cached_block[request.request_id] = stop
 
     def offer_parts(self) -> None:
@@ -234,7 +233,7 @@ class StageManager(SingleTypeKVCacheManager):
         """How many tokens of the prompt another request with the same tokens would find cached in this row.
 
         Args:
-            request: A request whose full pages have been offered by `cache_blocks`.
+            request: A request whose row has been offered by `cache_blocks`.
             most: The number of tokens that other rows offer.
         """
         hashes = request.block_hashes
