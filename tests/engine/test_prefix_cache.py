@@ -144,7 +144,9 @@ def setting(settings) -> Setting:
     return settings(MODEL)
 
 
-@pytest.mark.parametrize("layer", [4, 11, 20, 26, 28, 31])
+@pytest.mark.parametrize(
+    "layer", [4, 28, *(pytest.param(k, marks=pytest.mark.slow) for k in (11, 20, 26, 31))]
+)
 def test_blocks_of_several_pages_serve_as_much_from_the_cache(settings, layer):
     """In groups of several pages a block, questions about a known picture begin inside a block."""
     setting = settings(DEEP)

@@ -38,7 +38,7 @@ def run(folder, reference, asks, vtw=None, **options):
 
 
 @pytest.mark.parametrize("model", [MODEL, SmallLlava(layers=6, kv_heads=1, backbone="qwen2")])
-@pytest.mark.parametrize("prefix_caching", [False, True])
+@pytest.mark.parametrize("prefix_caching", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_no_layer_left_without_pictures_is_stock(checkpoint, reference, model, prefix_caching):
     folder = checkpoint(model)
     # Twice, so that the second half finds the first in the cache.
@@ -47,7 +47,7 @@ def test_no_layer_left_without_pictures_is_stock(checkpoint, reference, model, p
     assert run(folder, reference(folder), asks, {"layer": model.layers}, **options) == stock
 
 
-@pytest.mark.parametrize("layer", [1, pytest.param(4, marks=pytest.mark.slow), 7])
+@pytest.mark.parametrize("layer", [1, *(pytest.param(k, marks=pytest.mark.slow) for k in (4, 7))])
 def test_texts_are_stock_at_every_layer(checkpoint, reference, layer):
     folder = checkpoint(MODEL)
     asks = TEXTS * 3

@@ -25,9 +25,12 @@ LIKE_OTHERS = (
     "eagle",
     "glm4v_moe",
     "idefics3",
+    "internvl_chat",
     "internvl_chat_video",
+    "llava_next",
     "llava_onevision2",
     "llava_over_pixtral",
+    "pixtral",
     "qwen2_vl",
 )
 """Families that differ little from another one. All their tests are slow."""
