@@ -26,6 +26,7 @@ from tests.engine.engines import (
 )
 from tests.engine.gates import ASKED, assert_gated, dividing
 from tests.engine.reference import Reference
+from tests.engine.test_image_rankings import assert_selected, policy
 from tests.engine.test_ranked import assert_ranked, written
 from vllm_vtw.models.graph_inputs import GraphInputs
 
@@ -103,6 +104,18 @@ def test_ranked_prompts_choose_between_graphs(checkpoint, reference, taken, tmp_
         assert_ranked(oracle, ask, output, schedule)
     assert static_graphs.replays["FULL", 8] > 0
     # What stays of a prompt may have a graph where the prompt has none.
+    assert any(size < batch for size, batch in taken)
+
+
+def test_a_stage_before_the_decoder_has_graphs(checkpoint, reference, taken):
+    """Its segment begins with layer 0, which gets no residual."""
+    schedule, folder = {0: 0.5, 4: 0.1}, checkpoint(MODEL)
+    oracle = reference(folder)
+    with running(folder, policy(schedule, "uniform", MODEL), **ENGINE) as llm:
+        outputs = llm.generate([ask.to_vllm(oracle) for ask in SHAPES], GREEDY, use_tqdm=False)
+    for ask, output in zip(SHAPES, outputs, strict=True):
+        assert_selected(oracle, ask, output, schedule, "uniform", [""] * len(ask.images))
+    assert static_graphs.replays["FULL", 8] > 0
     assert any(size < batch for size, batch in taken)
 
 

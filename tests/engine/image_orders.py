@@ -16,6 +16,15 @@ def dithered(side: int) -> list[int]:
     return [token for _, token in sorted(cells)]
 
 
+def spread(tokens: int) -> list[int]:
+    """The tokens of an image or video so that the first ones are spread evenly."""
+    side = round(tokens**0.5)
+    if side * side == tokens:
+        return dithered(side)
+    digits = len(bin(tokens))
+    return sorted(range(tokens), key=lambda token: int(f"{token:0{digits}b}"[::-1], 2))
+
+
 def drawn(tokens: int, image_hash: str) -> list[int]:
     """The tokens of an image by lot."""
     seed = int(sha256(image_hash.encode()).hexdigest(), 16)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.small_llava import SmallLlava
 from tests.engine.engines import (
     BLOCK_SIZE,
     GREEDY,
@@ -31,10 +32,11 @@ SCHEDULES: list[Schedule] = [{0: 0.25}, {0: 0.5, 4: 0.0}, {2: 0.5, 5: 0.1}, {0: 
 PER_IMAGE = MODEL.image_side**2
 
 
-def policy(schedule: Schedule, ranking: str) -> dict[str, Any]:
-    model = {"model_type": "llava", "num_hidden_layers": MODEL.layers, "hidden_size": MODEL.hidden}
+def policy(schedule: Schedule, ranking: str, model: SmallLlava = MODEL) -> dict[str, Any]:
+    """Options of an engine under a schedule."""
+    shape = {"model_type": model.model_type, "num_hidden_layers": model.layers, "hidden_size": model.hidden}
     stages = [{"layer": layer, "keep": keep} for layer, keep in schedule.items()]
-    content = {"format": "vllm-vtw-policy/1", "model": model, "stages": stages, "ranking": ranking}
+    content = {"format": "vllm-vtw-policy/1", "model": shape, "stages": stages, "ranking": ranking}
     return {"policy": content}
 
 

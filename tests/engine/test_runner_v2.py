@@ -36,6 +36,7 @@ def run(plugin: str, corner: str) -> None:
         pytest.param(f"{PREEMPTED}[False]", marks=slow),
         pytest.param(f"{LOGPROBS}[several apart]", marks=slow),
         pytest.param("test_lora.py", marks=slow),
+        pytest.param("test_image_rankings.py", marks=slow),
         pytest.param("test_drafters.py::test_answers", marks=slow),
     ],
 )
@@ -50,6 +51,7 @@ def test_corner(corner):
         pytest.param("graph_corners.py::test_ranked_prompts_choose_between_graphs", marks=slow),
         pytest.param("graph_corners.py::test_adapters_of_a_stage_in_its_graphs", marks=slow),
         pytest.param("graph_corners.py::test_requests_choose_between_graphs", marks=slow),
+        pytest.param("graph_corners.py::test_a_stage_before_the_decoder_has_graphs", marks=slow),
         pytest.param("graph_corners.py", marks=slow),  # all of them
     ],
 )

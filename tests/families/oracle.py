@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from tests.engine.image_orders import spread
+
 
 class DecoderReachedError(Exception):
     """Ends a forward pass of the whole model once the decoder has got its inputs."""
@@ -43,20 +45,24 @@ class Encoded:
     positions: torch.Tensor | None = None
     deepstack: Sequence[torch.Tensor] = ()
 
-    def leaving(self, bridge: int, block_size: int) -> set[int]:
+    def leaving(self, bridge: int, block_size: int, keep: float = 0.0) -> set[int]:
         """The positions that leave: visual ones, and short gaps within an image.
 
-        The prompt's last token stays. Where `block_size` is more than 1, only whole blocks leave.
+        The prompt's last token stays, and of each image and video the fraction `keep`, evenly spread. Where
+        `block_size` is more than 1, only whole blocks leave.
         """
-        gone = set(self.visual)
+        gone: set[int] = set()
         start = 0
         for number, size in enumerate(self.items):
-            mine = self.visual[start : start + size]
+            mine = set(self.visual[start : start + size])
             start += size
             if number < self.images:
-                for left, right in pairwise(mine):
+                for left, right in pairwise(sorted(mine)):
                     if right - left - 1 <= bridge:
-                        gone.update(range(left, right))
+                        mine.update(range(left, right))
+            stay = int((Decimal(str(keep)) * len(mine)).to_integral_value(ROUND_CEILING))
+            in_order = sorted(mine)
+            gone |= {in_order[token] for token in spread(len(mine))[stay:]}
         gone.discard(len(self.ids) - 1)
         blocks = (range(at, at + block_size) for at in range(0, len(self.ids), block_size))
         return {position for block in blocks if gone.issuperset(block) for position in block}

@@ -171,7 +171,12 @@ def shape(name: str) -> SmallLlava:
 
 
 def assert_answers(
-    oracle: FamilyOracle, family: Family, outputs: Sequence[Any], layer: int, block_size: int
+    oracle: FamilyOracle,
+    family: Family,
+    outputs: Sequence[Any],
+    layer: int,
+    block_size: int,
+    keep: float = 0.0,
 ) -> None:
     """The answers to `asks(family)` are the oracle's greedy ones, token for token.
 
@@ -181,6 +186,7 @@ def assert_answers(
         outputs: vLLM's outputs.
         layer: The layer before which visual tokens leave.
         block_size: 1 if every visual token leaves, or else the size of the blocks that leave.
+        keep: The fraction of each image's and video's tokens that stays, evenly spread.
     """
     said, some_leave = set(), False
     for (kind, ask), output in zip(asks(family).items(), outputs, strict=True):
@@ -190,7 +196,7 @@ def assert_answers(
         # A visual token may have another id in vLLM.
         visual = set(encoded.visual)
         assert all(at in visual or token == encoded.ids[at] for at, token in enumerate(prompt))
-        leaving = encoded.leaving(family.bridge, block_size)
+        leaving = encoded.leaving(family.bridge, block_size, keep)
         assert block_size > 1 or bool(leaving) == (kind != TEXT)
         some_leave |= bool(leaving)
         assert answer == oracle.logits(encoded, answer, layer, leaving).argmax(-1).tolist(), kind

@@ -6,6 +6,7 @@ import pytest
 
 from tests.engine.engines import BLOCK_SIZE, free_blocks, running, scheduler_of, step_until
 from tests.engine.gates import gated, random_gates
+from tests.engine.test_image_rankings import policy
 from tests.engine.test_ranked import written
 from tests.families.checkpoints import CHECKPOINTS, LAYERS
 from tests.families.oracle import FamilyOracle
@@ -99,6 +100,18 @@ def test_a_ranked_schedule(family_checkpoint, oracle, tmp_path, name):
     with running(family_checkpoint(name), options, **engine(family)) as llm:
         outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
     assert_ranked_answers(oracle(name), family, outputs, schedule)
+
+
+@pytest.mark.parametrize("name", but_one("qwen2_5_vl"))
+def test_a_ranking_by_image(family_checkpoint, oracle, name):
+    """From layer 0 on, but behind the layers to which visual features are added."""
+    family = FAMILIES[name]
+    layer = family.first if family.first > 1 else 0
+    prompts = [ask.to_vllm() for ask in asks(family).values()]
+    options = policy({layer: 0.3}, "uniform", shape(name))
+    with running(family_checkpoint(name), options, **engine(family)) as llm:
+        outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert_answers(oracle(name), family, outputs, layer, 1, keep=0.3)
 
 
 @pytest.mark.parametrize("name", but_one("mistral3"))

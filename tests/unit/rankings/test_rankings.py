@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.engine.image_orders import dithered
+from tests.engine.image_orders import dithered, spread
 from vllm_vtw.policy import BY_IMAGE, BY_QUESTION
 from vllm_vtw.rankings import IMAGE_RANKINGS, QUESTION_RANKINGS
 from vllm_vtw.rankings.key_norm import KeyNorm
@@ -53,6 +53,11 @@ def test_gaps_in_a_sequence_are_even(tokens, data):
     gaps = np.diff(positions, append=tokens)
     assert positions[0] == 0
     assert gaps.max() < 2 * tokens / kept + 1
+
+
+@given(st.integers(0, 3000))
+def test_tokens_are_spread(tokens):
+    assert Uniform().order(tokens, "").tolist() == spread(tokens)
 
 
 def test_lots_are_drawn_for_each_image():
