@@ -19,8 +19,12 @@ MAX_POLICY_BYTES = 16 << 20
 """The size of the largest policy file that is read. With the curves of a calibration, a file takes less than
 a hundredth of that."""
 FORMAT = "vllm-vtw-policy/1"
-BY_QUESTION = ("last-token-attention", "key-norm")
-"""The rankings of visual tokens that read what a decoder has computed of the prompt."""
+BY_ATTENTION = ("last-token-attention", "key-norm")
+"""The rankings of visual tokens that read queries and keys of a prompt in one layer."""
+BY_STATE = ("variation",)
+"""The rankings that read the states of a prompt before and after one layer."""
+BY_QUESTION = BY_ATTENTION + BY_STATE
+"""The rankings that read what a decoder has computed of the prompt."""
 BY_IMAGE = ("uniform", "random")
 """The rankings that go by an image alone. They are the same for every question about it."""
 MODEL_KEYS = ("model_type", "num_hidden_layers", "hidden_size")

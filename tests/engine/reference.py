@@ -126,6 +126,7 @@ class Reference:
         image_embeds: Sequence[torch.Tensor],
         schedule: Mapping[int, float],
         num_prompt_tokens: int,
+        ranking: str = "last-token-attention",
     ) -> torch.Tensor:
         """Logits of the tokens from the prompt's last one on, shape `(tokens, vocabulary)`.
 
@@ -134,22 +135,35 @@ class Reference:
             image_embeds: As of `embeds`.
             schedule: By layer: the fraction of visual tokens that goes on from there.
             num_prompt_tokens: Of `token_ids`.
+            ranking: By what.
         """
         last = num_prompt_tokens - 1
         here = list(range(len(token_ids)))
         visual = [position for position in here[:last] if token_ids[position] == self.image_token]
         everything = len(visual)
-        hidden, weights = self._embedded(token_ids, image_embeds), torch.empty(0)
-        for index in range(len(self.model.model.language_model.layers)):
+        layers = self.model.model.language_model.layers
+        hidden, scores = self._embedded(token_ids, image_embeds), torch.empty(0)
+        for index in range(len(layers)):
             if index in schedule:
                 few = Decimal(str(schedule[index])) * everything
-                got = dict(zip(here, weights[:, here.index(last)].mean(0).tolist(), strict=True))
+                got = dict(zip(here, scores.tolist(), strict=True))
                 visual.sort(key=lambda position: (-got[position], position))
                 leaving = set(visual[int(few.to_integral_value(ROUND_CEILING)) :])
                 visual = [position for position in visual if position not in leaving]
                 hidden = hidden[[position not in leaving for position in here]]
                 here = [position for position in here if position not in leaving]
+            before = hidden
             hidden, weights = self._layer(index, hidden, torch.tensor(here))
+            if ranking == "last-token-attention":
+                scores = weights[:, here.index(last)].mean(0)
+            elif ranking == "variation":
+                scores = (hidden - before).square().sum(-1).sqrt()
+            else:
+                # Rotation leaves the length of a key as it is.
+                attention = layers[index].self_attn
+                keys = attention.k_proj(layers[index].input_layernorm(before))
+                heads = keys.unflatten(-1, (-1, attention.head_dim))
+                scores = -heads.square().sum(-1).sqrt().sum(-1)
         return self.model.lm_head(self.model.model.language_model.norm(hidden[here.index(last) :]))
 
     @torch.no_grad()

@@ -45,11 +45,13 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
-def policy(schedule: Schedule, model: SmallLlava = MODEL) -> dict[str, Any]:
+def policy(
+    schedule: Schedule, model: SmallLlava = MODEL, ranking: str = "last-token-attention"
+) -> dict[str, Any]:
     """Options of an engine under a schedule."""
     shape = {"model_type": model.model_type, "num_hidden_layers": model.layers, "hidden_size": model.hidden}
     stages = tuple(Stage(layer, keep) for layer, keep in schedule.items())
-    return Policy(stages).to_json(shape)
+    return Policy(stages, ranked_by=ranking).to_json(shape)
 
 
 def written(folder: Path, schedule: Schedule, model: SmallLlava = MODEL) -> dict[str, Any]:
@@ -58,11 +60,13 @@ def written(folder: Path, schedule: Schedule, model: SmallLlava = MODEL) -> dict
     return {"policy": str(file)}
 
 
-def assert_ranked(oracle: Reference, ask: Ask, output: Any, schedule: Schedule) -> None:
+def assert_ranked(
+    oracle: Reference, ask: Ask, output: Any, schedule: Schedule, ranking: str = "last-token-attention"
+) -> None:
     """The answer is the reference's greedy one, token for token."""
     prompt, answer = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
     embeds = [oracle.embeds(image) for image in ask.images]
-    logits = oracle.ranked_logits([*prompt, *answer], embeds, schedule, len(prompt))
+    logits = oracle.ranked_logits([*prompt, *answer], embeds, schedule, len(prompt), ranking)
     expected = logits[:-1].argmax(-1).tolist()
     wrong = [at for at, token in enumerate(answer) if token != expected[at]]
     assert not wrong, f"{ask.name}: token {wrong[0]} is {answer[wrong[0]]}, not {expected[wrong[0]]}"
@@ -85,6 +89,23 @@ def test_every_request_shape(checkpoint, reference, tmp_path, schedule):
         assert_ranked(oracle, ask, batched, schedule)
 
 
+@pytest.mark.parametrize("ranking", ["key-norm", "variation"])
+@pytest.mark.parametrize(
+    "schedule", [SCHEDULES["four stages"], pytest.param(SCHEDULES["pages"], marks=pytest.mark.slow)]
+)
+def test_other_rankings_by_question(checkpoint, reference, schedule, ranking):
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    prompts = [ask.to_vllm(oracle) for ask in SHAPES]
+    # The text before an image may be in the cache.
+    options = {"max_num_batched_tokens": 320, "enable_prefix_caching": True}
+    with running(folder, {"policy": policy(schedule, MODEL, ranking)}, **options) as llm:
+        for _ in range(2):
+            outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+            for ask, output in zip(SHAPES, outputs, strict=True):
+                assert_ranked(oracle, ask, output, schedule, ranking)
+
+
 def test_the_oracle_tells_schedules_apart(checkpoint, reference):
     oracle = reference(checkpoint(MODEL))
     ask = next(ask for ask in SHAPES if ask.name == "several apart")
@@ -101,6 +122,10 @@ def test_the_oracle_tells_schedules_apart(checkpoint, reference):
     assert last({4: 0.0}).allclose(dropped, atol=1e-4)
     different = [
         last(schedule) for schedule in ({}, {4: 0.0}, {4: 0.5}, {3: 0.5}, {4: 0.6}, {4: 0.5, 6: 0.2})
+    ]
+    different += [
+        oracle.ranked_logits(prompt, embeds, {4: 0.5}, len(prompt), ranking)[-1]
+        for ranking in ("key-norm", "variation")
     ]
     for number, one in enumerate(different):
         assert not any(one.allclose(other, atol=1e-3) for other in different[:number])

@@ -12,14 +12,18 @@ from benchmarks.small_llava import SmallLlava
 from tests.engine.adapters import Adapter
 from tests.engine.engines import BLOCK_SIZE, SHAPES, assert_follows, logprobs_of, running
 from tests.engine.gates import assert_gated, dividing
+from tests.engine.test_image_rankings import assert_selected
+from tests.engine.test_image_rankings import policy as by_image
 from tests.engine.test_prefix_cache import ENGINE, Setting, serve
 from tests.engine.test_ranked import assert_ranked, written
+from tests.engine.test_ranked import policy as ranked
 from vllm_vtw.models.decoder import StagedDecoder
 
 LAYERS = 6
 MODEL = SmallLlava(layers=LAYERS)
 ASKS = [ask for ask in SHAPES if ask.name in ("no image", "text before", "several apart", "last")]
 SHORT = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, prompt_logprobs=0)
+BRIEF = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 # vLLM makes the buffers that a pipeline rank receives in when it warms up what it has compiled.
 PIPELINE = {
     "pipeline_parallel_size": 2,
@@ -127,22 +131,47 @@ def test_heads_on_two_workers_rank_alike(checkpoint, reference, tmp_path):
     schedule = {1: 0.6, 3: 0.2}
     folder = checkpoint(MODEL)
     oracle = reference(folder)
-    short = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     options = {"tensor_parallel_size": 2, "max_num_batched_tokens": 320, "max_num_seqs": 4}
     with running(folder, written(tmp_path, schedule, MODEL), **options) as llm:
-        outputs = llm.generate([ask.to_vllm(oracle) for ask in ASKS], short, use_tqdm=False)
+        outputs = llm.generate([ask.to_vllm(oracle) for ask in ASKS], BRIEF, use_tqdm=False)
     for ask, output in zip(ASKS, outputs, strict=True):
         assert_ranked(oracle, ask, output, schedule)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranking", ["key-norm", "variation"])
+def test_other_rankings_on_two_workers(checkpoint, reference, ranking):
+    schedule, folder = {1: 0.6, 3: 0.2}, checkpoint(MODEL)
+    oracle = reference(folder)
+    options = {"tensor_parallel_size": 2, "max_num_batched_tokens": 320, "max_num_seqs": 4}
+    with running(folder, {"policy": ranked(schedule, MODEL, ranking)}, **options) as llm:
+        outputs = llm.generate([ask.to_vllm(oracle) for ask in ASKS], BRIEF, use_tqdm=False)
+    for ask, output in zip(ASKS, outputs, strict=True):
+        assert_ranked(oracle, ask, output, schedule, ranking)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", [{0: 0.3}, {0: 0.5, 2: 0.2, 5: 0.0}])
+@pytest.mark.parametrize("options", [{"tensor_parallel_size": 2}, PIPELINE], ids=["tensor", "pipeline"])
+def test_rankings_by_image_on_two_workers(checkpoint, reference, options, schedule):
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    options = options | {"max_num_batched_tokens": 64, "max_num_seqs": 4, "enable_prefix_caching": True}
+    with running(folder, by_image(schedule, "uniform", MODEL), **options) as llm:
+        for _ in range(2):
+            outputs = llm.generate([ask.to_vllm(oracle) for ask in ASKS], BRIEF, use_tqdm=False)
+            for ask, output in zip(ASKS, outputs, strict=True):
+                assert_selected(oracle, ask, output, schedule, "uniform", [""] * len(ask.images))
+    assert sum(output.num_cached_tokens for output in outputs) > 0
 
 
 def test_gates_on_two_workers_decide_alike(checkpoint, reference, tmp_path):
     folder = checkpoint(MODEL)
     oracle = reference(folder)
     gates = dividing(tmp_path, oracle, model=MODEL, layers=(1, 3))
-    short = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     options = {"tensor_parallel_size": 2, "max_num_batched_tokens": 640, "max_num_seqs": 12}
     with running(folder, gates.options, **options) as llm:
-        outputs = llm.generate([ask.to_vllm(oracle) for ask in SHAPES], short, use_tqdm=False)
+        outputs = llm.generate([ask.to_vllm(oracle) for ask in SHAPES], BRIEF, use_tqdm=False)
     exits = [assert_gated(oracle, *told, gates, MODEL) for told in zip(SHAPES, outputs, strict=True)]
     assert set(exits) == {1, 3, LAYERS}
 
@@ -157,12 +186,11 @@ def test_adapters_on_two_workers(checkpoint, reference, tmp_path):
         request = LoRARequest(f"adapter-{seed}", seed, str(adapter.save(tmp_path / str(seed))))
         choices.append((request, adapter.merged(folder)))
     asked = [(ask, *choices[number % 2]) for number, ask in enumerate(SHAPES)]
-    short = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     options = {"tensor_parallel_size": 2, "enable_lora": True, "max_loras": 2, "max_num_batched_tokens": 96}
     with running(folder, {"layer": 4, "align": False}, **options) as llm:
         prompts = [ask.to_vllm(oracle) for ask, _, oracle in asked]
         adapters = [request for _, request, _ in asked]
-        outputs = llm.generate(prompts, short, lora_request=adapters, use_tqdm=False)
+        outputs = llm.generate(prompts, BRIEF, lora_request=adapters, use_tqdm=False)
     for (ask, _, oracle), output in zip(asked, outputs, strict=True):
         assert_follows(oracle, ask, output.prompt_token_ids, output.outputs[0].token_ids, 4, align_to=1)
 

@@ -163,7 +163,7 @@ def test_wrong_options(options, message):
         ),
         (
             RANKED | {"ranking": None},
-            "'ranking' = None: has to be one of 'last-token-attention', 'key-norm', 'uniform', 'random', as",
+            "'ranking' = None: has to be one of 'last-token-attention', 'key-norm', 'variation', 'uniform',",
         ),
         (RANKED | {"ranking": ["uniform"]}, "'ranking' = ['uniform']: has to be one of"),
         (

@@ -19,14 +19,14 @@ from vllm_vtw.models.adapters import StageAdapters
 from vllm_vtw.models.gather_scatter import TokenStates
 from vllm_vtw.models.graph_inputs import GraphInputs
 from vllm_vtw.models.segment import Segment, attention_of, compiled_segment
-from vllm_vtw.policy import BY_QUESTION, Policy
-from vllm_vtw.rankings import QUESTION_RANKINGS
+from vllm_vtw.policy import BY_ATTENTION, BY_STATE, Policy
+from vllm_vtw.rankings import ATTENTION_RANKINGS, STATE_RANKINGS
 from vllm_vtw.startup.drafters import drafter_layers
 from vllm_vtw.startup.options import layer_groups
 from vllm_vtw.worker.attention_backend import StageAttention
 from vllm_vtw.worker.current_step import CurrentStep
 from vllm_vtw.worker.gates import Gates
-from vllm_vtw.worker.ranking import attach_ranking
+from vllm_vtw.worker.ranking import attach_ranking, scores_by_state
 from vllm_vtw.worker.stage_step import StageStep
 
 
@@ -47,6 +47,7 @@ class StagedDecoder:
         graph_inputs: The buffers that CUDA graphs of the segments read.
         has_drafter: Whether a drafter for speculative decoding sees the states of all tokens.
         adapters: Sets the LoRA adapters of a stage's tokens. None without `--enable-lora`.
+        state_ranking: What visual tokens are ranked by, if it is their states. None if not.
     """
 
     def __init__(self, vllm_config: VllmConfig, text_model: Any, policy: Policy, step: CurrentStep) -> None:
@@ -67,10 +68,15 @@ class StagedDecoder:
             for index, group in list(enumerate(groups.by_layer()))[start:end]:
                 if group.stage > 0 or group.pages > 1 or len(groups.ranks) > 1:
                     StageAttention.adopt(attention_of(text_model.layers[index]), groups, group, step)
-        if policy.ranking in BY_QUESTION:
-            ranking = QUESTION_RANKINGS[policy.ranking]()
+        if policy.ranking in BY_ATTENTION:
+            ranking = ATTENTION_RANKINGS[policy.ranking]()
             for stage, border in enumerate(borders, 1):
                 attach_ranking(attention_of(text_model.layers[border - 1]), stage, step, ranking)
+        self.state_ranking = None
+        if policy.ranking in BY_STATE:
+            self.state_ranking = STATE_RANKINGS[policy.ranking]()
+            for stage in range(len(borders)):
+                self.segments[stage].shows_before_last = True
         if policy.gate is not None:
             step.gates = Gates(policy, vllm_config.model_config.get_hidden_size(), step.device)
         self.graph_inputs = GraphInputs(vllm_config, step.device)
@@ -144,6 +150,8 @@ class StagedDecoder:
                 states.hidden, states.residual, seen = self._run(
                     stage, steps[stage], positions, states.hidden, states.residual
                 )
+            if self.segments[stage].shows_before_last:
+                self._rank_by_state(steps[stage + 1], seen.pop(), states)
             # The graphs of the next segment may write to the memory that those of this one return.
             seen_by_drafter += [states.of_batch(of_stage).clone() for of_stage in seen]
 
@@ -154,6 +162,21 @@ class StagedDecoder:
             return (states.hidden, seen_by_drafter) if seen_by_drafter else states.hidden
         assert states.residual is not None
         return IntermediateTensors({"hidden_states": states.hidden, "residual": states.residual})
+
+    def _rank_by_state(self, step: StageStep | None, before: torch.Tensor, states: TokenStates) -> None:
+        """Ranks the tokens for the stage that follows, if prompts of this step do.
+
+        Args:
+            step: What the step computes in that stage.
+            before: The states of the current stage's tokens before its last layer.
+            states: Their states now.
+        """
+        if step is None or step.ranked is None:
+            return
+        assert self.state_ranking is not None
+        assert states.residual is not None
+        scores = self.state_ranking.score(before, states.hidden + states.residual)
+        step.apply_ranking(scores_by_state(step.ranked, scores))
 
     def _steps(self, is_dummy: bool) -> tuple[StageStep | None, ...]:
         """What the step computes in each stage, starting with stage 0. None if it computes all tokens."""
@@ -186,7 +209,7 @@ class StagedDecoder:
         rows = len(hidden)
         if rows == 0:
             # All tokens of the step are withdrawn.
-            return hidden, residual, [hidden] * len(segment.seen_layers)
+            return hidden, residual, [hidden] * (len(segment.seen_layers) + segment.shows_before_last)
         piecewise = context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE
         kept = None if step is None else step.kept
         size = rows if piecewise else None

@@ -28,6 +28,7 @@ class Segment(nn.Module):
 
     Attributes:
         layer_names: The names of the layers' attention, under which vLLM keeps attention metadata.
+        shows_before_last: Whether it also returns the states before its last layer. The decoder sets it.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, text_model: Any, layers: range, has_norm: bool) -> None:
@@ -36,6 +37,7 @@ class Segment(nn.Module):
         self.first_layer = layers.start
         self.layers = list(text_model.layers[layers.start : layers.stop])
         self.has_norm = has_norm
+        self.shows_before_last = False
         self.layer_names = [attention_of(layer).layer_name for layer in self.layers]
 
     @property
@@ -66,19 +68,23 @@ class Segment(nn.Module):
                 None if the first layer of the segment is not layer 0, and for other models.
 
         Returns:
-            Hidden states, residual, and the states of `seen_layers`, all of the same shape. The residual is
-            None after the final norm.
+            Hidden states, residual, and the states of `seen_layers`, all of the same shape. The last of these
+            are those before the last layer, if it shows them. The residual is None after the final norm.
         """
         (text_model,) = self.text_model
         seen_layers, seen = self.seen_layers, []
         if self.first_layer == 0 and 0 in seen_layers:
             seen.append(hidden_states)
         for index, layer in enumerate(self.layers, self.first_layer):
+            if layer is self.layers[-1] and self.shows_before_last:
+                before_last = hidden_states if residual is None else hidden_states + residual
             hidden_states, residual = layer(positions, hidden_states, residual)
             if deepstack is not None and index < len(deepstack):
                 hidden_states = hidden_states + deepstack[f"deepstack_input_embeds_{index}"]
             if index + 1 in seen_layers:
                 seen.append(hidden_states + residual)
+        if self.shows_before_last:
+            seen.append(before_last)
         if not self.has_norm:
             return hidden_states, residual, seen
         return text_model.norm(hidden_states, residual)[0], None, seen

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     import torch  # the process that schedules needs only rankings of images
 
 
-class QuestionRanking(ABC):
-    """Scores the tokens of a prompt. The visual tokens with the highest scores stay."""
+class AttentionRanking(ABC):
+    """Scores the tokens of a prompt by queries and keys. The visual tokens with the highest scores stay."""
 
     @abstractmethod
     def score(self, query: "torch.Tensor", keys: "torch.Tensor", scale: float) -> "torch.Tensor":
@@ -27,6 +27,22 @@ class QuestionRanking(ABC):
             keys: Keys of all tokens of the prompt that the layer holds, after the rotary embedding, shape
                 `(tokens, kv_heads, head_size)`.
             scale: Factor by which attention multiplies the dot products of queries and keys.
+
+        Returns:
+            The score of each token, float32, shape `(tokens,)`. Only the scores of visual tokens are used.
+        """
+
+
+class StateRanking(ABC):
+    """Scores tokens by their states. The visual tokens with the highest scores stay."""
+
+    @abstractmethod
+    def score(self, before: "torch.Tensor", after: "torch.Tensor") -> "torch.Tensor":
+        """Scores tokens, given their states before and after the last layer before a stage.
+
+        Args:
+            before: Shape `(tokens, hidden_size)`.
+            after: Same shape.
 
         Returns:
             The score of each token, float32, shape `(tokens,)`. Only the scores of visual tokens are used.

@@ -4,13 +4,13 @@
 
 from typing import TYPE_CHECKING
 
-from vllm_vtw.rankings.base import QuestionRanking
+from vllm_vtw.rankings.base import AttentionRanking
 
 if TYPE_CHECKING:
     import torch
 
 
-class KeyNorm(QuestionRanking):
+class KeyNorm(AttentionRanking):
     """Scores tokens by the L2 norm of their keys, summed over the heads: those with small norms stay.
 
     Keys with small norms get much attention (arXiv 2406.11430).

@@ -4,13 +4,13 @@
 
 from typing import TYPE_CHECKING
 
-from vllm_vtw.rankings.base import QuestionRanking
+from vllm_vtw.rankings.base import AttentionRanking
 
 if TYPE_CHECKING:
     import torch
 
 
-class LastTokenAttention(QuestionRanking):
+class LastTokenAttention(AttentionRanking):
     """Scores tokens by the attention that the prompt's last token pays to them, summed over the heads.
 
     This is the criterion of FastV (arXiv 2403.06764), which takes the mean over the heads. The sum puts the

@@ -10,7 +10,7 @@ from vllm.platforms import current_platform
 
 from vllm_vtw.config import GATED_WORKER, PIPELINE_WORKER, SCHEDULER
 from vllm_vtw.families import ELSEWHERE, text_refusal
-from vllm_vtw.policy import Policy
+from vllm_vtw.policy import BY_ATTENTION, Policy
 from vllm_vtw.startup.connectors import connector_refusals
 from vllm_vtw.startup.drafters import drafter_refusals
 from vllm_vtw.startup.options import has_timestamps
@@ -167,8 +167,11 @@ def _dynamic_refusals(vllm_config: VllmConfig, policy: Policy) -> Iterator[str]:
             "another engine would not know which tokens stayed: use a policy without a ranking or gates, or "
             "remove --kv-transfer-config and --kv-offloading-size"
         )
-    if policy.ranking is not None and cache.cache_dtype not in KV_CACHE_TYPES:
-        yield f"ranking needs keys that are not quantized: remove --kv-cache-dtype {cache.cache_dtype}"
+    if policy.ranking in BY_ATTENTION and cache.cache_dtype not in KV_CACHE_TYPES:
+        yield (
+            f"the ranking {policy.ranking!r} needs keys that are not quantized: remove --kv-cache-dtype "
+            f"{cache.cache_dtype}"
+        )
     scheduler = vllm_config.scheduler_config
     if (
         scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens

@@ -2,9 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Ranked stages: a ranking chooses which visual tokens go on into a stage.
 
-The attention of the layer before the stage ranks them. It overwrites the indices of `StageStep.kept` and
-`StageStep.gather`. How many tokens stay is known earlier, so attention metadata are complete before it is
-known which tokens they are for, and the host never waits for the device.
+The attention of the layer before the stage ranks them, or the decoder does by their states. This overwrites
+the indices of `StageStep.kept` and `StageStep.gather`. How many tokens stay is known earlier, so attention
+metadata are complete before it is known which tokens they are for, and the host never waits for the device.
 """
 
 import functools
@@ -19,7 +19,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionImpl
 
-from vllm_vtw.rankings import QuestionRanking
+from vllm_vtw.rankings import AttentionRanking
 from vllm_vtw.retention import Retention
 
 KEY_DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -163,7 +163,7 @@ def ranking_order(scores: torch.Tensor, is_candidate: torch.Tensor, exists: torc
 
 
 def scores_of(
-    ranking: QuestionRanking,
+    ranking: AttentionRanking,
     prompts: RankedPrompts,
     query: torch.Tensor,
     keys_of: Callable[[RankedPrompt], torch.Tensor],
@@ -176,7 +176,7 @@ def scores_of(
         prompts: The prompts.
         query: Queries of the step's tokens, shape `(tokens, heads, head_size)`.
         keys_of: Returns the keys of a prompt's tokens, shape `(num_prompt, kv_heads, head_size)`.
-        scale: As `QuestionRanking.score` takes it.
+        scale: As `AttentionRanking.score` takes it.
 
     Returns:
         Shape `(prompts, longest)`, float32.
@@ -188,6 +188,23 @@ def scores_of(
             row[: prompt.num_prompt] = ranking.score(query[prompt.last], keys_of(prompt), scale)
     # Every rank adds up in the same order. A difference in the last bit could select another token.
     return get_tp_group().all_gather(scores[None], dim=0).sum(0)
+
+
+def scores_by_state(prompts: RankedPrompts, scores: torch.Tensor) -> torch.Tensor:
+    """The scores of each prompt's tokens, given those of the tokens of a stage.
+
+    Args:
+        prompts: The prompts.
+        scores: Of the tokens that the stage before computes in this step, shape `(tokens,)`.
+
+    Returns:
+        Shape `(prompts, longest)`, float32. Tokens of earlier steps, which are text, have zeros.
+    """
+    by_prompt = scores.new_zeros((len(prompts.prompts), prompts.longest))
+    for row, prompt in zip(by_prompt, prompts.prompts, strict=True):
+        computed = prompt.num_prompt - prompt.num_cached
+        row[prompt.num_cached : prompt.num_prompt] = scores[prompt.before.start :][:computed]
+    return by_prompt
 
 
 def key_order(impl: Any, layer: torch.nn.Module, kv_cache: torch.Tensor) -> torch.Tensor:
@@ -231,7 +248,7 @@ def ranking_impl(impl: Any) -> type[AttentionImpl]:
     class RankingImpl(impl):
         step: Any
         stage: int
-        ranking: QuestionRanking
+        ranking: AttentionRanking
         order: torch.Tensor | None
 
         def forward(
@@ -276,7 +293,7 @@ def ranking_impl(impl: Any) -> type[AttentionImpl]:
     return RankingImpl
 
 
-def attach_ranking(attention: Attention, stage: int, step: Any, ranking: QuestionRanking) -> None:
+def attach_ranking(attention: Attention, stage: int, step: Any, ranking: AttentionRanking) -> None:
     """Makes an attention layer rank tokens for the stage that begins after it.
 
     An attention implementation sees whole batches, even where the layers around it are compiled or captured

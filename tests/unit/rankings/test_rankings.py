@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The rankings by image alone and by the norm of keys, against plain computations."""
 
-from math import sqrt
+from math import dist, sqrt
 
 import numpy as np
 import pytest
@@ -11,15 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.engine.image_orders import dithered, spread
-from vllm_vtw.policy import BY_IMAGE, BY_QUESTION
-from vllm_vtw.rankings import IMAGE_RANKINGS, QUESTION_RANKINGS
+from vllm_vtw.policy import BY_ATTENTION, BY_IMAGE, BY_STATE
+from vllm_vtw.rankings import ATTENTION_RANKINGS, IMAGE_RANKINGS, STATE_RANKINGS
 from vllm_vtw.rankings.key_norm import KeyNorm
 from vllm_vtw.rankings.random import Random
 from vllm_vtw.rankings.uniform import Uniform
+from vllm_vtw.rankings.variation import Variation
 
 
 def test_a_policy_names_the_rankings_that_there_are():
-    assert (tuple(QUESTION_RANKINGS), tuple(IMAGE_RANKINGS)) == (BY_QUESTION, BY_IMAGE)
+    assert tuple(ATTENTION_RANKINGS) == BY_ATTENTION
+    assert tuple(STATE_RANKINGS) == BY_STATE
+    assert tuple(IMAGE_RANKINGS) == BY_IMAGE
 
 
 @pytest.mark.parametrize("ranking", IMAGE_RANKINGS.values())
@@ -73,3 +76,13 @@ def test_small_keys_stay(tokens, heads, seed):
     norms = [sum(sqrt(sum(float(x) ** 2 for x in key)) for key in token) for token in keys.bfloat16().float()]
     assert scores.dtype == torch.float32
     assert scores.tolist() == pytest.approx([-norm for norm in norms], rel=1e-4)
+
+
+@given(st.integers(0, 7), st.integers(0, 2**31))
+def test_tokens_that_change_stay(tokens, seed):
+    generator = torch.Generator().manual_seed(seed)
+    before, after = (torch.randn(tokens, 5, generator=generator).bfloat16() for _ in range(2))
+    scores = Variation().score(before, after)
+    pairs = zip(before.tolist(), after.tolist(), strict=True)
+    assert scores.dtype == torch.float32
+    assert scores.tolist() == pytest.approx([dist(one, other) for one, other in pairs], rel=1e-4)
