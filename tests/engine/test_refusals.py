@@ -40,7 +40,7 @@ OPTIONS = [
     ({"enable_dbo": True}, "micro-batching: remove --enable-dbo"),
     (
         {"kv_transfer_config": KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")},
-        "the KV connector ExampleConnector .* use NixlConnector or .* remove --kv-transfer-config",
+        "the KV connector ExampleConnector .* use NixlConnector, or .* remove --kv-transfer-config",
     ),
     (
         {"kv_transfer_config": nixl(kv_connector_extra_config={"bidirectional_kv_xfer": True})},
@@ -59,7 +59,10 @@ OPTIONS = [
         {"kv_offloading_size": 1.0, "pipeline_parallel_size": 2},
         "--kv-offloading-size moves the blocks of one pool.*use --tensor-parallel-size, not --pipeline",
     ),
-    ({"kv_cache_dtype": "int8_per_token_head"}, "int8_per_token_head is untested: use --kv-cache-dtype fp8"),
+    (
+        {"kv_cache_dtype": "int8_per_token_head"},
+        "int8_per_token_head may keep scales .* use --kv-cache-dtype fp8",
+    ),
     (
         {"kv_transfer_config": nixl(kv_connector_extra_config={"enforce_handshake_compat": False})},
         "remove enforce_handshake_compat from --kv-transfer-config",

@@ -72,8 +72,8 @@ def connector_refusals(vllm_config: VllmConfig) -> Iterator[str]:
 def _transfer_refusals(transfer: KVTransferConfig) -> Iterator[str]:
     if transfer.kv_connector not in CONNECTORS:
         yield (
-            f"the KV connector {transfer.kv_connector} may take blocks for those of all tokens: use "
-            "NixlConnector or SimpleCPUOffloadConnector, or remove --kv-transfer-config"
+            f"the KV connector {transfer.kv_connector} finds a token's block by the token's position, or is "
+            "untested: use NixlConnector, or --kv-offloading-size with CUDA, or remove --kv-transfer-config"
         )
         return
     if CONNECTORS[transfer.kv_connector] == _OFFLOAD:
@@ -94,7 +94,7 @@ def _offloading_refusals(vllm_config: VllmConfig) -> Iterator[str]:
     if vllm_config.kv_transfer_config is not None:
         yield "several KV connectors are untested: remove --kv-offloading-size or --kv-transfer-config"
     if vllm_config.cache_config.kv_offloading_backend != "native":
-        yield "LMCache takes blocks for those of all tokens: remove --kv-offloading-backend"
+        yield "LMCache finds a token's block by the token's position: remove --kv-offloading-backend"
     yield from _host_refusals("--kv-offloading-size")
 
 

@@ -27,9 +27,7 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
     Raises:
         ValueError: There are such options. The message names all of them and what to do instead.
     """
-    refused = list(_refusals(vllm_config))
-    if refused:
-        raise ValueError("--model-impl vtw cannot serve this configuration:\n- " + "\n- ".join(refused))
+    _refuse("serve this configuration", list(_refusals(vllm_config)))
 
 
 def refuse_unsupported_dynamic(vllm_config: VllmConfig, policy: Policy) -> None:
@@ -38,10 +36,8 @@ def refuse_unsupported_dynamic(vllm_config: VllmConfig, policy: Policy) -> None:
     Raises:
         ValueError: There are such options. The message names all of them and what to do instead.
     """
-    refused = list(_dynamic_refusals(vllm_config, policy))
-    if refused:
-        what = "use gates" if policy.ranking is None else "rank visual tokens"
-        raise ValueError(f"--model-impl vtw cannot {what} in this configuration:\n- " + "\n- ".join(refused))
+    what = "use gates" if policy.ranking is None else "rank visual tokens"
+    _refuse(f"{what} in this configuration", list(_dynamic_refusals(vllm_config, policy)))
 
 
 def refuse_unsupported_guard(vllm_config: VllmConfig) -> None:
@@ -66,10 +62,13 @@ def refuse_unsupported_guard(vllm_config: VllmConfig) -> None:
             "vLLM computes log-probabilities of prompts without, or with wrong, adapters of the LM head: set "
             "--lora-target-modules to the modules of your adapters, without lm_head"
         )
-    if refused:
-        raise ValueError(
-            '--model-impl vtw cannot have a "guard" in this configuration:\n- ' + "\n- ".join(refused)
-        )
+    _refuse('have a "guard" in this configuration', refused)
+
+
+def _refuse(what: str, reasons: list[str]) -> None:
+    if reasons:
+        # vLLM's configuration classes print their arguments behind the message: on a line of their own.
+        raise ValueError("\n- ".join([f"--model-impl vtw cannot {what}:", *reasons]) + "\n")
 
 
 def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
@@ -97,8 +96,8 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
     cache_dtype = vllm_config.cache_config.cache_dtype
     if cache_dtype not in KV_CACHE_TYPES + QUANTIZED_KV_CACHE_TYPES:
         yield (
-            f"the KV cache type {cache_dtype} is untested: use --kv-cache-dtype fp8, or remove "
-            f"--kv-cache-dtype {cache_dtype}"
+            f"the KV cache type {cache_dtype} may keep scales in memory that KV cache groups share: use "
+            f"--kv-cache-dtype fp8, or remove --kv-cache-dtype {cache_dtype}"
         )
     if vllm_config.cache_config.prefix_match_unit is not None:
         yield "requests can share only whole KV blocks: remove --prefix-match-unit"
