@@ -38,6 +38,8 @@ class VLLMOracle(FamilyOracle):
         ).eval()
         self.decoder = self.model.model
         self._encoded = {}
+        alone: dict[int, int] = {}
+        """By the identity of an image: the number of its visual tokens, from a request with it alone."""
         with patch.dict(os.environ, IN_THIS_PROCESS), running(folder, **options) as llm:
             (served,) = llm.apply_model(lambda model: model)
             decoder = served.get_language_model().model
@@ -55,14 +57,12 @@ class VLLMOracle(FamilyOracle):
                 (embeds,) = caught
                 ids = output.prompt_token_ids
                 visual = [position for position, token in enumerate(ids) if token in visual_ids]
-                self._encoded[ask.prompt] = Encoded(ids, embeds, visual, _sizes(visual, ask), len(ask.images))
+                if len(ask.images) == 1 and not ask.videos:
+                    alone[id(ask.images[0])] = len(visual)
+                sizes = [alone[id(image)] for image in ask.images]
+                sizes += [len(visual) - sum(sizes)] * len(ask.videos)
+                self._encoded[ask.prompt] = Encoded(ids, embeds, visual, sizes, len(ask.images))
 
     def encode(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Encoded:
         """The request with this prompt, which `asked` had."""
         return self._encoded[text]
-
-
-def _sizes(visual: Sequence[int], ask: Ask) -> list[int]:
-    """The number of visual tokens of each image, if every patch is one, or else of all together."""
-    sizes = [image.width * image.height // 14**2 for image in ask.images]
-    return sizes if sum(sizes) == len(visual) else [len(visual)]
