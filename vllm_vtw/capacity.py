@@ -295,6 +295,11 @@ def _cheapest_groups(
                 found = LayerGroups(tuple(groups), drafter_layers)
                 if not drafter_layers or found.can_hold_drafter:
                     candidates.add(found)
+    if not candidates and ranks[0][0] == drafter_layers:
+        raise ValueError(
+            "a drafter needs layers that hold all tokens, and visual tokens leave at layer 0: let the first "
+            "stage begin at a deeper layer, or remove --speculative-config"
+        )
     if not candidates:
         raise ValueError(
             f"the {drafter_layers} layers of a drafter do not fit into the KV-cache group of the first "
@@ -386,21 +391,21 @@ def visual_tokens_held(
         images: The number of images in the request.
         tokens_per_image: The number of visual tokens of an image.
         align_to: 1 to withdraw every visual token, the KV block size to withdraw whole blocks.
-        exit_stage: Under a policy with exits, the first stage without the visual tokens. None if they stay.
+        exit_stage: Under a policy with exits, the first stage without the visual tokens. None if they stay,
+            under any policy.
 
     Returns:
         One number for each stage, starting with stage 0.
     """
     everything = images * tokens_per_image
+    if exit_stage is None:
+        return [everything] * (len(policy.stages) + 1)
     if policy.ranking in BY_IMAGE:
         return [everything, *(images * stage.kept(tokens_per_image) for stage in policy.stages)]
     if policy.ranking is not None:
         return [everything, *(stage.kept(everything) for stage in policy.stages)]
     left = images * (tokens_per_image - withdrawn_per_image(tokens_per_image, align_to))
-    return [
-        everything if exit_stage is None or stage < exit_stage else left
-        for stage in range(len(policy.stages) + 1)
-    ]
+    return [everything if stage < exit_stage else left for stage in range(len(policy.stages) + 1)]
 
 
 def withdrawn_per_image(tokens: int, align_to: int) -> int:

@@ -67,7 +67,7 @@ class Retention:
     *rank* of a retained token is its place in the stage's row of the KV cache: the number of retained tokens
     before it. If positions 2 to 9 are withdrawn, `count(12)` is 4, so the token at position 12 has rank 4.
 
-    Under a policy that ranks visual tokens, only the number of those that stay is known before the prompt is
+    Under a ranking by question, only the number of visual tokens that stay is known before the prompt is
     computed. `withdrawn` then holds the first candidates, as many as will leave. All of them are computed in
     one step, so the counts after every step are right, and the worker finds out which tokens are held.
 
@@ -220,8 +220,8 @@ def request_retentions(
         policy: What is withdrawn, and before which layers.
         mm_features: The request's `MultiModalFeatureSpec`s.
         num_prompt_tokens: Tokens of the original prompt, also when a preempted request is resumed.
-        align_to: 1 to withdraw every visual token, the KV block size to withdraw whole blocks. Dynamic
-            policies always withdraw by tokens.
+        align_to: 1 to withdraw every visual token, the KV block size to withdraw whole blocks. Policies
+            that rank visual tokens or have gates always withdraw by tokens.
         bridge: As `visual_spans` takes it.
         layer: The layer that the request chose for its visual tokens to leave, or the number of layers if
             they stay. None if the request leaves it to the policy.
@@ -262,7 +262,7 @@ def _selected_retentions(
         spans = visual_spans([feature], bridge)
         if spans:
             tokens = np.concatenate([np.arange(start, stop) for start, stop in spans])
-            images.append(tokens[ranking.order(len(tokens), feature.mm_hash or feature.identifier)])
+            images.append(tokens[ranking.order(len(tokens), feature.mm_hash)])
     last = num_prompt_tokens - 1
     for stage in policy.stages:
         leaving = [tokens[stage.kept(len(tokens)) :] for tokens in images]

@@ -57,13 +57,14 @@ class Point:
 
 
 def told(measured: Point | Policy) -> dict[str, Any]:
-    """A point or policy as results contain it. Policies here have stages and nothing else."""
+    """A point or policy as results contain it. Policies here have stages, and rank by FastV's attention."""
 
     def only_stages(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)
         if "stages" not in found:
             return found
-        stages = found.pop("stages")
+        stages, ranked_by = found.pop("stages"), found.pop("ranked_by")
+        assert ranked_by == "last-token-attention"
         assert not any(found.values())
         return {"stages": stages}
 

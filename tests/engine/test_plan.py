@@ -120,6 +120,20 @@ def test_a_ranked_policy_is_planned(checkpoint, tmp_path):
     )
 
 
+def test_requests_that_keep_everything_are_planned(checkpoint, tmp_path):
+    folder, file = checkpoint(MODEL), tmp_path / "policy.json"
+    shape = {"model_type": "llava", "num_hidden_layers": MODEL.layers, "hidden_size": MODEL.hidden}
+    policy = Policy((Stage(0, 0.5), Stage(3, 0.1)), ranked_by="uniform", tasks={"ocr": MODEL.layers})
+    file.write_text(json.dumps(policy.to_json(shape)))
+    plan = planned(folder, "--policy", str(file), "--images", "1", "--prompt-tokens", "60")
+    assert [stage["tokens_held"] for stage in plan["stages"]] == [188 + held for held in (50, 10)]
+    (stays,) = plan["exits"]
+    assert (stays["layer"], stays["tasks"]) == (MODEL.layers, ["ocr"])
+    assert (
+        stays["kv_ratio"] >= 1 > plan["kv_bytes_per_request"]["vtw"] / plan["kv_bytes_per_request"]["stock"]
+    )
+
+
 def test_gates_are_planned_for_every_exit(checkpoint, tmp_path):
     folder, file = checkpoint(MODEL), tmp_path / "policy.json"
     policy = Policy((Stage(2, 0.0), Stage(4, 0.0)), Gate("gates.safetensors", "", (0.0, 0.0)))

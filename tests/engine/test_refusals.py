@@ -231,6 +231,14 @@ def test_a_drafter_beside_a_shallow_layer(checkpoint, tmp_path):
         configure(folder, speculative_config=drafter, additional_config={"vtw": {"layer": 1}})
 
 
+def test_a_drafter_beside_a_stage_at_layer_0(checkpoint, tmp_path):
+    folder = checkpoint(MODEL)
+    drafter = draft_model(tmp_path / "draft", folder)
+    policy = RANKED | {"stages": [{"layer": 0, "keep": 0.5}], "ranking": "uniform"}
+    with pytest.raises(ValueError, match=r"a drafter needs layers that hold all tokens, .* at layer 0: let"):
+        configure(folder, speculative_config=drafter, additional_config={"vtw": {"policy": policy}})
+
+
 def test_breakable_cuda_graphs(checkpoint, monkeypatch):
     monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
     with pytest.raises(ValueError, match=r"breakable CUDA graphs .* set VLLM_USE_BREAKABLE_CUDAGRAPH=0"):

@@ -48,8 +48,8 @@ class Answer:
         request: The finished request.
         layer: The layer at which its first visual tokens left.
         task: The task that it chose, or "".
-        has_own_reading: Whether reading it with its own withdrawal computes what decoding it did. A ranking
-            depends on the prompt's last token, which is another one now.
+        has_own_reading: Whether it is read with its own withdrawal, too. Under a ranking, it is not: those by
+            question depend on the prompt's last token, which is another one now.
     """
 
     request: Request

@@ -190,10 +190,11 @@ class StageManager(SingleTypeKVCacheManager):
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **options: Any) -> None:
         """Offers the row up to the borders of the request's first `num_tokens` tokens to other requests.
 
-        Another request can share a whole block at once: kernels write all keys of a step before they read
-        any. To share a part of a block it needs a copy, and copies are made before a step computes
-        anything. What may be shared in part is therefore offered by `offer_parts`, after this step has been
-        scheduled.
+        Another request can share a whole block at once if it ends at a border: kernels write all keys of a
+        step before they read any. To share a part of a block it needs a copy, and copies are made before a
+        step computes anything. What may be shared in part is therefore offered by `offer_parts`, after this
+        step has been scheduled. This includes a whole block that ends between borders, because a hit may be
+        rounded down to the border before its end.
         """
         hashes = request.block_hashes
         assert isinstance(hashes, StagedBlockHashes)

@@ -42,7 +42,7 @@ def mm_features(prompt: Mapping[str, Any]) -> list[MultiModalFeature]:
 def prompt_retentions(
     admission: Admission, prompt: Mapping[str, Any], layer: int | None = None
 ) -> tuple[Retention, ...]:
-    """What the stages past the first retain of a prompt, if every visual token is withdrawn.
+    """What the stages past the first retain of a prompt, if withdrawal goes by tokens and not by blocks.
 
     Args:
         admission: What the policy serves.

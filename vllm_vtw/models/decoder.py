@@ -208,7 +208,8 @@ class StagedDecoder:
         segment, context = self.segments[stage], get_forward_context()
         rows = len(hidden)
         if rows == 0:
-            # All tokens of the step are withdrawn.
+            # All tokens of the step are withdrawn. Layer 0 would make a residual.
+            residual = hidden if residual is None else residual
             return hidden, residual, [hidden] * (len(segment.seen_layers) + segment.shows_before_last)
         piecewise = context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE
         kept = None if step is None else step.kept

@@ -77,7 +77,8 @@ class Segment(nn.Module):
             seen.append(hidden_states)
         for index, layer in enumerate(self.layers, self.first_layer):
             if layer is self.layers[-1] and self.shows_before_last:
-                before_last = hidden_states if residual is None else hidden_states + residual
+                # Layer 0 takes its input for the residual, to which kernels add in place.
+                before_last = hidden_states.clone() if residual is None else hidden_states + residual
             hidden_states, residual = layer(positions, hidden_states, residual)
             if deepstack is not None and index < len(deepstack):
                 hidden_states = hidden_states + deepstack[f"deepstack_input_embeds_{index}"]

@@ -14,8 +14,9 @@ class Random(ImageRanking):
     """Puts the tokens into an order that is drawn by lot, and is the same whenever the image is asked about.
 
     Random selection is ahead of several published methods (UniPruneBench, arXiv 2511.02650). The seed is the
-    image's hash. vLLM hashes images by their content, unless both prefix caching and its cache of processed
-    images are switched off; then every request draws anew.
+    image's hash in vLLM. That is one of its content, unless a request gives the image a UUID, which takes its
+    place. If both prefix caching and the cache of processed images are switched off, vLLM hashes nothing, and
+    every request draws anew.
     """
 
     def order(self, num_tokens: int, image_hash: str) -> npt.NDArray[np.int64]:

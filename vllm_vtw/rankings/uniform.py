@@ -16,10 +16,11 @@ IntArray = npt.NDArray[np.int64]
 class Uniform(ImageRanking):
     """Spreads the tokens that stay evenly over the image.
 
-    If the tokens are a square, they are ordered by the matrix of ordered dithering (Bayer, 1973). A quarter
-    of them is every other token of every other row, a half is a checkerboard, and each number of them
-    contains the smaller ones. Otherwise, as in videos and in images of several tiles, they are spread evenly
-    along their sequence.
+    If their number is a square, the tokens are taken for one, and ordered by the matrix of ordered dithering
+    (Bayer, 1973). A quarter of an image of 24 by 24 tokens is every other token of every other row, a half is
+    a checkerboard, and each number of them contains the smaller ones. Any other number of tokens is spread
+    evenly along its sequence. Images of several tiles, of other proportions, and videos may be a square by
+    number only; what stays of them is even, but not a grid.
     """
 
     def order(self, num_tokens: int, image_hash: str) -> IntArray:

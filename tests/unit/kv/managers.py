@@ -48,6 +48,8 @@ SPECS: dict[str, tuple[AttentionSpec, ...]] = {
     "two ranks": (of_stage(0), of_stage(0, 2, 1), of_stage(1, 1, 1), of_stage(2, 4, 1)),
 }
 LAYOUTS = pytest.mark.parametrize("layout", SPECS)
+BEFORE_THE_DECODER = (of_stage(1), of_stage(1, 3), of_stage(2, 2))
+"""The groups of a decoder whose first layer is one of stage 1."""
 
 LAYERS = 12
 EXITS = Policy((Stage(4, 0.0), Stage(8, 0.0)))
@@ -88,7 +90,9 @@ class Ask:
 
     def features(self) -> list[MultiModalFeatureSpec]:
         return [
-            MultiModalFeatureSpec(None, "image", f"{kind}{size}", PlaceholderRange(start, size))
+            MultiModalFeatureSpec(
+                None, "image", f"{kind}{size}", PlaceholderRange(start, size), mm_hash=f"{kind}{size}"
+            )
             for kind, start, size in self.pictures
         ]
 
