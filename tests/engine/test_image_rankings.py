@@ -162,9 +162,12 @@ def test_what_is_not_withdrawn_is_answered_as_in_stock(checkpoint, reference):
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("ranking", ["uniform", pytest.param("random", marks=slow)])
-def test_the_prefix_cache_changes_no_answer(checkpoint, reference, hashes, ranking):
-    folder, schedule = checkpoint(MODEL), {0: 0.5, 4: 0.25}
+@pytest.mark.parametrize(
+    ("schedule", "ranking"),
+    [({0: 0.5, 4: 0.25}, "uniform"), *(pytest.param(s, "random", marks=slow) for s in ({2: 0.5}, {0: 0.01}))],
+)
+def test_the_prefix_cache_changes_no_answer(checkpoint, reference, hashes, schedule, ranking):
+    folder = checkpoint(MODEL)
     oracle = reference(folder)
     full = GREEDY.clone()
     full.extra_args = {"vtw_layer": MODEL.layers}
