@@ -76,6 +76,8 @@ def check_request(admission: Admission, prompt: Any, params: Any) -> None:
         raise ValueError("Streaming input would change what was withdrawn: send the whole prompt at once.")
     choice = choice_of(admission.policy, admission.num_layers, params)
     _check_prefill(admission, choice, params)
+    if not admission.policy.is_dynamic:
+        return  # only these policies compute prompts in one step
     if not isinstance(prompt, Mapping) or prompt.get("type") != "multimodal":
         return
     retentions = prompt_retentions(admission, prompt, choice.layer)
