@@ -34,6 +34,7 @@ WHAT_IT_COSTS = (
 )
 SCHEDULER = "vllm_vtw.kv.scheduler.make_scheduler"
 GATED_WORKER = "vllm_vtw.worker.gated_worker.GatedWorker"
+ORDERING_WORKER = "vllm_vtw.worker.ordering_worker.OrderingWorker"
 PIPELINE_WORKER = "vllm_vtw.worker.pipeline_worker.PipelineWorker"
 ADMISSION = "vtw_admission"
 """The attribute of vLLM's `ModelConfig` that holds an `Admission`."""
@@ -43,6 +44,16 @@ EXITS = "vtw_exits"
 It is a dict from request id to the first stage without the request's visual tokens, or None if they stay.
 Workers set it on `ModelRunnerOutput` when gates have decided. The scheduler sets it on `SchedulerOutput`, for
 requests that begin or resume in the step.
+"""
+WANTED = "vtw_wanted"
+"""The attribute of `SchedulerOutput` that names images, by their identifiers in vLLM's encoder cache, whose
+tokens a worker has to order by their features after the step."""
+ORDERS = "vtw_orders"
+"""The attribute in which scheduler and workers send each other orders of images, as `FeatureRanking.order`
+returns them, in arrays of int32.
+
+On `ModelRunnerOutput` it is a dict from an image's identifier to its order. On `SchedulerOutput`, it has one
+such dict for each request that begins or resumes, or whose images have been ordered since its last step.
 """
 
 

@@ -25,13 +25,15 @@ BY_STATE = ("variation",)
 """The rankings that read the states of a prompt before and after one layer."""
 BY_QUESTION = BY_ATTENTION + BY_STATE
 """The rankings that read what a decoder has computed of the prompt."""
-BY_IMAGE = ("uniform", "random")
+BY_FEATURES = ("diversity",)
+"""The rankings that read what the encoder has computed of an image."""
+BY_IMAGE = ("uniform", "random", *BY_FEATURES)
 """The rankings that go by an image alone. They are the same for every question about it."""
 MODEL_KEYS = ("model_type", "num_hidden_layers", "hidden_size")
 """The keys of a policy file's `model` object, which says what model the policy was made for."""
 
 POLICY_KEYS = (
-    *("format", "model", "stages", "ranking", "gate", "layer", "tasks"),
+    *("format", "model", "stages", "ranking", "keeps", "gate", "layer", "tasks"),
     *("calibration", "search", "training"),
 )
 """The keys of a policy file. The last three record how the policy was made."""
@@ -90,6 +92,8 @@ class Policy:
             deepest stage's layer, and under a policy that ranks visual tokens or has gates.
         tasks: By the name of a task, the layer at which the visual tokens of its requests leave.
         ranked_by: What visual tokens are ranked by where a stage keeps only some of them.
+        offered_keeps: What requests may choose for the `keep` of the only stage that keeps some visual
+            tokens, ascending. Empty if there is nothing to choose.
     """
 
     stages: tuple[Stage, ...]
@@ -97,6 +101,7 @@ class Policy:
     layer: int | None = None
     tasks: Mapping[str, int] = field(default_factory=dict, hash=False)
     ranked_by: str = BY_QUESTION[0]
+    offered_keeps: tuple[float, ...] = ()
 
     @classmethod
     def withdraw_at(cls, layer: int, num_hidden_layers: int) -> "Policy":
@@ -174,6 +179,7 @@ class Policy:
             allowed = ", ".join(map(repr, BY_QUESTION + BY_IMAGE))
             found = f"'ranking' = {shorten(ranking)}: has to be one of {allowed}"
             raise ValueError(f"{found}, as a stage has a 'keep' above 0")
+        policy = replace(policy, offered_keeps=policy._checked_keeps(content.get("keeps")))
         offered = policy.offered_layers(model["num_hidden_layers"])
         return replace(
             policy,
@@ -192,6 +198,24 @@ class Policy:
         if type(layer) is not int or layer not in offered:
             raise ValueError(f"'layer' = {shorten(layer)}: has to be one of {one_of(offered)}")
         return layer
+
+    def _checked_keeps(self, keeps: Any) -> tuple[float, ...]:
+        if keeps is None:
+            return ()
+        ranked = [stage.keep for stage in self.stages if stage.keep]
+        if len(ranked) != 1:
+            raise ValueError(
+                f"'keeps' = {shorten(keeps)}: has to be left out, unless exactly one stage keeps some visual "
+                "tokens"
+            )
+        if not isinstance(keeps, list) or not all(
+            type(keep) in (int, float) and 0 < keep < 1 for keep in keeps
+        ):
+            raise ValueError(
+                f"'keeps' = {shorten(keeps)}: has to be a list of numbers above 0 and less than 1, among "
+                "which requests may choose"
+            )
+        return tuple(sorted({*ranked, *map(float, keeps)}))
 
     @staticmethod
     def _checked_stages(stages: list[Any], layers: range) -> tuple[Stage, ...]:
@@ -262,6 +286,7 @@ class Policy:
             "model": model,
             "stages": stages,
             "ranking": self.ranking,
+            **({"keeps": list(self.offered_keeps)} if self.offered_keeps else {}),
             "gate": self.gate and asdict(self.gate) | {"thresholds": list(self.gate.thresholds)},
             **({} if self.layer is None else {"layer": self.layer}),
             **({"tasks": dict(self.tasks)} if self.tasks else {}),
@@ -319,6 +344,20 @@ class Policy:
             1 or more. None if the visual tokens stay.
         """
         return next((number for number, stage in enumerate(self.stages, 1) if stage.layer >= layer), None)
+
+    def keeping(self, keep: float) -> "Policy":
+        """The policy of a request that chose a share of visual tokens to stay.
+
+        Args:
+            keep: One of `offered_keeps`, or 1 to keep all where others keep some.
+        """
+        stages = tuple(replace(stage, keep=keep) if stage.keep else stage for stage in self.stages)
+        return replace(self, stages=stages)
+
+    def most_kept(self, visual_tokens: int) -> int:
+        """How many of these visual tokens stay at most, of those that any request may lose."""
+        most = max((stage.keep for stage in self.stages), default=0.0)
+        return Stage(0, max(most, *self.offered_keeps, 0.0)).kept(visual_tokens)
 
     @property
     def keeps(self) -> tuple[float, ...]:

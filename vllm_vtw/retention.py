@@ -8,18 +8,22 @@ attention metadata by it.
 
 import sys
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_vtw.policy import BY_IMAGE, Policy
+from vllm_vtw.policy import BY_FEATURES, BY_IMAGE, Policy
 from vllm_vtw.rankings import IMAGE_RANKINGS
 
 VISUAL = ("image", "video")
+Mark = tuple[int, bytes]
+"""A position, and what distinguishes rows that hold other tokens of the same prompt up to there."""
+NO_ORDERS: Mapping[str, npt.NDArray[np.int32]] = {}
 Span = tuple[int, int]
 """A half-open range of prompt positions, `start <= position < stop`."""
 
@@ -78,8 +82,10 @@ class Retention:
         shareable: Length of the prompt's prefix whose retention depends on the tokens of that prefix alone.
             KV blocks within it can be shared with other requests.
         one_step: The part of the prompt that has to be computed in one step. None if there is none.
-        exit_layer: The layer at which the `withdrawn` positions left, or the first of them under a ranking by
-            image alone. None if each may have left at another one.
+        marks: By the position from which they hold, what the keys and values of the tokens that follow depend
+            on beside the prompt: the layer at which visual tokens left, or which of them did.
+        awaits_from: The position of the first image of which it is not known yet which tokens stay. None if
+            there is none. What follows counts as retained.
 
     Attributes:
         num_withdrawn: Tokens of the whole request that the stage never holds.
@@ -91,7 +97,8 @@ class Retention:
         withdrawn: Sequence[Span] = (),
         shareable: int = sys.maxsize,
         one_step: OneStepPrefill | None = None,
-        exit_layer: int | None = None,
+        marks: Sequence[Mark] = (),
+        awaits_from: int | None = None,
     ) -> None:
         self.withdrawn = tuple(withdrawn)
         self._starts = [start for start, _ in withdrawn]
@@ -104,7 +111,8 @@ class Retention:
         ]
         self.shareable = shareable
         self.one_step = one_step
-        self.exit_layer = exit_layer
+        self.marks = tuple(marks)
+        self.awaits_from = awaits_from
         self.num_withdrawn = self._withdrawn_before[-1]
         self.all_kept_from = self._stops[-1] if withdrawn else 0
 
@@ -122,13 +130,14 @@ class Retention:
         """The position of the retained token of a rank. The inverse of `count`."""
         return rank + self._withdrawn_before[bisect_right(self._start_ranks, rank)]
 
-    def left_before(self, position: int) -> int | None:
-        """The layer at which tokens before a position left, as `exit_layer`. None if none did.
+    def mark_before(self, position: int) -> bytes:
+        """What distinguishes the row up to a position from those of other requests with the same tokens.
 
         What the stage computes at a position depends on the tokens before it, and on how many layers saw
-        those of them that have left.
+        those of them that have left. Empty if none have.
         """
-        return self.exit_layer if self.withdrawn and self._starts[0] < position else None
+        before = bisect_left(self.marks, (position, b""))
+        return self.marks[before - 1][1] if before else b""
 
     def keep_mask(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
         """Whether each of the positions from `start` to `stop - 1` is retained, shape `(stop - start,)`."""
@@ -213,6 +222,8 @@ def request_retentions(
     align_to: int,
     bridge: int,
     layer: int | None = None,
+    keep: float | None = None,
+    orders: Mapping[str, npt.NDArray[np.int32]] = NO_ORDERS,
 ) -> tuple[Retention, ...]:
     """The retention of every stage past the first, for one request.
 
@@ -225,8 +236,16 @@ def request_retentions(
         bridge: As `visual_spans` takes it.
         layer: The layer that the request chose for its visual tokens to leave, or the number of layers if
             they stay. None if the request leaves it to the policy.
+        keep: The share of visual tokens that the request chose to stay, as `Policy.keeping` takes it. None
+            if the request leaves it to the policy.
+        orders: Under a ranking by features: by the identifier of an image, those of its tokens that may stay,
+            as `FeatureRanking.order` returned them. Those of some images may not be known yet.
     """
     mm_features = list(mm_features)
+    if keep is not None:
+        policy = policy.keeping(keep)
+        if policy.stages[-1].keep == 1:
+            return (EVERYTHING,) * len(policy.stages)
     if not policy.withdraws_all:
         align_to = 1
     spans = visual_spans(mm_features, bridge)
@@ -234,10 +253,12 @@ def request_retentions(
     if layer is None:
         layer = policy.default_layer
     if layer is not None:
-        leaving = Retention(all_withdrawn.withdrawn, all_withdrawn.shareable, exit_layer=layer)
+        withdrawn = all_withdrawn.withdrawn
+        marks = [(withdrawn[0][0], layer.to_bytes(2))] if withdrawn else []
+        leaving = Retention(withdrawn, all_withdrawn.shareable, marks=marks)
         return tuple(leaving if stage.layer >= layer else EVERYTHING for stage in policy.stages)
     if policy.ranking in BY_IMAGE:
-        return tuple(_selected_retentions(policy, mm_features, num_prompt_tokens, bridge))
+        return tuple(_selected_retentions(policy, mm_features, num_prompt_tokens, bridge, orders))
     if not all_withdrawn.num_withdrawn:
         return (all_withdrawn,) * len(policy.stages)
     start = min(feature.mm_position.offset for feature in mm_features if feature.modality in VISUAL)
@@ -253,28 +274,55 @@ def request_retentions(
 
 
 def _selected_retentions(
-    policy: Policy, mm_features: Iterable[Any], num_prompt_tokens: int, bridge: int
+    policy: Policy,
+    mm_features: Iterable[Any],
+    num_prompt_tokens: int,
+    bridge: int,
+    orders: Mapping[str, npt.NDArray[np.int32]],
 ) -> Iterator[Retention]:
     """The retention of every stage past the first under a ranking by image alone."""
-    assert policy.ranking is not None
-    ranking, images = IMAGE_RANKINGS[policy.ranking](), []
+    images: list[tuple[npt.NDArray[np.integer], npt.NDArray[np.integer], bool]] = []
+    marks: list[Mark] = []
+    mark = repr([(stage.layer, stage.keep) for stage in policy.stages]).encode()
+    by_features = policy.ranking in BY_FEATURES
+    awaits_from, previous_stop = None, 0
     for feature in mm_features:
-        spans = visual_spans([feature], bridge)
-        if spans:
-            tokens = np.concatenate([np.arange(start, stop) for start, stop in spans])
-            images.append(tokens[ranking.order(len(tokens), feature.mm_hash)])
+        # The encoder makes no features of the tokens between its own.
+        spans = visual_spans([feature], 0 if by_features else bridge)
+        if not spans:
+            continue
+        tokens = np.concatenate([np.arange(start, stop) for start, stop in spans])
+        # A step that has the encoder compute an image computes at least one token of the prompt itself,
+        # before it is known what leaves. If the image follows nothing or another image, this is its first.
+        first_stays = by_features and tokens[0] == previous_stop
+        previous_stop = spans[-1][1]
+        if by_features:
+            if feature.identifier not in orders:
+                awaits_from = int(tokens[0]) + first_stays
+                break
+            by_worker = orders[feature.identifier]
+            mark = sha256(mark + by_worker.tobytes()).digest()
+            images.append((tokens, by_worker, first_stays))
+        else:
+            order = IMAGE_RANKINGS[policy.ranking or ""]().order(len(tokens), feature.mm_hash)
+            images.append((tokens, order, first_stays))
+        marks.append((int(tokens[0]), mark))
     last = num_prompt_tokens - 1
     for stage in policy.stages:
-        leaving = [tokens[stage.kept(len(tokens)) :] for tokens in images]
-        withdrawn = np.sort(np.concatenate(leaving)) if leaving else np.empty(0, dtype=np.int64)
-        shareable = sys.maxsize
+        leaving: list[npt.NDArray[np.integer]] = [np.empty(0, dtype=np.int64)]
+        for tokens, order, first_stays in images:
+            leaves = np.ones(len(tokens), dtype=bool)
+            leaves[order[: stage.kept(len(tokens))]] = False
+            leaves[0] &= not first_stays
+            leaving.append(tokens[leaves])
+        withdrawn = np.sort(np.concatenate(leaving))
+        shareable = sys.maxsize if awaits_from is None else awaits_from - 1
         if len(withdrawn) and withdrawn[-1] == last:
             # It stays here, as the first output token is sampled from its state, but not in longer prompts.
             withdrawn, shareable = withdrawn[:-1], last
         borders = np.flatnonzero(np.diff(withdrawn, prepend=-2, append=num_prompt_tokens + 1) > 1)
-        runs = pairwise(borders)
-        spans = [(int(withdrawn[start]), int(withdrawn[stop - 1]) + 1) for start, stop in runs]
-        yield Retention(spans, shareable, exit_layer=policy.stages[0].layer)
+        runs = [(int(withdrawn[start]), int(withdrawn[stop - 1]) + 1) for start, stop in pairwise(borders)]
+        yield Retention(runs, shareable, marks=marks, awaits_from=awaits_from)
 
 
 def _ranked_retentions(policy: Policy, one_step: OneStepPrefill) -> Iterator[Retention]:
@@ -291,6 +339,15 @@ def awaits_gates(retentions: Sequence[Retention]) -> bool:
     """
     one_step = retentions[0].one_step if retentions else None
     return one_step is not None and one_step.gated
+
+
+def awaits_image(retentions: Sequence[Retention]) -> bool:
+    """Whether a request has an image of which it is not known yet which tokens stay.
+
+    Args:
+        retentions: The request's retention in every stage past the first.
+    """
+    return bool(retentions) and retentions[0].awaits_from is not None
 
 
 def after_exit(retentions: Sequence[Retention], exit_stage: int | None) -> tuple[Retention, ...]:

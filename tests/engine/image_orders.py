@@ -5,6 +5,7 @@
 from hashlib import sha256
 
 import numpy as np
+import torch
 
 
 def dithered(side: int) -> list[int]:
@@ -29,3 +30,19 @@ def drawn(tokens: int, image_hash: str) -> list[int]:
     """The tokens of an image by lot."""
     seed = int(sha256(image_hash.encode()).hexdigest(), 16)
     return np.random.default_rng(seed).permutation(tokens).tolist()
+
+
+def diverse(features: torch.Tensor) -> list[int]:
+    """The tokens of an image so that each is as far as can be from those before, by the cosine.
+
+    Args:
+        features: What the decoder gets in place of the tokens, shape `(tokens, hidden_size)`.
+    """
+    distances = 1 - torch.cosine_similarity(features[:, None].float(), features[None].float(), dim=-1)
+    apart = [sorted(row)[1] for row in distances.tolist()]
+    order = [apart.index(max(apart))]
+    while len(order) < len(features):
+        nearest = distances[:, order].min(dim=1).values
+        nearest[order] = -1
+        order.append(int(nearest.argmax()))
+    return order

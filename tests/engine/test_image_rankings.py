@@ -22,7 +22,7 @@ from tests.engine.engines import (
     scheduler_of,
     step_until,
 )
-from tests.engine.image_orders import dithered, drawn
+from tests.engine.image_orders import dithered, diverse, drawn
 from tests.engine.reference import Reference
 from vllm_vtw.kv.scheduler import VTWScheduler
 
@@ -62,19 +62,27 @@ def hashes(monkeypatch) -> list[list[str]]:
 
 
 def leaving(
-    oracle: Reference, prompt: list[int], schedule: Schedule, ranking: str, hashes: list[str]
+    oracle: Reference, ask: Ask, prompt: list[int], schedule: Schedule, ranking: str, hashes: list[str]
 ) -> dict[int, set[int]]:
     """By layer: the positions that leave there."""
+    stay = {len(prompt) - 1}
     visual = [position for position, token in enumerate(prompt) if token == oracle.image_token]
     images = [visual[start : start + PER_IMAGE] for start in range(0, len(visual), PER_IMAGE)]
+    if ranking == "uniform":
+        orders = [dithered(MODEL.image_side)] * len(images)
+    elif ranking == "random":
+        orders = [drawn(PER_IMAGE, image_hash) for image_hash in hashes]
+    else:
+        orders = [diverse(oracle.embeds(image)) for image in ask.images]
+        # The first token of an image that follows no text.
+        stay |= {image[0] for image in images if image[0] == 0 or image[0] - 1 in visual}
     found: dict[int, set[int]] = {}
     gone: set[int] = set()
     for layer, keep in schedule.items():
         kept = ceil(Fraction(str(keep)) * PER_IMAGE)
         before = set(gone)
-        for positions, image_hash in zip(images, hashes, strict=True):
-            order = dithered(MODEL.image_side) if ranking == "uniform" else drawn(PER_IMAGE, image_hash)
-            gone |= {positions[token] for token in order[kept:]} - {len(prompt) - 1}
+        for positions, order in zip(images, orders, strict=True):
+            gone |= {positions[token] for token in order[kept:]} - stay
         found[layer] = gone - before
     return found
 
@@ -90,7 +98,7 @@ def assert_selected(
     """The answer is the reference's greedy one, token for token."""
     prompt, answer = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
     embeds = [oracle.embeds(image) for image in ask.images]
-    left = leaving(oracle, prompt, schedule, ranking, hashes)
+    left = leaving(oracle, ask, prompt, schedule, ranking, hashes)
     logits = oracle.selected_logits([*prompt, *answer], embeds, left)
     assert logits[-len(answer) - 1 : -1].argmax(-1).tolist() == answer, ask.name
 
@@ -102,6 +110,8 @@ def assert_selected(
         *(pytest.param(schedule, "uniform", marks=slow) for schedule in SCHEDULES[1:]),
         (SCHEDULES[1], "random"),
         *(pytest.param(schedule, "random", marks=slow) for schedule in (SCHEDULES[0], *SCHEDULES[2:])),
+        (SCHEDULES[2], "diversity"),
+        *(pytest.param(schedule, "diversity", marks=slow) for schedule in (*SCHEDULES[:2], *SCHEDULES[3:])),
     ],
 )
 def test_every_request_shape(checkpoint, reference, hashes, schedule, ranking):
@@ -121,15 +131,16 @@ def test_every_request_shape(checkpoint, reference, hashes, schedule, ranking):
         assert_selected(oracle, ask, batched, schedule, ranking, of_ask)
 
 
-def test_blocks_hold_what_stays(checkpoint, reference, hashes):
+@pytest.mark.parametrize("ranking", ["random", "diversity"])
+def test_blocks_hold_what_stays(checkpoint, reference, hashes, ranking):
     folder, schedule = checkpoint(MODEL), {0: 0.5, 4: 0.1}
     oracle = reference(folder)
     ask = next(ask for ask in SHAPES if ask.name == "several apart")
-    with running(folder, policy(schedule, "random"), max_num_batched_tokens=72) as llm:
+    with running(folder, policy(schedule, ranking), max_num_batched_tokens=72) as llm:
         llm.llm_engine.add_request("request", ask.to_vllm(oracle), GREEDY)
         (request,) = scheduler_of(llm).requests.values()
         prompt = list(request.prompt_token_ids)
-        left = leaving(oracle, prompt, schedule, "random", hashes[0])
+        left = leaving(oracle, ask, prompt, schedule, ranking, hashes[0])
         seen = []
 
         def check() -> None:
@@ -164,7 +175,11 @@ def test_what_is_not_withdrawn_is_answered_as_in_stock(checkpoint, reference):
 
 @pytest.mark.parametrize(
     ("schedule", "ranking"),
-    [({0: 0.5, 4: 0.25}, "uniform"), *(pytest.param(s, "random", marks=slow) for s in ({2: 0.5}, {0: 0.01}))],
+    [
+        ({0: 0.5, 4: 0.25}, "uniform"),
+        *(pytest.param(s, "random", marks=slow) for s in ({2: 0.5}, {0: 0.01})),
+        ({0: 0.5, 4: 0.25}, "diversity"),
+    ],
 )
 def test_the_prefix_cache_changes_no_answer(checkpoint, reference, hashes, schedule, ranking):
     folder = checkpoint(MODEL)

@@ -217,6 +217,6 @@ def test_rankings_by_image_alone_say_which_tokens_stay(prompt: Prompt, ranking: 
         assert retention.one_step is None
         # In a longer prompt, the last token may leave.
         assert (retention.shareable == last) == (last in leaving)
-        assert retention.left_before(prompt.length) == (0 if retention.num_withdrawn else None)
+        assert bool(retention.mark_before(prompt.length)) == bool(prompt.spans)
     everything = request_retentions(policy, features, prompt.length, 1, bridge=0, layer=8)
     assert all(retention is EVERYTHING for retention in everything)

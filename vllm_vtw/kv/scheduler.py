@@ -15,16 +15,25 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_vtw.choice import PREFIX, Choice, choice_of
-from vllm_vtw.config import EXITS
+from vllm_vtw.config import EXITS, ORDERS, WANTED
 from vllm_vtw.kv.cache_manager import StagedKVCacheManager
 from vllm_vtw.kv.guard import CLIENT, Guard
 from vllm_vtw.kv.guarded_scheduler import GuardedScheduler
+from vllm_vtw.kv.image_orders import AwaitingRequest, ImageOrders
 from vllm_vtw.kv.prefill_turns import Turns
 from vllm_vtw.kv.stage_block_manager import StagedBlockHashes
 from vllm_vtw.kv.startup_log import log_startup
 from vllm_vtw.kv.statistics import Statistics
 from vllm_vtw.metrics import OWN_KEY
-from vllm_vtw.retention import OneStepPrefill, Retention, after_exit, awaits_gates, request_retentions
+from vllm_vtw.policy import BY_FEATURES
+from vllm_vtw.retention import (
+    OneStepPrefill,
+    Retention,
+    after_exit,
+    awaits_gates,
+    awaits_image,
+    request_retentions,
+)
 from vllm_vtw.startup.options import layer_groups, vtw_config
 from vllm_vtw.startup.refusals import refuse_unsupported, refuse_unsupported_dynamic
 
@@ -46,6 +55,8 @@ class VTWScheduler(GuardedScheduler):
             tokens, or None if they stay.
         ended_in_flight: By id of a request that has ended, the number of its tokens in steps whose results
             have not come back yet.
+        ranks_features: Whether the policy ranks visual tokens by features of images.
+        image_orders: Which tokens of images stay, if it does.
         turns: Which prompt gets a step of its own.
         statistics: What is counted for `/metrics`.
 
@@ -77,6 +88,8 @@ class VTWScheduler(GuardedScheduler):
         self.awaiting_gates: set[str] = set()
         self.exits: dict[str, int | None] = {}
         self.ended_in_flight: dict[str, int] = {}
+        self.ranks_features = self.withdrawal_policy.ranking in BY_FEATURES
+        self.image_orders = ImageOrders()
         self.turns = Turns()
         groups = layer_groups(vllm_config, config.policy)
         layers = [*(stage.layer for stage in self.withdrawal_policy.stages), self.num_layers]
@@ -127,28 +140,44 @@ class VTWScheduler(GuardedScheduler):
 
     def _retain(self, request: Request, choice: Choice) -> None:
         """Finds out what the stages retain of a request that arrives."""
-        retentions = request_retentions(
+        if self.ranks_features:
+            self.image_orders.admit(request)
+        retentions = self._retentions_of(request, choice)
+        self.retentions[request.request_id] = retentions
+        self.tasks[request.request_id] = choice.task
+        request.block_hashes = StagedBlockHashes(request.block_hashes, retentions)
+        if awaits_gates(retentions):
+            self.awaiting_gates.add(request.request_id)
+        elif awaits_image(retentions):
+            self.image_orders.awaiting[request.request_id] = AwaitingRequest(request, choice)
+        else:
+            self._count(request, choice)
+
+    def _retentions_of(self, request: Request, choice: Choice) -> tuple[Retention, ...]:
+        return request_retentions(
             self.withdrawal_policy,
             request.mm_features,
             request.num_prompt_tokens,
             self.align_to,
             self.bridge,
             choice.layer,
+            choice.keep,
+            self.image_orders.of_request.get(request.request_id, {}),
         )
-        self.retentions[request.request_id] = retentions
-        self.tasks[request.request_id] = choice.task
-        if awaits_gates(retentions):
-            self.awaiting_gates.add(request.request_id)
-        elif request.client_index != CLIENT:
-            layer = self.statistics.count_request(retentions, choice.task)
-            if choice.layer is not None:
-                logger.debug(
-                    "vtw: request %s%s chose that its visual tokens leave at layer %d",
-                    request.request_id,
-                    f" of task {choice.task!r}" if choice.task else "",
-                    layer,
-                )
-        request.block_hashes = StagedBlockHashes(request.block_hashes, retentions)
+
+    def _count(self, request: Request, choice: Choice) -> None:
+        """Counts a user's request whose retention is known."""
+        if request.client_index == CLIENT:
+            return
+        layer = self.statistics.count_request(self.retentions[request.request_id], choice.task)
+        if choice != Choice():
+            logger.debug(
+                "vtw: request %s%s chose that its visual tokens leave at layer %d%s",
+                request.request_id,
+                f" of task {choice.task!r}" if choice.task else "",
+                layer,
+                "" if choice.keep is None else f", but for {choice.keep:g} of them",
+            )
 
     @staticmethod
     def _forget_choice(request: Request) -> None:
@@ -195,6 +224,8 @@ class VTWScheduler(GuardedScheduler):
             begun = {new.req_id for new in output.scheduled_new_reqs}
             begun |= output.scheduled_cached_reqs.resumed_req_ids
             setattr(output, EXITS, {req_id: self.exits[req_id] for req_id in begun & self.exits.keys()})
+        if self.ranks_features:
+            self.image_orders.tell(output, self.encoder_cache_manager)
         return output
 
     def _give_step_to(self, request_id: str | None) -> list[Request]:
@@ -232,6 +263,8 @@ class VTWScheduler(GuardedScheduler):
 
         The part of a prompt that has to be computed in one step is taken whole or not at all.
 
+        An image whose order is not known yet is encoded before its tokens are computed; see `_encode_ahead`.
+
         While gates are about to decide about a request, nothing of it is scheduled. Under asynchronous
         scheduling, the next step is scheduled before they have decided.
         """
@@ -249,6 +282,8 @@ class VTWScheduler(GuardedScheduler):
                 self.turns.passed_over(request.request_id, self.current_step)
                 num_new_tokens = min(num_new_tokens, before)
         given = (request, num_computed_tokens, num_new_tokens, encoder_compute_budget)
+        if awaits_image(self.retentions[request.request_id]):
+            return self._encode_ahead(*given, *args, **options)
         chosen: tuple[list[int], int, int, list[int], list[int]]
         chosen = super()._try_schedule_encoder_inputs(*given, *args, **options)
         if one_step is None or not one_step.start < num_computed_tokens + chosen[1] < one_step.stop:
@@ -259,10 +294,42 @@ class VTWScheduler(GuardedScheduler):
         self.turns.passed_over(request.request_id, self.current_step)
         return [], before, encoder_compute_budget, [], []
 
+    def _encode_ahead(
+        self,
+        request: Request,
+        num_computed_tokens: int,
+        num_new_tokens: int,
+        encoder_compute_budget: int,
+        *args: Any,
+        **options: Any,
+    ) -> tuple[list[int], int, int, list[int], list[int]]:
+        """Schedules the images of a request up to the first one whose order is not known, and no token of it.
+
+        If this image cannot be encoded in this step, one token before it is left for the step that can. A
+        request without tokens in a step is not scheduled, and neither are its images.
+        """
+        awaits_from = self.retentions[request.request_id][0].awaits_from
+        assert awaits_from is not None
+        index, image = self.image_orders.next_missing(request)
+        stop = image.mm_position.offset + image.mm_position.length
+        window = max(num_new_tokens, stop - num_computed_tokens)
+        chosen: tuple[list[int], int, int, list[int], list[int]]
+        chosen = super()._try_schedule_encoder_inputs(
+            request, num_computed_tokens, window, encoder_compute_budget, *args, **options
+        )
+        encodes, before_missing, budget, external, duplicates = chosen
+        holds = request.request_id in self.encoder_cache_manager.cached.get(image.identifier, ())
+        is_encoded = holds or index in encodes or index in duplicates
+        room = awaits_from - num_computed_tokens - (not is_encoded)
+        num_new_tokens = max(0, min(num_new_tokens, before_missing, room))
+        if num_new_tokens == 0:
+            return [], 0, encoder_compute_budget, [], []
+        return encodes, num_new_tokens, budget, external, duplicates
+
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """Applies what gates decided in the step, then does what vLLM does."""
+        """Applies what gates and rankings by features decided in the step, then does what vLLM does."""
         for request_id, exit_stage in getattr(model_runner_output, EXITS, {}).items():
             request = self.requests.get(request_id)
             # The decision may be about a request that has ended, whose id may have been used again.
@@ -271,6 +338,11 @@ class VTWScheduler(GuardedScheduler):
             # What was computed before vLLM's prefix cache was reset is computed again, and decided again.
             if not (request.num_stale_output_tokens and request.drop_stale_output):
                 self._apply_exit(request, exit_stage)
+        if self.ranks_features:
+            wanted = getattr(scheduler_output, WANTED, [])
+            orders = getattr(model_runner_output, ORDERS, {})
+            for waiting, is_answered in self.image_orders.take(wanted, orders):
+                self._apply_orders(waiting, is_answered)
         scheduled = scheduler_output.num_scheduled_tokens
         self._note_results_of_ended(scheduled)
         for request_id in self.awaiting_gates & scheduled.keys():
@@ -290,6 +362,20 @@ class VTWScheduler(GuardedScheduler):
             self.ended_in_flight[request_id] -= scheduled[request_id]
             if self.ended_in_flight[request_id] <= 0:
                 del self.ended_in_flight[request_id]
+
+    def _apply_orders(self, waiting: AwaitingRequest, is_answered: bool) -> None:
+        request, choice = waiting
+        if not is_answered:
+            # Without an order the request would wait forever.
+            self._end_with_error(request, "has an image without an order: its worker sent none")
+            return
+        hashes = request.block_hashes
+        assert isinstance(hashes, StagedBlockHashes)
+        retentions = self._retentions_of(request, choice)
+        hashes.retentions = self.retentions[request.request_id] = retentions
+        if not awaits_image(retentions):
+            del self.image_orders.awaiting[request.request_id]
+            self._count(request, choice)
 
     def _apply_exit(self, request: Request, exit_stage: int | None) -> None:
         request_id, hashes = request.request_id, request.block_hashes
@@ -330,6 +416,8 @@ class VTWScheduler(GuardedScheduler):
         self.awaiting_gates.discard(request_id)
         self.exits.pop(request_id, None)
         self.turns.forget(request_id)
+        if self.ranks_features:
+            self.image_orders.forget(request_id)
         if self.withdrawal_policy.gate is not None and request.num_in_flight_tokens > 0:
             self.ended_in_flight[request_id] = request.num_in_flight_tokens
 

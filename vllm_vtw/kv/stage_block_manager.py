@@ -54,7 +54,7 @@ class StagedBlockHashes(list[BlockHash]):
         holds 49, and one of them is in a fourth page.
 
         If tokens of the request have left before the border, the row also depends on the layer at which they
-        did. Requests share it only with those whose tokens left at the same layer.
+        did, and on which of them did. Requests share it only with those whose tokens left in the same way.
 
         Args:
             stage: The stage.
@@ -63,10 +63,9 @@ class StagedBlockHashes(list[BlockHash]):
             is_last: Whether the block is the row's last one before the border. Tokens in front of a border
                 may fill one block and begin the next.
         """
-        layer = of_stage(self.retentions, stage).left_before(border)
+        mark = of_stage(self.retentions, stage).mark_before(border)
         block_hash = self[border // page_size - 1]
-        suffix = b"" if layer is None else layer.to_bytes(2)
-        return BlockHash(block_hash + suffix + (b"" if is_last else b"+"))
+        return BlockHash(block_hash + mark + (b"" if is_last else b"+"))
 
 
 class StageManager(SingleTypeKVCacheManager):

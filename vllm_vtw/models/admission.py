@@ -24,6 +24,7 @@ class MultiModalFeature(NamedTuple):
     modality: str
     mm_position: PlaceholderRange
     mm_hash: str
+    identifier: str
 
 
 def mm_features(prompt: Mapping[str, Any]) -> list[MultiModalFeature]:
@@ -33,7 +34,7 @@ def mm_features(prompt: Mapping[str, Any]) -> list[MultiModalFeature]:
         prompt: The engine input of a multimodal prompt.
     """
     return [
-        MultiModalFeature(modality, place, item_hash)
+        MultiModalFeature(modality, place, item_hash, item_hash)
         for modality, places in prompt["mm_placeholders"].items()
         for place, item_hash in zip(places, prompt["mm_hashes"][modality], strict=True)
     ]

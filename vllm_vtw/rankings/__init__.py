@@ -6,7 +6,8 @@ To add a ranking, subclass one of the classes of `base` in a file of its own, an
 `vllm_vtw.policy` under its name in policy files.
 """
 
-from vllm_vtw.rankings.base import AttentionRanking, ImageRanking, StateRanking
+from vllm_vtw.rankings.base import AttentionRanking, FeatureRanking, ImageRanking, StateRanking
+from vllm_vtw.rankings.diversity import Diversity
 from vllm_vtw.rankings.key_norm import KeyNorm
 from vllm_vtw.rankings.last_token_attention import LastTokenAttention
 from vllm_vtw.rankings.random import Random
@@ -18,14 +19,17 @@ ATTENTION_RANKINGS: dict[str, type[AttentionRanking]] = {
     "key-norm": KeyNorm,
 }
 STATE_RANKINGS: dict[str, type[StateRanking]] = {"variation": Variation}
+FEATURE_RANKINGS: dict[str, type[FeatureRanking]] = {"diversity": Diversity}
 IMAGE_RANKINGS: dict[str, type[ImageRanking]] = {"uniform": Uniform, "random": Random}
 """The rankings, by their name in policy files."""
 
 __all__ = [
     "ATTENTION_RANKINGS",
+    "FEATURE_RANKINGS",
     "IMAGE_RANKINGS",
     "STATE_RANKINGS",
     "AttentionRanking",
+    "FeatureRanking",
     "ImageRanking",
     "StateRanking",
 ]

@@ -64,3 +64,22 @@ class ImageRanking(ABC):
             Their indices, from the one that stays longest to the one that leaves first, shape
             `(num_tokens,)`.
         """
+
+
+class FeatureRanking(ABC):
+    """Orders the tokens of one image or video by what the encoder has computed of them. The first ones stay.
+
+    The result is kept for as long as requests may ask about the same image.
+    """
+
+    @abstractmethod
+    def order(self, features: "torch.Tensor", count: int) -> "torch.Tensor":
+        """Orders the tokens that may stay.
+
+        Args:
+            features: What the decoder gets in place of the tokens, shape `(tokens, hidden_size)`.
+            count: How many tokens stay at most.
+
+        Returns:
+            Their indices, from the one that stays longest on, shape `(count,)`.
+        """

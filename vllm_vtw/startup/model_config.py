@@ -5,13 +5,22 @@
 from vllm.config import VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from vllm_vtw.config import ADMISSION, GATED_WORKER, PIPELINE_WORKER, SCHEDULER, Admission
+from vllm_vtw.config import (
+    ADMISSION,
+    GATED_WORKER,
+    ORDERING_WORKER,
+    PIPELINE_WORKER,
+    SCHEDULER,
+    Admission,
+)
 from vllm_vtw.gates import load_gates
+from vllm_vtw.policy import BY_FEATURES
 from vllm_vtw.startup.connectors import use_own_connector
 from vllm_vtw.startup.options import layer_groups, model_shape, vtw_config
 from vllm_vtw.startup.refusals import (
     refuse_unsupported,
     refuse_unsupported_dynamic,
+    refuse_unsupported_features,
     refuse_unsupported_guard,
 )
 
@@ -53,5 +62,8 @@ class VTWModelConfig(VerifyAndUpdateConfig):
             refuse_unsupported_dynamic(vllm_config, config.policy)
             if config.policy.gate is not None:
                 vllm_config.parallel_config.worker_cls = GATED_WORKER
+        if config.policy.ranking in BY_FEATURES:
+            refuse_unsupported_features(vllm_config)
+            vllm_config.parallel_config.worker_cls = ORDERING_WORKER
         groups = layer_groups(vllm_config, config.policy)  # may have no place for a drafter's layers
         use_own_connector(vllm_config, config.policy, groups)

@@ -8,11 +8,11 @@ from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
 from vllm.config import CompilationMode, VllmConfig
 from vllm.platforms import current_platform
 
-from vllm_vtw.config import GATED_WORKER, PIPELINE_WORKER, SCHEDULER
+from vllm_vtw.config import GATED_WORKER, ORDERING_WORKER, PIPELINE_WORKER, SCHEDULER
 from vllm_vtw.families import ELSEWHERE, text_refusal
 from vllm_vtw.policy import BY_ATTENTION, Policy
 from vllm_vtw.startup.connectors import connector_refusals
-from vllm_vtw.startup.drafters import drafter_refusals
+from vllm_vtw.startup.drafters import drafter_layers, drafter_refusals
 from vllm_vtw.startup.options import has_timestamps
 
 KV_CACHE_TYPES = ("auto", "float32", "float16", "bfloat16")
@@ -38,6 +38,27 @@ def refuse_unsupported_dynamic(vllm_config: VllmConfig, policy: Policy) -> None:
     """
     what = "use gates" if policy.ranking is None else "rank visual tokens"
     _refuse(f"{what} in this configuration", list(_dynamic_refusals(vllm_config, policy)))
+
+
+def refuse_unsupported_features(vllm_config: VllmConfig) -> None:
+    """Refuses options with which images cannot be ranked by their features.
+
+    Raises:
+        ValueError: There are such options. The message names all of them and what to do instead.
+    """
+    refused = list(_worker_refusals(vllm_config, "a ranking by features", ORDERING_WORKER))
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        refused.insert(
+            0,
+            "the pipeline rank that computes features is not the one that answers the scheduler: use "
+            "--tensor-parallel-size, not --pipeline-parallel-size",
+        )
+    if drafter_layers(vllm_config):
+        refused.append(
+            "a drafter's layers beside a ranking by features are untested: remove --speculative-config, or "
+            "use one without a model of its own, such as ngram"
+        )
+    _refuse("rank visual tokens by their features in this configuration", refused)
 
 
 def refuse_unsupported_guard(vllm_config: VllmConfig) -> None:

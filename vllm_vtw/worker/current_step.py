@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
@@ -42,11 +43,16 @@ class CurrentStep:
         exits: By request id, decisions that the scheduler has not been told yet.
         begun: Ids of the requests that begin or resume in this step. What the worker knew about them is void.
         known_exits: By request id, what gates have decided about these requests before.
+        orders: By request id, the orders of images that this step told the worker, as `request_retentions`
+            takes them.
+        features_of: Set by the seam into the model runner. Returns what the encoder has computed of an image,
+            by its identifier, shape `(tokens, at least hidden_size)`, or None if the cache does not hold it.
         builders: By layer name, the builder of its attention metadata. vLLM makes builders more than once;
             the last one counts.
     """
 
     record_exits: Callable[[dict[int, int | None]], None]
+    features_of: Callable[[str], torch.Tensor | None]
 
     def __init__(self, num_stages: int, device: torch.device) -> None:
         self.num_stages = num_stages
@@ -62,6 +68,7 @@ class CurrentStep:
         self.exits: dict[str, int | None] = {}
         self.begun: set[str] = set()
         self.known_exits: dict[str, int | None] = {}
+        self.orders: dict[str, dict[str, npt.NDArray[np.int32]]] = {}
         self.builders: dict[str, Any] = {}
         self._row_exits: dict[int, int | None] = {}
         self._retentions: BatchRetentions | None = None

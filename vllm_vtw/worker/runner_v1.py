@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -65,6 +66,7 @@ class V1Batches:
         self.config = config
         self.step = step
         step.record_exits = self._record_exits
+        step.features_of = self._features_of
         # Asking a tensor's device for its type takes 14 microseconds in every step.
         self.on_cpu = step.device.type == "cpu"
         self.made_for: SamplingMetadata | None = None
@@ -95,7 +97,7 @@ class V1Batches:
             return
         if self.on_cpu:
             make_rewindable(runner, num_reqs)
-        if runner.input_batch.sampling_metadata is not self.made_for:
+        if runner.input_batch.sampling_metadata is not self.made_for or self.step.orders:
             self.made_for = runner.input_batch.sampling_metadata
             self._take(runner, runner.input_batch.req_ids[:num_reqs])
         num_computed = runner.input_batch.num_computed_tokens_cpu[:num_reqs]
@@ -116,21 +118,27 @@ class V1Batches:
     def _retentions(self, runner: GPUModelRunner, request: CachedRequestState) -> tuple[Retention, ...]:
         req_id = request.req_id
         tracked, retentions = self.tracked.get(req_id, (None, ()))
-        if tracked is not request or req_id in self.step.begun:
+        if tracked is not request or req_id in self.step.begun or req_id in self.step.orders:
             block_size = runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
             align_to = self.config.align_to(block_size)
+            choice = choice_of(self.config.policy, self.config.num_layers, request.sampling_params)
             retentions = request_retentions(
                 self.config.policy,
                 request.mm_features,
                 request.num_prompt_tokens,
                 align_to,
                 self.config.bridge,
-                choice_of(self.config.policy, self.config.num_layers, request.sampling_params).layer,
+                choice.layer,
+                choice.keep,
+                self.step.orders.get(req_id, {}),
             )
             if req_id in self.step.known_exits:
                 retentions = after_exit(retentions, self.step.known_exits[req_id])
             self.tracked[req_id] = (request, retentions)
         return retentions
+
+    def _features_of(self, identifier: str) -> torch.Tensor | None:
+        return self.runner.encoder_cache.get(identifier)
 
     def _record_exits(self, exits: Mapping[int, int | None]) -> None:
         """Keeps what gates decided, and drops from the rows the blocks that the scheduler will free."""

@@ -29,13 +29,13 @@ class TrackedRequest(NamedTuple):
 
     Attributes:
         req_index: Its row in the runner's block tables.
-        prompt_len: Tokens of its original prompt.
+        new: What the scheduler said of it.
         retentions: Its retention in every stage past the first.
         prompt_logprobs: Whether it wants logprobs of its prompt.
     """
 
     req_index: int
-    prompt_len: int
+    new: NewRequestData
     retentions: tuple[Retention, ...]
     prompt_logprobs: bool
 
@@ -54,6 +54,7 @@ class VTWModelState(DefaultModelState):
         self.config: VTWConfig = vtw_config(vllm_config)
         self.step: CurrentStep = model.vtw_step
         self.step.record_exits = self._record_exits
+        self.step.features_of = self._features_of
         self.tracked: dict[str, TrackedRequest] = {}
         self.req_ids: list[str] = []
         """Requests of the batch that `batch_retentions` was made for, in the order of its rows."""
@@ -65,21 +66,31 @@ class VTWModelState(DefaultModelState):
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
-        req_id, prompt_len = new_req_data.req_id, new_req_data.prompt_len
-        policy, sampling_params = self.config.policy, new_req_data.sampling_params
-        retentions = request_retentions(
-            policy,
-            new_req_data.mm_features,
-            prompt_len,
+        retentions = self._retentions(new_req_data)
+        if new_req_data.req_id in self.step.known_exits:
+            retentions = after_exit(retentions, self.step.known_exits[new_req_data.req_id])
+        wants_logprobs = wants_prompt_logprobs(new_req_data.sampling_params)
+        self.tracked[new_req_data.req_id] = TrackedRequest(
+            req_index, new_req_data, retentions, wants_logprobs
+        )
+        self.req_ids = []
+
+    def _retentions(self, request: NewRequestData) -> tuple[Retention, ...]:
+        choice = choice_of(self.config.policy, self.config.num_layers, request.sampling_params)
+        return request_retentions(
+            self.config.policy,
+            request.mm_features,
+            request.prompt_len,
             self.align_to,
             self.config.bridge,
-            choice_of(policy, self.config.num_layers, sampling_params).layer,
+            choice.layer,
+            choice.keep,
+            self.step.orders.get(request.req_id, {}),
         )
-        if req_id in self.step.known_exits:
-            retentions = after_exit(retentions, self.step.known_exits[req_id])
-        wants_logprobs = wants_prompt_logprobs(sampling_params)
-        self.tracked[req_id] = TrackedRequest(req_index, prompt_len, retentions, wants_logprobs)
-        self.req_ids = []
+
+    def _features_of(self, identifier: str) -> torch.Tensor | None:
+        assert self.encoder_cache is not None
+        return self.encoder_cache.encoder_outputs.get(identifier)
 
     def remove_request(self, req_id: str) -> None:
         super().remove_request(req_id)
@@ -95,6 +106,10 @@ class VTWModelState(DefaultModelState):
         """What the step computes. None in a dummy run, whose requests nobody sent."""
         num_reqs = input_batch.num_reqs
         req_ids = input_batch.req_ids[:num_reqs]
+        for req_id in self.step.orders.keys() & self.tracked.keys():
+            request = self.tracked[req_id]
+            self.tracked[req_id] = request._replace(retentions=self._retentions(request.new))
+            self.req_ids = []
         if req_ids != self.req_ids:
             if not all(req_id in self.tracked for req_id in req_ids):
                 return None
@@ -118,6 +133,6 @@ class VTWModelState(DefaultModelState):
             retentions = after_exit(request.retentions, exit_stage)
             self.tracked[req_id] = request._replace(retentions=retentions)
             self.step.exits[req_id] = exit_stage
-            for group, blocks in blocks_after_exit(self.kv_cache_config, retentions, request.prompt_len):
+            for group, blocks in blocks_after_exit(self.kv_cache_config, retentions, request.new.prompt_len):
                 self.block_tables.num_blocks.np[group, request.req_index] = blocks
         self.req_ids = []

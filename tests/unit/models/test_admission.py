@@ -81,7 +81,11 @@ def test_a_refused_prompt_takes_back_what_it_added_and_nothing_else():
         (SEVERAL, {"vtw_task": "poetry"}, "'vtw_task' = 'poetry': .*has ocr, yes-no"),
         (SEVERAL, {"vtw_task": ["ocr"]}, "'vtw_task' = "),
         (SEVERAL, {"vtw_task": "ocr", "vtw_layer": 8}, "send one of them"),
-        (SEVERAL, {"vtw_layers": 2}, "'vtw_layers': unknown; a request may have 'vtw_layer' or 'vtw_task'"),
+        (
+            SEVERAL,
+            {"vtw_layers": 2},
+            "'vtw_layers': unknown; a request may have 'vtw_layer', 'vtw_task' or 'vtw_keep'",
+        ),
         (FIXED, {"vtw_task": "ocr"}, "'vtw_task' = 'ocr': this server's policy has no tasks"),
         (FIXED, {"vtw_layer": 4}, r"offers 2, 8 \(nothing is withdrawn\)"),
         (RANKED, {"vtw_layer": 2}, r"offers 8 \(nothing is withdrawn\)"),
