@@ -304,14 +304,15 @@ def _selected_retentions(
             mark = sha256(mark + by_worker.tobytes()).digest()
             images.append((tokens, by_worker, first_stays))
         else:
-            order = IMAGE_RANKINGS[policy.ranking or ""]().order(len(tokens), feature.mm_hash)
-            images.append((tokens, order, first_stays))
+            by_place = IMAGE_RANKINGS[policy.ranking or ""]().order(len(tokens), feature.mm_hash)
+            images.append((tokens, by_place, first_stays))
         marks.append((int(tokens[0]), mark))
     last = num_prompt_tokens - 1
     for stage in policy.stages:
         leaving: list[npt.NDArray[np.integer]] = [np.empty(0, dtype=np.int64)]
         for tokens, order, first_stays in images:
-            leaves = np.ones(len(tokens), dtype=bool)
+            # An order may hold no more tokens than stay at most where some leave.
+            leaves = np.full(len(tokens), stage.keep < 1, dtype=np.bool_)
             leaves[order[: stage.kept(len(tokens))]] = False
             leaves[0] &= not first_stays
             leaving.append(tokens[leaves])

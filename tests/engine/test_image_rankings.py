@@ -8,6 +8,8 @@ from math import ceil
 from typing import Any
 
 import pytest
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 from benchmarks.small_llava import SmallLlava
 from tests.engine.engines import (
@@ -15,7 +17,9 @@ from tests.engine.engines import (
     GREEDY,
     MODEL,
     SHAPES,
+    A,
     Ask,
+    B,
     free_blocks,
     held_blocks,
     running,
@@ -25,6 +29,7 @@ from tests.engine.engines import (
 from tests.engine.image_orders import dithered, diverse, drawn
 from tests.engine.reference import Reference
 from vllm_vtw.kv.scheduler import VTWScheduler
+from vllm_vtw.rankings.diversity import Diversity
 
 slow = pytest.mark.slow
 Schedule = Mapping[int, float]
@@ -197,3 +202,139 @@ def test_the_prefix_cache_changes_no_answer(checkpoint, reference, hashes, sched
             cached.append([output.num_cached_tokens for output in outputs])
     assert cached[2] == cached[3]
     assert sum(cached[2]) > 0.7 * sum(len(output.prompt_token_ids) for output in outputs)
+
+
+@pytest.mark.parametrize(
+    ("ranking", "caching"),
+    [("diversity", True), *(pytest.param("uniform", caching, marks=slow) for caching in (False, True))],
+)
+def test_every_request_may_have_another_share(checkpoint, reference, hashes, ranking, caching):
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    vtw = policy({0: 0.5, 5: 0.0}, ranking)
+    vtw["policy"]["keeps"] = [0.1, 0.8]
+    options = {"enable_prefix_caching": caching, "max_num_batched_tokens": 72, "max_num_seqs": 8}
+    with running(folder, vtw, **options) as llm:
+        for shift in range(4):
+            keeps = [(0.1, 0.5, 0.8, 1, None)[(at + shift) % 5] for at in range(len(SHAPES))]
+            prompts = [ask.to_vllm(oracle) for ask in SHAPES]
+            outputs = llm.generate(prompts, [keeping(keep) for keep in keeps], use_tqdm=False)
+            for ask, output, of_ask, keep in zip(SHAPES, outputs, hashes, keeps, strict=False):
+                schedule = {0: keep or 0.5, 5: 0.0}
+                assert_selected(oracle, ask, output, schedule, ranking, of_ask)
+        again = llm.generate(prompts, [keeping(keep) for keep in keeps], use_tqdm=False)
+        assert [one.outputs[0].token_ids for one in again] == [one.outputs[0].token_ids for one in outputs]
+        with pytest.raises(
+            VLLMValidationError, match=r"'vtw_keep' = 0.3: this server offers 0.1, 0.5, 0.8, 1"
+        ):
+            llm.generate(prompts[1], keeping(0.3), use_tqdm=False)
+    if caching:
+        cached = sum(output.num_cached_tokens for output in again)
+        assert cached > 0.7 * sum(len(output.prompt_token_ids) for output in again)
+
+
+def keeping(keep: float | None) -> SamplingParams:
+    params = GREEDY.clone()
+    params.extra_args = None if keep is None else {"vtw_keep": keep}
+    return params
+
+
+@pytest.mark.parametrize("caching", [True, pytest.param(False, marks=slow)])
+def test_preempted_requests_lose_the_same_tokens(checkpoint, reference, hashes, caching):
+    folder, schedule = checkpoint(MODEL), {1: 0.5}
+    oracle = reference(folder)
+    asked = [ask for ask in SHAPES if ask.name != "several apart"] * 2
+    few = {"num_gpu_blocks_override": 44, "max_model_len": 320, "max_num_batched_tokens": 96}
+    with running(folder, policy(schedule, "diversity"), enable_prefix_caching=caching, **few) as llm:
+        for number, ask in enumerate(asked):
+            llm.llm_engine.add_request(str(number), ask.to_vllm(oracle), GREEDY)
+        preempted: set[str] = set()
+
+        def note() -> None:
+            preempted.update(one.request_id for one in scheduler_of(llm).running if one.num_preemptions)
+
+        outputs = step_until(llm, lambda: not llm.llm_engine.has_unfinished_requests(), note)
+    assert len(preempted) > 2
+    for number, (ask, of_ask) in enumerate(zip(asked, hashes, strict=True)):
+        assert_selected(oracle, ask, outputs[str(number)], schedule, "diversity", of_ask)
+
+
+def test_an_image_is_encoded_before_its_tokens_and_ordered_once(checkpoint, reference, monkeypatch):
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    ordered: list[int] = []
+    original = Diversity.order
+
+    def order(self, features, count):
+        ordered.append(len(features))
+        return original(self, features, count)
+
+    monkeypatch.setattr(Diversity, "order", order)
+    with running(folder, policy({0: 0.5}, "diversity"), enable_prefix_caching=True) as llm:
+        for number, (text, images) in enumerate(
+            [
+                ("USER: <image>\nWhat is this? ASSISTANT:", (A,)),
+                ("USER: <image>\nWhat is this not? ASSISTANT:", (A,)),
+                ("USER: <image> and <image>\nWhat is this not? ASSISTANT:", (A, B)),
+            ]
+        ):
+            llm.llm_engine.add_request(str(number), Ask("", text, images).to_vllm(oracle), GREEDY)
+            (request,) = scheduler_of(llm).requests.values()
+            computed: list[int] = []
+            step_until(
+                llm,
+                lambda: not llm.llm_engine.has_unfinished_requests(),
+                lambda: computed.append(request.num_computed_tokens),  # noqa: B023
+            )
+            visual = list(request.prompt_token_ids).index(oracle.image_token)
+            if number == 0:
+                assert computed[:2] == [visual, request.num_prompt_tokens]
+            elif number == 1:
+                assert computed[0] == request.num_prompt_tokens, "what stays is known"
+            assert not scheduler_of(llm).image_orders.awaiting
+        assert ordered == [PER_IMAGE] * 2
+        counts = scheduler_of(llm).statistics.take()
+    leave = PER_IMAGE // 2
+    assert counts["requests/0/"] == 3
+    assert counts["withdrawn_tokens/1"] == 4 * leave
+
+
+def test_orders_that_were_forgotten_are_found_again(checkpoint, reference, hashes, monkeypatch):
+    """Also where another order comes out: rows are shared only by requests that hold the same tokens."""
+    folder, schedule = checkpoint(MODEL), {1: 0.5, 4: 0.25}
+    oracle = reference(folder)
+    ask = next(ask for ask in SHAPES if ask.name == "several apart")
+    original = Diversity.order
+    with running(folder, policy(schedule, "diversity"), enable_prefix_caching=True) as llm:
+        scheduler = scheduler_of(llm)
+        cached = []
+        for forgets in (False, False, True):
+            if forgets:
+                scheduler.image_orders.known.clear()
+                monkeypatch.setattr(Diversity, "order", lambda *args: original(*args).flip(0))
+            output = llm.generate(ask.to_vllm(oracle), GREEDY, use_tqdm=False)[0]
+            cached.append(output.num_cached_tokens)
+            if not forgets:
+                assert_selected(oracle, ask, output, schedule, "diversity", hashes[-1])
+        changed = output.outputs[0].token_ids
+        scheduler.kv_cache_manager.reset_prefix_cache()
+        assert llm.generate(ask.to_vllm(oracle), GREEDY, use_tqdm=False)[0].outputs[0].token_ids == changed
+    visual = list(output.prompt_token_ids).index(oracle.image_token)
+    assert cached[0] == 0
+    assert cached[1] > 0.8 * len(output.prompt_token_ids)
+    assert cached[2] <= visual
+
+
+def test_a_worker_that_sends_no_order_ends_the_request_alone(checkpoint, reference, hashes, monkeypatch):
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    asked = [ask for ask in SHAPES if ask.name in ("no image", "text before")]
+    with running(folder, policy({0: 0.5}, "diversity")) as llm:
+        with monkeypatch.context() as patch:
+            model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+            patch.setattr(model.get_model().vtw_step, "features_of", lambda identifier: None)
+            outputs = llm.generate([ask.to_vllm(oracle) for ask in asked], GREEDY, use_tqdm=False)
+        assert [output.outputs[0].finish_reason for output in outputs] == ["length", "error"]
+        assert free_blocks(llm) == scheduler_of(llm).kv_cache_config.num_blocks - 1
+        (output,) = llm.generate(asked[1].to_vllm(oracle), GREEDY, use_tqdm=False)
+        assert_selected(oracle, asked[1], output, {0: 0.5}, "diversity", hashes[-1])

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tests.engine.image_orders import spread
+from tests.engine.image_orders import diverse, spread
 
 
 class DecoderReachedError(Exception):
@@ -45,24 +45,29 @@ class Encoded:
     positions: torch.Tensor | None = None
     deepstack: Sequence[torch.Tensor] = ()
 
-    def leaving(self, bridge: int, block_size: int, keep: float = 0.0) -> set[int]:
+    def leaving(self, bridge: int, block_size: int, keep: float = 0.0, ranking: str = "uniform") -> set[int]:
         """The positions that leave: visual ones, and short gaps within an image.
 
-        The prompt's last token stays, and of each image and video the fraction `keep`, evenly spread. Where
-        `block_size` is more than 1, only whole blocks leave.
+        The prompt's last token stays, and of each image and video the fraction `keep`: evenly spread, or by
+        "diversity" such that differ, with its first token if this follows no text. Where `block_size` is more
+        than 1, only whole blocks leave.
         """
+        by_features = ranking == "diversity"
         gone: set[int] = set()
         start = 0
         for number, size in enumerate(self.items):
             mine = set(self.visual[start : start + size])
             start += size
-            if number < self.images:
+            if number < self.images and not by_features:
                 for left, right in pairwise(sorted(mine)):
                     if right - left - 1 <= bridge:
                         mine.update(range(left, right))
             stay = int((Decimal(str(keep)) * len(mine)).to_integral_value(ROUND_CEILING))
             in_order = sorted(mine)
-            gone |= {in_order[token] for token in spread(len(mine))[stay:]}
+            order = diverse(self.embeds[in_order]) if by_features else spread(len(mine))
+            gone |= {in_order[token] for token in order[stay:]}
+            if by_features and (in_order[0] == 0 or in_order[0] - 1 in self.visual):
+                gone.discard(in_order[0])
         gone.discard(len(self.ids) - 1)
         blocks = (range(at, at + block_size) for at in range(0, len(self.ids), block_size))
         return {position for block in blocks if gone.issuperset(block) for position in block}

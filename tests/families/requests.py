@@ -177,6 +177,7 @@ def assert_answers(
     layer: int,
     block_size: int,
     keep: float = 0.0,
+    ranking: str = "uniform",
 ) -> None:
     """The answers to `asks(family)` are the oracle's greedy ones, token for token.
 
@@ -186,7 +187,8 @@ def assert_answers(
         outputs: vLLM's outputs.
         layer: The layer before which visual tokens leave.
         block_size: 1 if every visual token leaves, or else the size of the blocks that leave.
-        keep: The fraction of each image's and video's tokens that stays, evenly spread.
+        keep: The fraction of each image's and video's tokens that stays.
+        ranking: What they are ranked by.
     """
     said, some_leave = set(), False
     for (kind, ask), output in zip(asks(family).items(), outputs, strict=True):
@@ -196,7 +198,7 @@ def assert_answers(
         # A visual token may have another id in vLLM.
         visual = set(encoded.visual)
         assert all(at in visual or token == encoded.ids[at] for at, token in enumerate(prompt))
-        leaving = encoded.leaving(family.bridge, block_size, keep)
+        leaving = encoded.leaving(family.bridge, block_size, keep, ranking)
         assert block_size > 1 or bool(leaving) == (kind != TEXT)
         some_leave |= bool(leaving)
         assert answer == oracle.logits(encoded, answer, layer, leaving).argmax(-1).tolist(), kind

@@ -102,16 +102,22 @@ def test_a_ranked_schedule(family_checkpoint, oracle, tmp_path, name):
     assert_ranked_answers(oracle(name), family, outputs, schedule)
 
 
-@pytest.mark.parametrize("name", but_one("qwen2_5_vl"))
-def test_a_ranking_by_image(family_checkpoint, oracle, name):
+@pytest.mark.parametrize(
+    ("name", "ranking"),
+    [
+        *(pytest.param(*name.values, "uniform", marks=name.marks) for name in but_one("qwen2_5_vl")),
+        *(pytest.param(*name.values, "diversity", marks=name.marks) for name in but_one("qwen3_vl")),
+    ],
+)
+def test_a_ranking_by_image(family_checkpoint, oracle, name, ranking):
     """From layer 0 on, but behind the layers to which visual features are added."""
     family = FAMILIES[name]
     layer = family.first if family.first > 1 else 0
     prompts = [ask.to_vllm() for ask in asks(family).values()]
-    options = policy({layer: 0.3}, "uniform", shape(name))
+    options = policy({layer: 0.3}, ranking, shape(name))
     with running(family_checkpoint(name), options, **engine(family)) as llm:
         outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
-    assert_answers(oracle(name), family, outputs, layer, 1, keep=0.3)
+    assert_answers(oracle(name), family, outputs, layer, 1, keep=0.3, ranking=ranking)
 
 
 @pytest.mark.parametrize("name", but_one("mistral3"))

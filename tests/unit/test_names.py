@@ -31,6 +31,7 @@ BACKENDS = (CPUAttentionBackend, FlashAttentionBackend, TritonAttentionBackend)
 OVERRIDES = {
     "GatedWorker": {"execute_model", "sample_tokens"},
     "MarkingProcessor": {"apply"},
+    "OrderingWorker": {"execute_model", "load_model", "sample_tokens"},
     "PipelineWorker": {"execute_model"},
     "RankingImpl": {"forward"},
     "StageAttention": {"bind_kv_cache", "get_attn_backend", "get_kv_cache_spec"},
@@ -77,7 +78,7 @@ OVERRIDES = {
         "schedule",
         "update_from_output",
     },
-    "OutputWithExits": {"get_output"},
+    "AnnotatedOutput": {"get_output"},
     "WithdrawalMetrics": {"log_engine_initialized", "record"},
     **{f"VTW{architecture}": {"_processor_factory"} for architecture in BY_ARCHITECTURE},
 }

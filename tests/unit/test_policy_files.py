@@ -42,6 +42,7 @@ RANKED = GATED | {
     "ranking": "last-token-attention",
     "gate": None,
 }
+SHARES = RANKED | {"stages": [{"layer": 3, "keep": 0.5}, {"layer": 5, "keep": 0}], "keeps": [0.75, 0.25, 0.5]}
 CHOSEN = GATED | {"gate": None, "layer": 8, "tasks": {"ocr": 8, "yes-no": 3}}
 LONGEST_MESSAGE = 1000
 
@@ -95,6 +96,15 @@ def test_the_file_that_others_are_made_from_is_good(tmp_path):
         (json.dumps(GATED | {"stages": [{"layer": 10**400, "keep": 0}]}).encode(), "from 1 to 7"),
         (json.dumps(GATED | {"stages": [{"layer": 3, "keep": 10**400}]}).encode(), "less than 1"),
         (json.dumps(GATED | {"stages": [{"layer": 3, "keep": 0, "x" * 10**6: 0}]}).encode(), "the keys"),
+        (json.dumps(RANKED | {"keeps": [0.1]}).encode(), "unless exactly one stage keeps some visual tokens"),
+        (json.dumps(CHOSEN | {"keeps": [0.1]}).encode(), "unless exactly one stage keeps some visual tokens"),
+        (
+            json.dumps(SHARES | {"keeps": [0.1, 1]}).encode(),
+            "'keeps' = [0.1, 1]: has to be a list of numbers",
+        ),
+        (json.dumps(SHARES | {"keeps": [0]}).encode(), "'keeps' = [0]: has to be a list of numbers"),
+        (json.dumps(SHARES | {"keeps": 0.1}).encode(), "'keeps' = 0.1: has to be a list of numbers"),
+        (json.dumps(SHARES | {"keeps": ["x" * 10**6]}).encode(), "has to be a list of numbers"),
         (with_gate(weights="../gates.safetensors"), "the name of a file in the policy file's folder"),
         (with_gate(weights="../../etc/passwd"), "the name of a file in the policy file's folder"),
         (with_gate(weights="/etc/passwd"), "the name of a file in the policy file's folder"),
@@ -117,7 +127,18 @@ def test_a_misspelt_key_is_not_passed_over(key, tmp_path):
     content = {name: value for name, value in GATED.items() if name != "gate"} | {key: GATE}
     (tmp_path / "policy.json").write_text(json.dumps(content))
     said = refusal(tmp_path / "policy.json")
-    assert f"'{key}': unknown key; allowed are format, model, stages, ranking, gate" in said
+    assert f"'{key}': unknown key; allowed are format, model, stages, ranking, keeps, gate" in said
+
+
+def test_shares_that_requests_may_choose(tmp_path):
+    policy = Policy.read(written(tmp_path, SHARES), MODEL.as_dict())
+    assert policy.offered_keeps == (0.25, 0.5, 0.75)
+    assert [stage.keep for stage in policy.keeping(0.25).stages] == [0.25, 0]
+    assert [stage.keep for stage in policy.keeping(1).stages] == [1, 0]
+    assert policy.most_kept(101) == 76
+    assert Policy.from_json(policy.to_json(MODEL.as_dict()), MODEL.as_dict()) == policy
+    without = Policy.from_json(SHARES | {"keeps": []}, MODEL.as_dict())
+    assert without.offered_keeps == (0.5,)
 
 
 def test_files_that_are_none(tmp_path):

@@ -19,6 +19,7 @@ from vllm_vtw.retention import (
     EVERYTHING,
     after_exit,
     awaits_gates,
+    awaits_image,
     prompt_retention,
     request_retentions,
     visual_spans,
@@ -114,7 +115,10 @@ def test_a_block_across_two_touching_images_leaves():
 def feature(modality: str, offset: int, length: int, is_embed: list[bool] | None = None) -> SimpleNamespace:
     mask = None if is_embed is None else torch.tensor(is_embed)
     return SimpleNamespace(
-        modality=modality, mm_position=PlaceholderRange(offset, length, mask), mm_hash=f"image at {offset}"
+        modality=modality,
+        mm_position=PlaceholderRange(offset, length, mask),
+        mm_hash=f"image at {offset}",
+        identifier=f"features at {offset}",
     )
 
 
@@ -220,3 +224,105 @@ def test_rankings_by_image_alone_say_which_tokens_stay(prompt: Prompt, ranking: 
         assert bool(retention.mark_before(prompt.length)) == bool(prompt.spans)
     everything = request_retentions(policy, features, prompt.length, 1, bridge=0, layer=8)
     assert all(retention is EVERYTHING for retention in everything)
+
+
+BY_FEATURES = Policy((Stage(0, 0.6), Stage(2, 0.25), Stage(5, 0.0)), ranked_by="diversity")
+
+
+@given(prompts(), st.data())
+def test_what_stays_of_an_image_is_told_by_others(prompt: Prompt, data: st.DataObject):
+    features = [feature("image", start, stop - start) for start, stop in prompt.spans]
+    orders = {
+        image.identifier: np.array(
+            data.draw(st.permutations(range(stop - start)))[: BY_FEATURES.most_kept(stop - start)],
+            dtype=np.int32,
+        )
+        for image, (start, stop) in zip(features, prompt.spans, strict=True)
+    }
+    retentions = request_retentions(BY_FEATURES, features, prompt.length, 1, bridge=0, orders=orders)
+    ends = {0, *(stop for _, stop in prompt.spans)}
+    stay = {prompt.length - 1, *(start for start, _ in prompt.spans if start in ends)}
+    for stage, retention in zip(BY_FEATURES.stages, retentions, strict=True):
+        gone = set()
+        for (start, stop), image in zip(prompt.spans, features, strict=True):
+            kept = orders[image.identifier][: stage.kept(stop - start)]
+            gone |= set(range(start, stop)) - {start + int(token) for token in kept}
+        mask = retention.keep_mask(0, prompt.length).tolist()
+        assert mask == [position in stay or position not in gone for position in range(prompt.length)]
+        assert retention.awaits_from is None
+
+
+@given(prompts(), st.data())
+def test_an_image_is_awaited_before_any_of_its_tokens_leaves(prompt: Prompt, data: st.DataObject):
+    features = [feature("image", start, stop - start) for start, stop in prompt.spans]
+    orders = {
+        image.identifier: np.arange(BY_FEATURES.most_kept(stop - start), dtype=np.int32)[::-1]
+        for image, (start, stop) in zip(features, prompt.spans, strict=True)
+    }
+    missing = data.draw(st.integers(0, len(features)))
+    known = {image.identifier: orders[image.identifier] for image in features[:missing]}
+    whole, part = (
+        request_retentions(BY_FEATURES, features, prompt.length, 1, bridge=0, orders=told)
+        for told in (orders, known)
+    )
+    assert awaits_image(part) == (missing < len(features))
+    for of_whole, of_part in zip(whole, part, strict=True):
+        until = of_part.awaits_from
+        if until is None:
+            assert of_part.withdrawn == of_whole.withdrawn
+            continue
+        start, stop = prompt.spans[missing]
+        assert start <= until <= stop
+        assert of_part.shareable < until
+        assert (of_part.keep_mask(0, until) == of_whole.keep_mask(0, until)).all()
+        assert of_part.count(until) == of_whole.count(until)
+        assert of_part.mark_before(until) == of_whole.mark_before(start)
+        assert of_part.count(prompt.length) - of_part.count(until) == prompt.length - until
+        # A step that encodes the image computes at least one token.
+        assert until > 0
+        if missing:
+            assert until > prompt.spans[missing - 1][1] or until > start
+
+
+@given(st.lists(st.permutations(range(5)), min_size=2, max_size=2), st.sampled_from([None, 0.25, 0.5]))
+def test_rows_are_told_apart_by_what_left(orders: list[list[int]], keep: float | None):
+    policy = Policy((Stage(1, 0.5),), ranked_by="diversity", offered_keeps=(0.25, 0.5))
+    images = [feature("image", 3, 5)]
+    first, second = (
+        request_retentions(
+            policy, images, 20, 1, 0, keep=keep, orders={"features at 3": np.array(order[:3], dtype=np.int32)}
+        )[0]
+        for order in orders
+    )
+    assert first.mark_before(3) == b""
+    assert (first.mark_before(4) == second.mark_before(4)) == (orders[0][:3] == orders[1][:3])
+    other = request_retentions(
+        policy, images, 20, 1, 0, keep=0.25, orders={"features at 3": np.array(orders[0][:3], dtype=np.int32)}
+    )[0]
+    assert (other.mark_before(9) == first.mark_before(9)) == (keep == 0.25)
+
+
+@given(prompts(), st.sampled_from(["uniform", "random", "diversity", "last-token-attention"]))
+def test_a_request_may_keep_all(prompt: Prompt, ranking: str):
+    features = [feature("image", start, stop - start) for start, stop in prompt.spans]
+    orders = {
+        f"features at {start}": np.arange((stop - start + 1) // 2, dtype=np.int32)
+        for start, stop in prompt.spans
+    }
+    policy = Policy((Stage(1, 0.5),), ranked_by=ranking, offered_keeps=(0.25, 0.5))
+    for retention in request_retentions(policy, features, prompt.length, 1, 0, keep=1):
+        assert retention is EVERYTHING
+    chosen, same = (
+        request_retentions(one, features, prompt.length, 1, 0, keep=keep, orders=orders)[0]
+        for one, keep in ((policy, 0.25), (Policy((Stage(1, 0.25),), ranked_by=ranking), None))
+    )
+    assert chosen.withdrawn == same.withdrawn
+    policy = Policy((Stage(1, 0.5), Stage(3, 0.0)), ranked_by=ranking, offered_keeps=(0.25, 0.5))
+    shallow, deep = request_retentions(policy, features, prompt.length, 1, 0, keep=1, orders=orders)
+    assert not shallow.num_withdrawn
+    visual = {position for start, stop in prompt.spans for position in range(start, stop)}
+    first_of_image = ranking == "diversity" and sum(
+        start in {0, *(stop for _, stop in prompt.spans)} and start != prompt.length - 1
+        for start, _ in prompt.spans
+    )
+    assert deep.num_withdrawn == len(visual - {prompt.length - 1}) - first_of_image

@@ -14,6 +14,8 @@ from vllm_vtw.choice import LAYER, TASK, Choice, choice_of
 from vllm_vtw.config import Admission
 from vllm_vtw.retention import Retention, request_retentions
 
+NO_CHOICE = Choice()
+
 
 class MultiModalFeature(NamedTuple):
     """The properties of a prompt's image or video that retention depends on.
@@ -41,14 +43,14 @@ def mm_features(prompt: Mapping[str, Any]) -> list[MultiModalFeature]:
 
 
 def prompt_retentions(
-    admission: Admission, prompt: Mapping[str, Any], layer: int | None = None
+    admission: Admission, prompt: Mapping[str, Any], choice: Choice = NO_CHOICE
 ) -> tuple[Retention, ...]:
     """What the stages past the first retain of a prompt, if withdrawal goes by tokens and not by blocks.
 
     Args:
         admission: What the policy serves.
         prompt: The engine input of a multimodal prompt.
-        layer: As `request_retentions` takes it.
+        choice: What the request chose.
     """
     return request_retentions(
         admission.policy,
@@ -56,7 +58,8 @@ def prompt_retentions(
         len(prompt["prompt_token_ids"]),
         align_to=1,
         bridge=admission.bridge,
-        layer=layer,
+        layer=choice.layer,
+        keep=choice.keep,
     )
 
 
@@ -69,9 +72,9 @@ def check_request(admission: Admission, prompt: Any, params: Any) -> None:
         params: Its `SamplingParams`.
 
     Raises:
-        ValueError: Its prompt comes in pieces. It chose a layer or task that is not offered. Another engine
-            has computed its prompt with another layer. Or its policy computes the prompt in one step, for
-            which it is too long.
+        ValueError: Its prompt comes in pieces. It chose a layer, task or share that is not offered. Another
+            engine has computed its prompt with another layer. Or its policy computes the prompt in one step,
+            for which it is too long.
     """
     if isinstance(prompt, AsyncGenerator):
         raise ValueError("Streaming input would change what was withdrawn: send the whole prompt at once.")
@@ -81,7 +84,7 @@ def check_request(admission: Admission, prompt: Any, params: Any) -> None:
         return  # only these policies compute prompts in one step
     if not isinstance(prompt, Mapping) or prompt.get("type") != "multimodal":
         return
-    retentions = prompt_retentions(admission, prompt, choice.layer)
+    retentions = prompt_retentions(admission, prompt, choice)
     one_step = retentions[0].one_step if retentions else None
     if one_step is not None and one_step.stop - one_step.start > admission.max_step_tokens:
         needed = one_step.stop - one_step.start

@@ -5,23 +5,10 @@
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from vllm_vtw.config import EXITS
 from vllm_vtw.worker.current_step import CurrentStep
-from vllm_vtw.worker.platform_worker import PlatformWorker
-
-
-class OutputWithExits(AsyncModelRunnerOutput):
-    """A step's output that is still on the device, with what the gates decided in the step."""
-
-    def __init__(self, output: AsyncModelRunnerOutput, exits: dict[str, int | None]) -> None:
-        self.output, self.exits = output, exits
-
-    def get_output(self) -> ModelRunnerOutput:
-        output = self.output.get_output()
-        setattr(output, EXITS, self.exits)
-        return output
+from vllm_vtw.worker.platform_worker import PlatformWorker, annotated
 
 
 class GatedWorker(PlatformWorker):
@@ -44,9 +31,4 @@ class GatedWorker(PlatformWorker):
     def sample_tokens(self, *args: Any) -> Any:
         output = super().sample_tokens(*args)
         exits, self._step.exits = self._step.exits, {}
-        if not exits:
-            return output
-        if isinstance(output, AsyncModelRunnerOutput):
-            return OutputWithExits(output, exits)
-        setattr(output, EXITS, exits)
-        return output
+        return annotated(output, EXITS, exits) if exits else output

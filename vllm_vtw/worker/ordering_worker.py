@@ -7,27 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from vllm_vtw.config import ORDERS, WANTED
 from vllm_vtw.rankings import FEATURE_RANKINGS
 from vllm_vtw.startup.options import vtw_config
 from vllm_vtw.worker.current_step import CurrentStep
-from vllm_vtw.worker.platform_worker import PlatformWorker
-
-Orders = dict[str, npt.NDArray[np.int32]]
-
-
-class OutputWithOrders(AsyncModelRunnerOutput):
-    """A step's output that is still on the device, with the orders of images that the encoder computed."""
-
-    def __init__(self, output: AsyncModelRunnerOutput, orders: Orders) -> None:
-        self.output, self.orders = output, orders
-
-    def get_output(self) -> ModelRunnerOutput:
-        output = self.output.get_output()
-        setattr(output, ORDERS, self.orders)
-        return output
+from vllm_vtw.worker.platform_worker import PlatformWorker, annotated
 
 
 class OrderingWorker(PlatformWorker):
@@ -50,15 +35,9 @@ class OrderingWorker(PlatformWorker):
 
     def sample_tokens(self, *args: Any) -> Any:
         output = super().sample_tokens(*args)
-        if not self.wanted_images:
-            return output
-        orders = self._orders()
-        if isinstance(output, AsyncModelRunnerOutput):
-            return OutputWithOrders(output, orders)
-        setattr(output, ORDERS, orders)
-        return output
+        return annotated(output, ORDERS, self._orders()) if self.wanted_images else output
 
-    def _orders(self) -> Orders:
+    def _orders(self) -> dict[str, npt.NDArray[np.int32]]:
         step: CurrentStep = self.model_runner.get_model().vtw_step
         hidden_size = self.model_config.get_hidden_size()
         orders = {}

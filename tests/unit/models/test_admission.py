@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Which requests are refused, and what a refused prompt leaves in the processor's cache."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from vllm_vtw.policy import Gate, Policy, Stage
 STEP, LAYERS = 30, 8
 RANKED, FIXED = Policy((Stage(2, 0.5),)), Policy((Stage(2, 0.0),))
 GATED = Policy((Stage(2, 0.0), Stage(4, 0.0)), Gate("gates", "0", (0.0, 0.0)))
+SHARES = Policy((Stage(2, 0.5),), ranked_by="uniform", offered_keeps=(0.25, 0.5))
 SEVERAL = Policy((Stage(2, 0.0), Stage(4, 0.0)), tasks={"ocr": 8, "yes-no": 2})
 
 
@@ -60,6 +62,13 @@ def test_a_prompt_that_is_too_long_for_one_step_is_refused(policy: Policy):
     assert len(check(policy, prompt(3), vtw_layer=LAYERS)) == 4, "nothing is decided about it"
 
 
+def test_a_prompt_that_keeps_everything_may_be_long():
+    policy = replace(RANKED, offered_keeps=(0.5, 0.7))
+    assert len(check(policy, prompt(3), vtw_keep=1)) == 4
+    with pytest.raises(VLLMValidationError, match="from its first image on"):
+        check(policy, prompt(3), vtw_keep=0.7)
+
+
 def test_a_fixed_layer_takes_prompts_of_any_length():
     check(FIXED, prompt(6))
 
@@ -91,6 +100,11 @@ def test_a_refused_prompt_takes_back_what_it_added_and_nothing_else():
         (RANKED, {"vtw_layer": 2}, r"offers 8 \(nothing is withdrawn\)"),
         (GATED, {"vtw_layer": 3}, "offers 2, 4, 8"),
         (Policy(()), {"vtw_layer": 2}, "offers 8"),
+        (SHARES, {"vtw_keep": 0.3}, r"'vtw_keep' = 0.3: this server offers 0.25, 0.5, 1 \(all visual tokens"),
+        (SHARES, {"vtw_keep": "0.5"}, "'vtw_keep' = '0.5': this server offers"),
+        (SHARES, {"vtw_keep": True}, "'vtw_keep' = True: this server offers"),
+        (SHARES, {"vtw_keep": 0.5, "vtw_layer": 8}, "'vtw_layer' and 'vtw_keep' both choose"),
+        (RANKED, {"vtw_keep": 0.5}, "'vtw_keep' = 0.5: this server's policy offers no shares"),
     ],
 )
 def test_what_is_not_offered_is_refused(policy: Policy, choice: dict[str, Any], why: str, asked: Any):
@@ -101,6 +115,11 @@ def test_what_is_not_offered_is_refused(policy: Policy, choice: dict[str, Any], 
 @pytest.mark.parametrize("choice", [{"vtw_layer": 2}, {"vtw_layer": 8}, {"vtw_task": "ocr"}, {"other": 3}])
 def test_what_is_offered_is_not_refused(choice: dict[str, Any]):
     check(SEVERAL, prompt(2), **choice)
+
+
+@pytest.mark.parametrize("keep", [0.25, 0.5, 1, 1.0])
+def test_shares_that_are_offered_are_not_refused(keep: float):
+    check(SHARES, prompt(9), vtw_keep=keep)
 
 
 def test_another_engine_of_the_process_checks_nothing():

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.engine.image_orders import dithered, spread
-from vllm_vtw.policy import BY_ATTENTION, BY_IMAGE, BY_STATE
-from vllm_vtw.rankings import ATTENTION_RANKINGS, IMAGE_RANKINGS, STATE_RANKINGS
+from tests.engine.image_orders import dithered, diverse, spread
+from vllm_vtw.policy import BY_ATTENTION, BY_FEATURES, BY_IMAGE, BY_STATE
+from vllm_vtw.rankings import ATTENTION_RANKINGS, FEATURE_RANKINGS, IMAGE_RANKINGS, STATE_RANKINGS, diversity
+from vllm_vtw.rankings.diversity import Diversity
 from vllm_vtw.rankings.key_norm import KeyNorm
 from vllm_vtw.rankings.random import Random
 from vllm_vtw.rankings.uniform import Uniform
@@ -22,7 +23,8 @@ from vllm_vtw.rankings.variation import Variation
 def test_a_policy_names_the_rankings_that_there_are():
     assert tuple(ATTENTION_RANKINGS) == BY_ATTENTION
     assert tuple(STATE_RANKINGS) == BY_STATE
-    assert tuple(IMAGE_RANKINGS) == BY_IMAGE
+    assert tuple(FEATURE_RANKINGS) == BY_FEATURES
+    assert (*IMAGE_RANKINGS, *FEATURE_RANKINGS) == BY_IMAGE
 
 
 @pytest.mark.parametrize("ranking", IMAGE_RANKINGS.values())
@@ -86,3 +88,20 @@ def test_tokens_that_change_stay(tokens, seed):
     pairs = zip(before.tolist(), after.tolist(), strict=True)
     assert scores.dtype == torch.float32
     assert scores.tolist() == pytest.approx([dist(one, other) for one, other in pairs], rel=1e-4)
+
+
+@given(st.integers(2, 12), st.data())
+def test_tokens_that_differ_stay(tokens, data):
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    features = torch.randn(tokens, 6, generator=generator, dtype=torch.float64).float()
+    count = data.draw(st.integers(0, tokens))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diversity, "ROWS", data.draw(st.integers(1, 13)))
+        order = Diversity().order(features, count)
+    assert order.tolist() == diverse(features)[:count]
+
+
+def test_equal_and_empty_features_have_an_order():
+    for features in (torch.ones(5, 3), torch.zeros(5, 3), torch.ones(1, 3)):
+        assert sorted(Diversity().order(features, len(features)).tolist()) == list(range(len(features)))
+    assert Diversity().order(torch.ones(0, 3), 0).tolist() == []
