@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""Plots the course of the training, and what each K, schedules and gates cost in answers."""
+"""Plots the course of the training, and what each K, schedules, rankings and gates cost in answers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -67,6 +67,12 @@ def plot_layers(right: Mapping[int, dict[str, float]], path: Path) -> None:
 def plot_schedules(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Plots the mean accuracy of the tasks over the decoder's work, with a marker for each method."""
     _over_work(rows, lambda row: row["schedule"].split(",")[0], "*osD^v", path)
+
+
+def plot_rankings(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Plots the mean accuracy of the tasks over the decoder's work, with a line for each ranking and VTW."""
+    styles = ("k*", "o-", "s--", "D--", "^-", "v-", "P-", "X-")
+    _over_work(rows, lambda row: row["method"], styles, path)
 
 
 def plot_exits(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
