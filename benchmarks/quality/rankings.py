@@ -178,7 +178,7 @@ def main() -> None:
                 "policy": policy.to_json(model.as_dict()),
             }
             rows.append(row | measured(policy, model.as_dict(), asked, options.check))
-            print(f"\n{table(rows)}\n", flush=True)
+        print(f"\n{table(rows)}\n", flush=True)
     if options.out:
         report = measured_on() | {
             "samples_per_task": options.samples,

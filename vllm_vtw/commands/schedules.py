@@ -22,10 +22,10 @@ from vllm_vtw.commands.search_setup import (
     require_samples,
     share,
 )
-from vllm_vtw.policy import Policy
+from vllm_vtw.policy import BY_IMAGE, BY_QUESTION, Policy, Stage
 
 if TYPE_CHECKING:
-    from vllm_vtw.search.data.sample import Skipped
+    from vllm_vtw.search.data.sample import Sample, Skipped
     from vllm_vtw.search.divergence import TaskDivergence
     from vllm_vtw.search.model import HFModel
     from vllm_vtw.search.price import Price, RequestTokens
@@ -38,6 +38,7 @@ class FullAnswers:
 
     Attributes:
         samples: The samples, as layer 0 gets them.
+        sources: The same samples, as the data has them.
         request: The tokens of a sample, as a mean over all samples.
         digest: SHA-256 of everything that the model got.
         tasks: By task, the number of samples, of answer tokens, and of answers that were cut.
@@ -45,6 +46,7 @@ class FullAnswers:
     """
 
     samples: "list[SampleAtLayer]"
+    sources: "list[Sample]"
     request: "RequestTokens"
     digest: str
     tasks: dict[str, dict[str, int]]
@@ -105,6 +107,13 @@ def add_command(commands: Any) -> None:
 
 def _add_options(parser: argparse.ArgumentParser, out: str, prepare: Prepare) -> None:
     add_options(parser.add_argument, out, samples=64)
+    parser.add_argument(
+        "--ranking",
+        choices=BY_QUESTION + BY_IMAGE,
+        default=BY_QUESTION[0],
+        help=f"what visual tokens are ranked by; {', '.join(BY_IMAGE)} may withdraw them before layer 0 "
+        "(default: %(default)s)",
+    )
     parser.add_argument("--resume", action="store_true", help="continue the search in --out")
     parser.add_argument(
         "--max-stages",
@@ -146,21 +155,28 @@ def _search(method: str, arguments: argparse.Namespace, prepare: Prepare) -> tup
     from vllm_vtw.search.price import Price
     from vllm_vtw.search.reports.schedules import notes
     from vllm_vtw.search.schedules.baselines import baselines
+    from vllm_vtw.search.schedules.lower_resolution import at_lower_resolution
     from vllm_vtw.search.schedules.sample_at_layer import divergence_by_task
     from vllm_vtw.search.schedules.schedule import FIRST_RANKED_LAYER, keeps_by_layer
 
     setup = SearchSetup.of(arguments)
-    num_layers = setup.shape.num_hidden_layers
-    search = prepare(arguments, setup.settings, max(FIRST_RANKED_LAYER, setup.shape.first_layer))
+    num_layers, ranking = setup.shape.num_hidden_layers, arguments.ranking
+    setup.settings["ranking"] = ranking
+    first_layer = max(FIRST_RANKED_LAYER, setup.shape.first_layer)
+    if ranking in BY_IMAGE:
+        first_layer = setup.shape.first_layer if setup.shape.first_layer > 1 else 0
+    search = prepare(arguments, setup.settings, first_layer)
     model = HFModel(arguments.model, setup.config, setup.placement)
     answers = _full_answers(model, setup, arguments)
     price = Price(num_layers, model.layer_parameters, model.attention_width, answers.request)
     found = search(model, answers, price)
+    found = replace(found, policy=replace(found.policy, ranked_by=ranking))
 
     def measure(policy: Policy) -> dict[str, Any]:
-        curves = divergence_by_task(model, answers.samples, 0, keeps_by_layer(policy, num_layers))
+        samples = (sample.ranked_by(policy.ranked_by) for sample in answers.samples)
+        curves = divergence_by_task(model, samples, 0, keeps_by_layer(policy, num_layers))
         return {
-            "stages": policy.to_json({})["stages"],
+            **{key: policy.to_json({})[key] for key in ("stages", "ranking")},
             "prefill_flops_share": price.flops_share(policy),
             "kv_share": price.kv_share(policy),
             "curves": {task: asdict(curve) for task, curve in curves.items()},
@@ -168,11 +184,18 @@ def _search(method: str, arguments: argparse.Namespace, prepare: Prepare) -> tup
 
     by_memory = method == "psigmoid" and arguments.kv_budget is not None
     limited_share = price.kv_share if by_memory else price.flops_share
-    policies = {
+    most = limited_share(found.policy)
+    shrunk = at_lower_resolution(
+        model,
+        list(zip(answers.sources, answers.samples, strict=True)),
+        arguments.max_tokens,
+        lambda keep: limited_share(with_fewer_tokens(keep)) <= most,
+    )
+    policies: dict[str, Policy] = {
         method: found.policy,
         **baselines(found.policy, range(setup.shape.first_layer, num_layers), limited_share),
     }
-    result = {
+    result: dict[str, Any] = {
         "method": method,
         "model": setup.shape.as_dict(),
         "made": {
@@ -191,8 +214,24 @@ def _search(method: str, arguments: argparse.Namespace, prepare: Prepare) -> tup
         },
         "skipped": answers.skipped,
     }
+    if shrunk is not None:
+        policy = with_fewer_tokens(shrunk.keep)
+        curves = divergence_by_task(model, shrunk.samples, 0, [1.0] * num_layers)
+        result["policies"][f"resolution, {shrunk.scale:.3g} of width and height"] = {
+            "stages": [],
+            "ranking": None,
+            "visual_tokens": shrunk.keep,
+            "prefill_flops_share": price.flops_share(policy),
+            "kv_share": price.kv_share(policy),
+            "curves": {task: asdict(curve) for task, curve in curves.items()},
+        }
     result["notes"] = notes(result, setup.tasks - answers.tasks.keys()) + model.prompts.notes
     return result, found.policy
+
+
+def with_fewer_tokens(keep: float) -> Policy:
+    """A policy that costs what requests with a fraction of the visual tokens do."""
+    return Policy((Stage(0, keep),), ranked_by=BY_IMAGE[0])
 
 
 def _full_answers(model: "HFModel", setup: SearchSetup, arguments: argparse.Namespace) -> FullAnswers:
@@ -204,6 +243,7 @@ def _full_answers(model: "HFModel", setup: SearchSetup, arguments: argparse.Name
     from vllm_vtw.search.schedules.sample_at_layer import SampleAtLayer
 
     order = draw_samples(setup.data.samples, arguments.seed)
+    sources: list[Sample] = []
     tasks: dict[str, dict[str, int]] = {}
     text = output = 0
     digest = hashlib.sha256()
@@ -228,14 +268,15 @@ def _full_answers(model: "HFModel", setup: SearchSetup, arguments: argparse.Name
             counts["samples"] += 1
             counts["tokens"] += len(answered.tokens)
             counts["cut"] += answered.cut
-            yield SampleAtLayer.of(model, sample.task, answered)
+            sources.append(sample)
+            yield SampleAtLayer.of(model, sample.task, answered, arguments.ranking)
 
     skipped = setup.skipped
     samples = collect_samples(answer(), min(arguments.limit, len(order)), "answering", skipped)
     require_samples(len(samples), arguments.data)
-    visual = sum(sample.visual_tokens for sample in samples)
+    visual = sum(sample.rows.visual_tokens for sample in samples)
     request = RequestTokens(visual / len(samples), text / len(samples), output / len(samples))
-    return FullAnswers(samples, request, digest.hexdigest(), dict(sorted(tasks.items())), skipped)
+    return FullAnswers(samples, sources, request, digest.hexdigest(), dict(sorted(tasks.items())), skipped)
 
 
 def _g_search(arguments: argparse.Namespace, settings: dict[str, Any], first_layer: int) -> Search:

@@ -3,7 +3,7 @@
 """Runs a model on transformers, with visual tokens in all layers or withdrawn from layer K on."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ class FullAnswer:
             `(prompt tokens + O - 1, hidden_size)`.
         is_visual: Whether each of these tokens is a visual one, and so left out of `states`, shape
             `(prompt tokens + O - 1,)`.
+        item_of: For each of these tokens, the number of its image or video, or -1, in the same shape. The
+            prompt's last token may be visual here.
         cut: Whether the answer reached the most tokens allowed without an end-of-sequence token.
         deepstack: What is added to the hidden states of visual tokens after the first layers.
     """
@@ -44,6 +46,7 @@ class FullAnswer:
     position_ids: torch.Tensor
     embedded: torch.Tensor
     is_visual: torch.Tensor
+    item_of: torch.Tensor
     cut: bool
     deepstack: Deepstack
 
@@ -155,14 +158,14 @@ class HFModel:
         attention = self.decoder.layers[0].self_attn
         return int(attention.head_dim) * int(self.config.get_text_config().num_attention_heads)
 
-    def encode(self, sample: Sample, max_tokens: int) -> ModelInputs:
+    def encode(self, sample: Sample, max_tokens: int, scale: float = 1.0) -> ModelInputs:
         """Makes the model's inputs of a sample, on the model's device and in its data type.
 
         Arguments and errors are those of `Prompts.inputs`.
         """
-        tensors, is_visual = self.prompts.inputs(sample, max_tokens)
+        tensors, item_of = self.prompts.inputs(sample, max_tokens, scale)
         moved = tensors.to(self.hf_model.device, self.hf_model.dtype)
-        return ModelInputs(moved, is_visual.to(self.hf_model.device))
+        return ModelInputs(moved, item_of.to(self.hf_model.device))
 
     @torch.inference_mode()
     def answer(self, inputs: ModelInputs, max_tokens: int) -> FullAnswer:
@@ -191,7 +194,8 @@ class HFModel:
             raise ValueError(
                 f"the model's logits are not finite in {self.hf_model.dtype}: choose another --dtype"
             )
-        in_states = torch.cat([is_text, is_text.new_ones(len(answer) - 1)])
+        told = len(answer) - 1
+        in_states = torch.cat([is_text, is_text.new_ones(told)])
         return FullAnswer(
             tokens=answer.tolist(),
             logits=logits,
@@ -199,8 +203,34 @@ class HFModel:
             position_ids=seen.positions(len(in_states)),
             embedded=torch.cat(seen.embedded),
             is_visual=~in_states,
+            item_of=torch.cat([inputs.item_of, inputs.item_of.new_full((told,), -1)]),
             cut=int(answer[-1]) not in self.eos_token_ids,
             deepstack=seen.deepstack,
+        )
+
+    @torch.inference_mode()
+    def told(self, answered: FullAnswer, tokens: list[int]) -> FullAnswer:
+        """Puts another answer behind a prompt, as if the model had given it.
+
+        Args:
+            answered: An answer of one token to the prompt.
+            tokens: The tokens of the other answer.
+
+        Returns:
+            The answer, without the states of its layers.
+        """
+        count = len(tokens) - 1
+        ids = torch.tensor(tokens[:-1], dtype=torch.long, device=answered.embedded.device)
+        after = answered.position_ids.max() + 1 + torch.arange(count, device=ids.device)
+        after = after.expand(*answered.position_ids.shape[:-1], count)
+        return replace(
+            answered,
+            tokens=tokens,
+            states=[],
+            position_ids=torch.cat([answered.position_ids, after], -1),
+            embedded=torch.cat([answered.embedded, self.decoder.embed_tokens(ids)]),
+            is_visual=torch.cat([answered.is_visual, answered.is_visual.new_zeros(count)]),
+            item_of=torch.cat([answered.item_of, answered.item_of.new_full((count,), -1)]),
         )
 
     @torch.inference_mode()

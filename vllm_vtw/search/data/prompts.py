@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -21,12 +22,23 @@ class ModelInputs(NamedTuple):
 
     Attributes:
         tensors: By name, the tensors that the transformers model takes, as a `BatchFeature`.
-        is_visual: Whether each token of the prompt is withdrawn with the images or the video, shape
-            `(prompt tokens,)`.
+        item_of: For each token of the prompt, the number of the image or video that it is withdrawn with, or
+            -1, shape `(prompt tokens,)`.
     """
 
     tensors: Any
-    is_visual: torch.Tensor
+    item_of: torch.Tensor
+
+    @property
+    def is_visual(self) -> torch.Tensor:
+        """Whether each token of the prompt is withdrawn with an image or video, shape `(prompt tokens,)`."""
+        return self.item_of >= 0
+
+
+def shrunk(image: Image.Image, scale: float) -> Image.Image:
+    """An image with a fraction of its width and height."""
+    size = max(1, round(scale * image.width)), max(1, round(scale * image.height))
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 class Prompts:
@@ -101,7 +113,7 @@ class Prompts:
                 raise BadSampleError(f"the prompt has {named}, and the sample has no {other}")
         return text
 
-    def inputs(self, sample: Sample, max_tokens: int) -> ModelInputs:
+    def inputs(self, sample: Sample, max_tokens: int, scale: float = 1.0) -> ModelInputs:
         """Makes the model's inputs of a sample, on the CPU.
 
         As in vLLM, the tokenizer adds special tokens such as BOS to a whole prompt, but not to the text that
@@ -110,6 +122,7 @@ class Prompts:
         Args:
             sample: The sample.
             max_tokens: The most tokens of an answer, which has to fit after the prompt.
+            scale: The factor by which pictures are made smaller first, in width and height.
 
         Raises:
             ValueError: The sample needs a chat template, and the checkpoint has none.
@@ -118,6 +131,11 @@ class Prompts:
         """
         text = self.text(sample)
         images, video = sample.load_images(), sample.load_video(self.sampler)
+        if scale < 1:
+            images = [shrunk(image, scale) for image in images]
+            if video is not None:
+                frames = [np.asarray(shrunk(Image.fromarray(frame), scale)) for frame in video.pixels]
+                video = video._replace(pixels=np.stack(frames))
         media: dict[str, Any] = {"images": images}
         if video is not None:
             metadata = [video.metadata]
@@ -139,20 +157,21 @@ class Prompts:
         if self.family.model_type == "mistral3" and any(self._visual_tokens(image) == 1 for image in images):
             raise BadSampleError("transformers cannot compute an image of one visual token for this model")
         self._note_first_token(prompt, is_whole)
-        return ModelInputs(inputs, self._is_visual(ids, images))
+        return ModelInputs(inputs, self._item_of(ids, images))
 
-    def _is_visual(self, ids: torch.Tensor, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Whether each token of a prompt is withdrawn with the images, as in the engine."""
-        is_visual = torch.isin(ids, self.visual_ids)
-        if self.family.bridge:
-            positions = is_visual.nonzero()[:, 0].tolist()
-            for image in images:
-                count = self._visual_tokens(image)
-                for left, right in pairwise(positions[:count]):
-                    if right - left - 1 <= self.family.bridge:
-                        is_visual[left:right] = True
-                positions = positions[count:]
-        return is_visual
+    def _item_of(self, ids: torch.Tensor, images: Sequence[Image.Image]) -> torch.Tensor:
+        """For each token of a prompt, the image or video with which the engine withdraws it, or -1."""
+        positions = torch.isin(ids, self.visual_ids).nonzero()[:, 0].tolist()
+        # All visual tokens of a prompt are of images, or of one video.
+        counts = [self._visual_tokens(image) for image in images] if len(images) > 1 else [len(positions)]
+        item_of = torch.full_like(ids, -1)
+        for number, count in enumerate(counts):
+            item_of[positions[:count]] = number
+            for left, right in pairwise(positions[:count] if images else []):
+                if right - left - 1 <= self.family.bridge:
+                    item_of[left:right] = number
+            positions = positions[count:]
+        return item_of
 
     def _visual_tokens(self, image: Image.Image) -> int:
         """The number of visual tokens of an image."""
@@ -160,7 +179,7 @@ class Prompts:
 
     def withdrawn_tokens(self, image: Image.Image) -> int:
         """The number of tokens that are withdrawn with an image."""
-        return int(self._is_visual(self._image_alone(image), [image]).sum())
+        return int((self._item_of(self._image_alone(image), [image]) >= 0).sum())
 
     def _image_alone(self, image: Image.Image) -> torch.Tensor:
         """The token ids of a prompt that is an image."""

@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from vllm_vtw.search.reports.data_notes import data_notes
 from vllm_vtw.search.reports.page import MARKERS, Draw, label_layers, page
 
+PLAIN = ("random, ", "uniform, ", "resolution, ")
+"""What the names of plain baselines begin with."""
 NAMES = {"gsearch": "G-Search", "psigmoid": "P-Sigmoid"}
 
 
@@ -20,18 +22,42 @@ def html(result: dict[str, Any], command: str | None) -> str:
         result: The content of `result.json`.
         command: The command that serves a model with the schedule. None if there is none.
     """
-    return page("schedules.html", _plots(result), result=result, command=command, names=NAMES, layers=stages)
+    winner = plain_winner(result)
+    given = {"result": result, "command": command, "names": NAMES, "layers": stages, "winner": winner}
+    return page("schedules.html", _plots(result), **given)
 
 
 def stages(policy: dict[str, Any]) -> str:
-    """The fractions of visual tokens that a policy's stages keep, in words.
+    """The fractions of visual tokens that a policy's stages keep, and what they are ranked by, in words.
 
     Args:
         policy: An item of `policies` in `result.json`.
     """
+    if "visual_tokens" in policy:
+        return f"all, but there are {policy['visual_tokens']:.3g} as many"
+    kept = ", ".join(f"{stage['keep']:.3g} from layer {stage['layer']} on" for stage in policy["stages"])
+    return f"{kept} ({policy['ranking']})" if policy["ranking"] else kept or "all"
+
+
+def plain_winner(result: dict[str, Any]) -> str | None:
+    """A sentence about the best plain baseline, if it changes answers less than the schedule that was found.
+
+    Args:
+        result: The content of `result.json`.
+
+    Returns:
+        None if no plain baseline does.
+    """
+    method, policies = result["method"], result["policies"]
+    changed = {name: _worst(policy["curves"].values(), "token_change") for name, policy in policies.items()}
+    plain = [name for name in policies if name.startswith(PLAIN)]
+    best = min(plain, key=lambda name: changed[name], default=method)
+    if changed[best] >= changed[method]:
+        return None
     return (
-        ", ".join(f"{stage['keep']:.3g} from layer {stage['layer']} on" for stage in policy["stages"])
-        or "all"
+        f"On this data, a plain baseline is better than {NAMES[method]} at no more "
+        f"{result['others_take_no_more']}: {best} changes {changed[best]:.1%} of tokens on the worst task, "
+        f"and {NAMES[method]} {changed[method]:.1%}."
     )
 
 
@@ -83,8 +109,9 @@ def table(result: dict[str, Any]) -> list[str]:
         cells = [f"{100 * value:{len(head)}.1f}" for value, head in zip(values, heads, strict=False)]
         cells.append(f"{_worst(curves, 'mean_kl'):6.2g}")
         lines.append("  ".join([f"{NAMES.get(name, name):{width}}", *cells]))
-    chosen = result["policies"][result["method"]]
+    chosen, winner = result["policies"][result["method"]], plain_winner(result)
     return [
+        *([winner, ""] if winner else []),
         *lines,
         "",
         f"{NAMES[result['method']]} was searched on these samples; the others were not. They take no more "
@@ -105,6 +132,8 @@ def _plots(result: dict[str, Any]) -> dict[str, Draw]:
     def schedule(axes: Axes) -> None:
         axes.plot(range(num_layers), result["keeps"], "k.", label="found for the layer")
         for name, policy in policies.items():
+            if "visual_tokens" in policy:
+                continue
             axes.step(range(num_layers), fractions(policy), where="mid", label=NAMES.get(name, name))
         axes.set_ylabel("fraction of visual tokens")
         label_layers(axes, "layer, counted from 0")

@@ -2,13 +2,13 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """G-Search (arXiv 2412.00556): the fewest visual tokens that each layer needs, from shallow to deep.
 
-Before each layer, the visual tokens that received the least attention in the layer before are withdrawn, as
-many as the answers allow. Tokens that were withdrawn before shallower layers are already gone.
+Before each layer, the visual tokens that are ranked lowest are withdrawn, as many as the answers allow. Tokens
+that were withdrawn before shallower layers are already gone.
 
 Three details are this project's own choice, not the paper's. Tokens are ranked by the attention that the
-prompt's last token pays to them. The answers allow what is within the budgets of the answer criterion
-(`vllm_vtw.search.vtw.criteria`). The least fraction is found by bisection on a grid, while all deeper layers
-get the same fraction as the layer in question.
+prompt's last token pays to them in the layer before, or by any other ranking. The answers allow what is
+within the budgets of the answer criterion (`vllm_vtw.search.vtw.criteria`). The least fraction is found by
+bisection on a grid, while all deeper layers get the same fraction as the layer in question.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -55,7 +55,9 @@ def g_search(
         if layer < len(found):
             keep = found[layer]
         else:
+            # A policy may not withdraw everything before the decoder.
             keep = least_sufficient(round(before * GRID), suffices) / GRID if layer in borders else before
+            keep = max(keep, 1 / GRID) if layer == 0 else keep
             yield keep
         samples = [sample.run_layers(model, layer, [keep]) for sample in samples]
         before = keep

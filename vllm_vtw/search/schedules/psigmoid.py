@@ -45,7 +45,9 @@ def sigmoid(k: float, m: float, r_max: float, layers: range) -> list[float]:
         layers: The layers that may get fewer visual tokens, up to the last one.
     """
     falling = [min(1.0, r_max / (1 + exp(k * (layer - m)))) for layer in layers]
-    return [1.0] * layers.start + [floor(GRID * keep) / GRID for keep in falling]
+    keeps = [1.0] * layers.start + [floor(GRID * keep) / GRID for keep in falling]
+    # A policy may not withdraw everything before the decoder.
+    return [max(keeps[0], 1 / GRID), *keeps[1:]]
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,12 @@ def affordable(
 
 
 def cheapest(first_layer: int, max_stages: int, price: Price) -> Policy:
-    """The policy of any sigmoid with the least r_max: layers from `first_layer` on get no visual tokens."""
-    return merge_stages([1.0] * first_layer + [0.0] * (price.num_layers - first_layer), max_stages, price)
+    """The policy of any sigmoid with the least r_max: layers from `first_layer` on get no visual tokens.
+
+    Layer 0 gets some.
+    """
+    keeps = sigmoid(1.0, 0.0, MIN_R_MAX, range(first_layer, price.num_layers))
+    return merge_stages(keeps, max_stages, price)
 
 
 def p_sigmoid(

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 
-from vllm_vtw.policy import Stage
+from vllm_vtw.policy import BY_QUESTION
 from vllm_vtw.search.divergence import AnswerDivergence, TaskDivergence
 from vllm_vtw.search.model import FullAnswer, HFModel
 from vllm_vtw.search.schedules.layerwise import LayerInput, answer_logits, run_layer
@@ -20,7 +20,7 @@ class SampleAtLayer:
 
     Attributes:
         task: The sample's task label.
-        visual_tokens: The number of the prompt's visual tokens, its last token excluded.
+        tokens: The token ids of the full model's answer.
         logits: The full model's logits for the O tokens of the answer, shape `(O, vocabulary)`, on the CPU.
             Like those of a schedule, they come from one pass over prompt and answer. Logits from decoding
             token by token would differ by rounding.
@@ -28,22 +28,28 @@ class SampleAtLayer:
     """
 
     task: str
-    visual_tokens: int
+    tokens: list[int]
     logits: torch.Tensor
     rows: LayerInput
 
     @classmethod
-    def of(cls, model: HFModel, task: str, answered: FullAnswer) -> "SampleAtLayer":
+    def of(
+        cls, model: HFModel, task: str, answered: FullAnswer, ranking: str = BY_QUESTION[0]
+    ) -> "SampleAtLayer":
         """Makes the sample before layer 0 from the full model's answer."""
-        sample = cls(task, answered.visual_tokens, answered.logits, LayerInput.of(answered))
+        sample = cls(task, answered.tokens, answered.logits, LayerInput.of(answered, ranking))
         full = sample.run_layers(model, 0, [1.0] * len(model.decoder.layers))
         return replace(sample, logits=answer_logits(model, full.rows).cpu())
+
+    def ranked_by(self, ranking: str) -> "SampleAtLayer":
+        """The same sample before layer 0, under another ranking."""
+        return replace(self, rows=self.rows.ranked_by(ranking))
 
     def run_layers(self, model: HFModel, layer: int, keeps: Sequence[float]) -> "SampleAtLayer":
         """Applies a schedule to the next layers.
 
-        Attention is computed in layers before one that gets fewer visual tokens, and in the last of these
-        layers, because the one after it may get fewer.
+        Under a ranking by question, scores are computed in layers before one that gets fewer visual tokens,
+        and in the last of these layers, because the one after it may get fewer.
 
         Args:
             model: The model.
@@ -54,9 +60,8 @@ class SampleAtLayer:
             The sample after the last of these layers.
         """
         rows = self.rows
-        counts = [Stage(index, keep).kept(self.visual_tokens) for index, keep in enumerate(keeps, layer)]
-        for index, (count, following) in enumerate(pairwise([*counts, -1]), layer):
-            rows = run_layer(model, index, rows.withdraw(count), ranks=following < count)
+        for index, (keep, following) in enumerate(pairwise([*keeps, -1]), layer):
+            rows = run_layer(model, index, rows.withdraw(keep), ranks=following < keep)
         return replace(self, rows=rows)
 
     def difference(self, model: HFModel) -> AnswerDivergence:

@@ -13,8 +13,8 @@ from vllm_vtw.policy import Policy, Stage
 from vllm_vtw.search.price import Price
 
 FIRST_RANKED_LAYER = 2
-"""The first layer that may get fewer visual tokens, if the model allows. Attention in layer 0 says little
-about which tokens deeper layers attend to."""
+"""The first layer that may get fewer visual tokens under a ranking by question, if the model allows.
+Attention in layer 0 says little about which tokens deeper layers attend to."""
 GRID = 64
 """The fractions that are searched are multiples of 1 / `GRID`."""
 
@@ -31,12 +31,10 @@ def merge_stages(keeps: Sequence[float], max_stages: int, price: Price) -> Polic
     stages begin at layers 0 and 3.
 
     Args:
-        keeps: The fraction of visual tokens that each layer needs. The first one is 1, and none is more than
-            the one before.
+        keeps: The fraction of visual tokens that each layer needs. None is more than the one before.
         max_stages: The largest number of stages, stage 0 included.
         price: Computes the cost of policies.
     """
-    assert keeps[0] == 1
     assert all(later <= earlier for earlier, later in pairwise(keeps))
     found = (
         _with_moved_borders(policy_at_borders(keeps, borders), keeps, price)
