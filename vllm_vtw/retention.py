@@ -294,11 +294,11 @@ def _selected_retentions(
         tokens = np.concatenate([np.arange(start, stop) for start, stop in spans])
         # A step that has the encoder compute an image computes at least one token of the prompt itself,
         # before it is known what leaves. If the image follows nothing or another image, this is its first.
-        first_stays = by_features and tokens[0] == previous_stop
+        first_stays = by_features and spans[0][0] == previous_stop
         previous_stop = spans[-1][1]
         if by_features:
             if feature.identifier not in orders:
-                awaits_from = int(tokens[0]) + first_stays
+                awaits_from = spans[0][0] + first_stays
                 break
             by_worker = orders[feature.identifier]
             mark = sha256(mark + by_worker.tobytes()).digest()
@@ -306,7 +306,7 @@ def _selected_retentions(
         else:
             by_place = IMAGE_RANKINGS[policy.ranking or ""]().order(len(tokens), feature.mm_hash)
             images.append((tokens, by_place, first_stays))
-        marks.append((int(tokens[0]), mark))
+        marks.append((spans[0][0], mark))
     last = num_prompt_tokens - 1
     for stage in policy.stages:
         leaving: list[npt.NDArray[np.integer]] = [np.empty(0, dtype=np.int64)]

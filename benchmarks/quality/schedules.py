@@ -32,7 +32,7 @@ from benchmarks.quality.evaluate import TIE, Answer, Sample, Score, engine_answe
 from benchmarks.quality.model import CHECKPOINT, LAYERS, MAX_ANSWER_TOKENS
 from benchmarks.quality.plots import plot_schedules
 from benchmarks.quality.tasks import TASKS, samples
-from vllm_vtw.policy import Policy, Stage
+from vllm_vtw.policy import BY_IMAGE, BY_QUESTION, Policy, Stage
 
 CHANGES = (0.001, 0.01, 0.05)
 """Budgets of G-Search. Each limits both the mean KL, in nats, and the fraction of tokens that change."""
@@ -165,12 +165,13 @@ def measured(
         check: The number of answers to each task that the reference reads. 0 for none.
     """
     stages = tuple(Stage(**stage) for stage in policy["stages"])
+    served = Policy(stages, ranked_by=policy["ranking"] or BY_QUESTION[0])
     with TemporaryDirectory() as folder:
         file = Path(folder) / "policy.json"
-        file.write_text(json.dumps(Policy(stages).to_json(model)))
+        file.write_text(json.dumps(served.to_json(model)))
         given = engine_answers(CHECKPOINT, {"policy": str(file), "align": False}, asked)
     found: dict[str, Any] = {"engine": asdict(score(asked, given))}
-    if check:
+    if check and served.ranking not in BY_IMAGE:
         by_task = groupby(zip(asked, given, strict=True), lambda one: one[0][1].task)
         read = [pair for _, pairs in by_task for pair in islice(pairs, check)]
         found["largest_gap"] = largest_gap({stage.layer: stage.keep for stage in stages}, read)
@@ -199,7 +200,7 @@ def main() -> None:
             result = searched(command, data, options.searched, Path(folder) / name)
             seconds[name] = round(time.monotonic() - started, 1)
             for schedule, policy in result["policies"].items():
-                key = json.dumps(policy["stages"])
+                key = json.dumps([policy["stages"], policy["ranking"]])
                 if key not in known:
                     known[key] = measured(policy, result["model"], asked, options.check)
                 row = {"search": name, "schedule": name if schedule == result["method"] else schedule}

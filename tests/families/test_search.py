@@ -5,6 +5,7 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -33,8 +34,9 @@ from tests.search.data.test_videos import film
 from vllm_vtw.search.checkpoint import read_config
 from vllm_vtw.search.data.prompts import Prompts
 from vllm_vtw.search.data.sample import BadSampleError, Sample
+from vllm_vtw.search.layerwise import answer_logits
 from vllm_vtw.search.model import HFModel, Placement
-from vllm_vtw.search.schedules.layerwise import answer_logits
+from vllm_vtw.search.schedules.lower_resolution import at_lower_resolution
 from vllm_vtw.search.schedules.sample_at_layer import SampleAtLayer
 
 ANSWER = 8
@@ -87,6 +89,49 @@ def test_every_k(model, oracle, tmp_path, name, kind):
     at_end = SampleAtLayer.of(model, "all", answered).run_layers(model, 0, [1, 1, 0.5, 0.5, 0.1, 0.1])
     wanted = oracle(name).ranked_logits(encoded, answered.tokens, {2: 0.5, 4: 0.1}, leaving)
     torch.testing.assert_close(answer_logits(model, at_end.rows), wanted, atol=5e-4, rtol=5e-4)
+    first = family.first if family.first > 1 else 0
+    asked = SampleAtLayer.of(model, "all", answered)
+    for ranking in ("uniform", "diversity"):
+        if ranking == "diversity" and family.bridge:
+            continue  # the engine keeps what is between the rows of an image, which has no features
+        keeps = [1.0] * first + [0.3] * (LAYERS - first)
+        at_end = asked.ranked_by(ranking).run_layers(model, 0, keeps)
+        wanted = oracle(name).logits(
+            encoded, answered.tokens, first, encoded.leaving(family.bridge, 1, 0.3, ranking)
+        )
+        torch.testing.assert_close(answer_logits(model, at_end.rows), wanted, atol=5e-4, rtol=5e-4)
+
+
+@pytest.mark.parametrize("model", ["qwen2_5_vl", "llava_next"], indirect=True)
+def test_the_same_picture_at_a_lower_resolution(model, oracle, tmp_path):
+    rng = np.random.default_rng(5)
+    Image.fromarray(rng.integers(0, 256, (224, 280, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    name = model.config.model_type
+    family = FAMILIES[name]
+    prompt = asks(family)[MIDDLE].prompt.replace(model.processor.image_token, "<image>")
+    sample = Sample("line 1", ("a.png",), prompt, folder=tmp_path)
+    answered = model.answer(model.encode(sample, ANSWER), ANSWER)
+    asked = SampleAtLayer.of(model, "all", answered)
+    tried: list[float] = []
+
+    def half(keep: float) -> bool:
+        tried.append(keep)
+        return keep <= 0.5
+
+    shrunk = at_lower_resolution(model, [(sample, asked)], ANSWER, half)
+    assert shrunk is not None
+    assert 0.3 < shrunk.keep <= 0.5
+    assert len(tried) < 8
+    image = sample.load_images()[0]
+    small = image.resize((round(280 * shrunk.scale), round(224 * shrunk.scale)), Image.Resampling.LANCZOS)
+    encoded = oracle(name).encode(asks(family)[MIDDLE].prompt, [small])
+    assert len(encoded.visual) == pytest.approx(shrunk.keep * answered.visual_tokens)
+    wanted = oracle(name).logits(encoded, answered.tokens, LAYERS, set())
+    (one,) = shrunk.samples
+    found = answer_logits(model, one.run_layers(model, 0, [1.0] * LAYERS).rows)
+    torch.testing.assert_close(found, wanted, atol=5e-4, rtol=5e-4)
+    torch.testing.assert_close(one.logits, asked.logits)
+    assert at_lower_resolution(model, [(sample, asked)], ANSWER, lambda keep: keep < 0) is None
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from tests.engine.image_orders import dithered, diverse
+
 
 @contextmanager
 def dropping(layers: Any, first: int, kept: torch.Tensor) -> Iterator[None]:
@@ -52,21 +54,42 @@ def plain_logits(model: Any, inputs: Mapping[str, torch.Tensor], said: list[int]
 
 @torch.no_grad()
 def plain_ranked_logits(
-    model: Any, inputs: Mapping[str, torch.Tensor], said: list[int], keeps: list[float]
+    model: Any,
+    inputs: Mapping[str, torch.Tensor],
+    said: list[int],
+    keeps: list[float],
+    ranking: str = "last-token-attention",
 ) -> torch.Tensor:
-    """The same where layer i gets `ceil(keeps[i] * N)` of N visual tokens, ranked by eager attention."""
+    """The same where layer i gets `ceil(keeps[i] * N)` of N visual tokens, or of those of each square image.
+
+    Attention is eager, and written out.
+    """
     prompt = inputs["input_ids"]
     decoder = model.model.language_model
     embedded = model(**inputs, output_hidden_states=True).hidden_states[0]
     hidden = torch.cat([embedded, decoder.embed_tokens(torch.tensor([said[:-1]]))], 1)
     last, here = prompt.shape[1] - 1, list(range(hidden.shape[1]))
     visual = [at for at in here[:last] if int(prompt[0, at]) == model.config.image_token_index]
-    everything, weights = len(visual), torch.zeros(1, 1, len(here), len(here))
+    images = [at for at, token in enumerate(prompt[0].tolist()) if token == model.config.image_token_index]
+    size = len(images) // len(inputs["pixel_values"])
+    of_images = [images[start : start + size] for start in range(0, len(images), size)]
+    orders = [
+        diverse(hidden[0, image]) if ranking == "diversity" else dithered(round(size**0.5))
+        for image in of_images
+    ]
+    everything, scores = len(visual), [0.0] * len(here)
     for layer, keep in zip(decoder.layers, keeps, strict=True):
-        paid = dict(zip(here, weights[0, :, here.index(last)].mean(0).tolist(), strict=True))
-        visual.sort(key=lambda at: (-paid[at], at))
         parts = round(keep * 1000)
-        gone = set(visual[-(-parts * everything // 1000) :])
+        if ranking in ("uniform", "diversity"):
+            gone = {
+                image[place]
+                for image, order in zip(of_images, orders, strict=True)
+                for place in order[-(-parts * size // 1000) :]
+            } - {last}
+        else:
+            got = dict(zip(here, scores, strict=True))
+            visual.sort(key=lambda at: (-got[at], at))
+            gone = set(visual[-(-parts * everything // 1000) :])
         visual = [at for at in visual if at not in gone]
         hidden = hidden[:, [at not in gone for at in here]]
         here = [at for at in here if at not in gone]
@@ -74,7 +97,15 @@ def plain_ranked_logits(
         mask = torch.full((len(here), len(here)), float("-inf")).triu(1)[None, None]
         seen: list[torch.Tensor] = []
         hook = layer.self_attn.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out[1]))
-        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
+        before = hidden
+        hidden = layer(before, attention_mask=mask, position_embeddings=rotary)
         hook.remove()
-        weights = seen[0]
+        if ranking == "variation":
+            scores = (hidden - before)[0].square().sum(-1).sqrt().tolist()
+        elif ranking == "key-norm":
+            keys = layer.self_attn.k_proj(layer.input_layernorm(before))[0]
+            lengths = keys.unflatten(-1, (-1, layer.self_attn.head_dim)).square().sum(-1).sqrt()
+            scores = (-lengths.sum(-1)).tolist()
+        else:
+            scores = seen[0][0, :, here.index(last)].mean(0).tolist()
     return model.lm_head(decoder.norm(hidden))[0, here.index(last) :]

@@ -3,7 +3,8 @@
 """`vtw calibrate`: the withdrawal layer K for a model on a user's own data."""
 
 import argparse
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from vllm_vtw.commands.results import save_results
 from vllm_vtw.commands.search_setup import (
@@ -15,10 +16,18 @@ from vllm_vtw.commands.search_setup import (
     count,
     exit_on_failure,
     require_samples,
+    share,
     values_of_layer,
 )
-from vllm_vtw.policy import Policy, check_task_name
+from vllm_vtw.config import ModelShape
+from vllm_vtw.families import DEEPSTACK
+from vllm_vtw.policy import BY_IMAGE, check_task_name
 from vllm_vtw.search.vtw.criteria import FIRST_LAYER_TRIED, default_eta
+
+if TYPE_CHECKING:
+    from vllm_vtw.search.data.sample import Sample
+    from vllm_vtw.search.model import HFModel
+    from vllm_vtw.search.vtw.calibration_journal import CalibrationSettings, MeasuredSample
 
 CRITERIA = ("answer", "first-token")
 
@@ -42,6 +51,19 @@ def add_command(commands: Any) -> None:
         "--layers",
         help="values of K to try, as in 8-20 or 8,12,16 "
         f"(default: all from {FIRST_LAYER_TRIED} on, as published)",
+    )
+    add(
+        "--keep",
+        type=share,
+        default=1.0,
+        help="share of each picture's visual tokens that goes into the decoder; K is chosen for what is left "
+        "(default: all)",
+    )
+    add(
+        "--ranking",
+        choices=BY_IMAGE,
+        default=BY_IMAGE[0],
+        help="what chooses the tokens of --keep (default: %(default)s)",
     )
     add(
         "--criterion",
@@ -102,7 +124,12 @@ def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
     shape = setup.shape
     skipped = setup.skipped
     layers = values_of_layer(arguments.layers, shape)
-    settings = CalibrationSettings(**setup.settings, layers=layers)
+    if arguments.keep < 1:
+        _check_keep(arguments, shape)
+        layers.append(shape.num_hidden_layers)
+    settings = CalibrationSettings(
+        **setup.settings, layers=layers, keep=arguments.keep, ranking=arguments.ranking
+    )
     journal = CalibrationJournal(arguments.out, settings, arguments.resume)
     model = HFModel(arguments.model, setup.config, setup.placement)
     order = draw_samples(setup.data.samples, arguments.seed)
@@ -120,6 +147,10 @@ def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     budget = calibration.Budget(eta, arguments.max_answer_kl, arguments.max_token_change)
     result = calibration.result(shape, model, settings, measured, budget)
+    result["policies"] = {}
+    layer = result["layer"][arguments.criterion]
+    if layer is not None:
+        result["policies"] = _compared(model, shape, settings, setup.data.samples, measured, layer)
     if arguments.per_task:
         unnamed = {sample.where for sample in setup.data.samples if not sample.labelled}
         result["per_task"] = layer_by_task(
@@ -129,6 +160,59 @@ def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
     unseen = setup.tasks - result["tasks"].keys()
     result["notes"] = notes(result, arguments.criterion, unseen) + model.prompts.notes
     return result
+
+
+def _compared(
+    model: "HFModel",
+    shape: ModelShape,
+    settings: "CalibrationSettings",
+    data: "Sequence[Sample]",
+    measured: "Sequence[MeasuredSample]",
+    layer: int,
+) -> dict[str, dict[str, Any]]:
+    """What the K that was chosen, and other methods that take no more work, do to answers.
+
+    Args:
+        model: The model.
+        shape: Its shape.
+        settings: The settings of the calibration.
+        data: The samples of the data.
+        measured: Those that were measured.
+        layer: K.
+    """
+    from vllm_vtw.search.schedules.comparison import Comparison
+    from vllm_vtw.search.schedules.sample_at_layer import SampleAtLayer
+    from vllm_vtw.search.vtw.calibration import calibrated_policy, mean_price
+
+    policy = calibrated_policy(layer, shape.num_hidden_layers, settings.keep, settings.ranking)
+    by_place, samples = {sample.where: sample for sample in data}, []
+    for one in measured:
+        sample = by_place[one.where]
+        answered = model.answer(model.encode(sample, settings.max_tokens), max_tokens=1)
+        told = model.told(answered, one.tokens)
+        samples.append((sample, SampleAtLayer.of(model, one.task, told)))
+    price = mean_price(shape.num_hidden_layers, model, measured)
+    name = f"VTW, K = {layer}" if layer < shape.num_hidden_layers else "nothing behind layer 0"
+    if settings.keep < 1:
+        name = f"{settings.keep:g} by {settings.ranking}, then {name}"
+    compare = Comparison(model, samples, price, price.flops_share, shape.first_layer, settings.max_tokens)
+    return compare.of(name, policy)
+
+
+def _check_keep(arguments: argparse.Namespace, shape: ModelShape) -> None:
+    """Checks that visual tokens may leave before the decoder.
+
+    Raises:
+        ValueError: They may not.
+    """
+    if arguments.keep == 0:
+        raise ValueError("--keep 0: something has to go into the decoder")
+    if arguments.per_task:
+        raise ValueError(
+            "--keep: requests of a policy that keeps a share choose no layers: remove --per-task"
+        )
+    if shape.first_layer > 1:
+        raise ValueError(f"--keep: {DEEPSTACK.format(shape.first_layer)}: use gsearch or psigmoid --ranking")
 
 
 def _check_tasks(setup: SearchSetup) -> None:
@@ -157,6 +241,7 @@ def policy_file(result: dict[str, Any], criterion: str) -> dict[str, Any] | None
     Returns:
         None if nothing is withdrawn.
     """
+    from vllm_vtw.search.vtw.calibration import calibrated_policy
     from vllm_vtw.search.vtw.task_layers import task_policy
 
     model, layer, per_task = result["model"], result["layer"][criterion], result.get("per_task")
@@ -164,9 +249,22 @@ def policy_file(result: dict[str, Any], criterion: str) -> dict[str, Any] | None
     if per_task is not None:
         policy = task_policy({name: task["layer"] for name, task in per_task["tasks"].items()}, num_layers)
     else:
-        policy = Policy.withdraw_at(num_layers if layer is None else layer, num_layers)
+        before = result["before_decoder"] or {"keep": 1, "ranking": BY_IMAGE[0]}
+        policy = calibrated_policy(num_layers if layer is None else layer, num_layers, **before)
+        if layer is None:
+            return None
     if not policy.stages:
         return None
-    keys = ("made", "budget", "layer", "tasks", "layers", "first_token_kl", "curves", "per_task")
+    keys = (
+        "made",
+        "before_decoder",
+        "budget",
+        "layer",
+        "tasks",
+        "layers",
+        "first_token_kl",
+        "curves",
+        "per_task",
+    )
     calibration = {"criterion": criterion} | {key: result[key] for key in keys if key in result}
     return policy.to_json(model) | {"calibration": calibration}

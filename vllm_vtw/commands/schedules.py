@@ -22,7 +22,7 @@ from vllm_vtw.commands.search_setup import (
     require_samples,
     share,
 )
-from vllm_vtw.policy import BY_IMAGE, BY_QUESTION, Policy, Stage
+from vllm_vtw.policy import BY_IMAGE, BY_QUESTION, Policy
 
 if TYPE_CHECKING:
     from vllm_vtw.search.data.sample import Sample, Skipped
@@ -149,15 +149,11 @@ def _run(prepare: Prepare, arguments: argparse.Namespace) -> None:
 
 def _search(method: str, arguments: argparse.Namespace, prepare: Prepare) -> tuple[dict[str, Any], Policy]:
     """Runs a search. Returns the content of `result.json`, and the policy."""
-    from tqdm import tqdm
-
     from vllm_vtw.search.model import HFModel
     from vllm_vtw.search.price import Price
     from vllm_vtw.search.reports.schedules import notes
-    from vllm_vtw.search.schedules.baselines import baselines
-    from vllm_vtw.search.schedules.lower_resolution import at_lower_resolution
-    from vllm_vtw.search.schedules.sample_at_layer import divergence_by_task
-    from vllm_vtw.search.schedules.schedule import FIRST_RANKED_LAYER, keeps_by_layer
+    from vllm_vtw.search.schedules.comparison import Comparison
+    from vllm_vtw.search.schedules.schedule import FIRST_RANKED_LAYER
 
     setup = SearchSetup.of(arguments)
     num_layers, ranking = setup.shape.num_hidden_layers, arguments.ranking
@@ -172,29 +168,15 @@ def _search(method: str, arguments: argparse.Namespace, prepare: Prepare) -> tup
     found = search(model, answers, price)
     found = replace(found, policy=replace(found.policy, ranked_by=ranking))
 
-    def measure(policy: Policy) -> dict[str, Any]:
-        samples = (sample.ranked_by(policy.ranked_by) for sample in answers.samples)
-        curves = divergence_by_task(model, samples, 0, keeps_by_layer(policy, num_layers))
-        return {
-            **{key: policy.to_json({})[key] for key in ("stages", "ranking")},
-            "prefill_flops_share": price.flops_share(policy),
-            "kv_share": price.kv_share(policy),
-            "curves": {task: asdict(curve) for task, curve in curves.items()},
-        }
-
     by_memory = method == "psigmoid" and arguments.kv_budget is not None
-    limited_share = price.kv_share if by_memory else price.flops_share
-    most = limited_share(found.policy)
-    shrunk = at_lower_resolution(
+    compare = Comparison(
         model,
         list(zip(answers.sources, answers.samples, strict=True)),
+        price,
+        price.kv_share if by_memory else price.flops_share,
+        setup.shape.first_layer,
         arguments.max_tokens,
-        lambda keep: limited_share(with_fewer_tokens(keep)) <= most,
     )
-    policies: dict[str, Policy] = {
-        method: found.policy,
-        **baselines(found.policy, range(setup.shape.first_layer, num_layers), limited_share),
-    }
     result: dict[str, Any] = {
         "method": method,
         "model": setup.shape.as_dict(),
@@ -208,30 +190,11 @@ def _search(method: str, arguments: argparse.Namespace, prepare: Prepare) -> tup
         "tokens_per_request": asdict(answers.request),
         "keeps": found.keeps,
         "others_take_no_more": "KV memory" if by_memory else "work",
-        "policies": {
-            name: measure(policy)
-            for name, policy in tqdm(policies.items(), unit="schedule", desc="comparing")
-        },
+        "policies": compare.of(method, found.policy),
         "skipped": answers.skipped,
     }
-    if shrunk is not None:
-        policy = with_fewer_tokens(shrunk.keep)
-        curves = divergence_by_task(model, shrunk.samples, 0, [1.0] * num_layers)
-        result["policies"][f"resolution, {shrunk.scale:.3g} of width and height"] = {
-            "stages": [],
-            "ranking": None,
-            "visual_tokens": shrunk.keep,
-            "prefill_flops_share": price.flops_share(policy),
-            "kv_share": price.kv_share(policy),
-            "curves": {task: asdict(curve) for task, curve in curves.items()},
-        }
     result["notes"] = notes(result, setup.tasks - answers.tasks.keys()) + model.prompts.notes
     return result, found.policy
-
-
-def with_fewer_tokens(keep: float) -> Policy:
-    """A policy that costs what requests with a fraction of the visual tokens do."""
-    return Policy((Stage(0, keep),), ranked_by=BY_IMAGE[0])
 
 
 def _full_answers(model: "HFModel", setup: SearchSetup, arguments: argparse.Namespace) -> FullAnswers:

@@ -17,14 +17,14 @@ from transformers import AutoModelForImageTextToText
 from benchmarks.small_llava import SmallLlava
 from tests.search.plain import plain_ranked_logits
 from tests.search.test_model import ANSWER, PROMPTS, pictures, sample  # noqa: F401
-from vllm_vtw.policy import Policy, Stage
+from vllm_vtw.policy import BY_IMAGE, Policy, Stage
 from vllm_vtw.search.checkpoint import read_config
 from vllm_vtw.search.divergence import AnswerDivergence, TaskDivergence
+from vllm_vtw.search.layerwise import answer_logits
 from vllm_vtw.search.model import HFModel, Placement
 from vllm_vtw.search.price import Price, RequestTokens
 from vllm_vtw.search.schedules.baselines import baselines
 from vllm_vtw.search.schedules.gsearch import least_sufficient
-from vllm_vtw.search.schedules.layerwise import answer_logits
 from vllm_vtw.search.schedules.psigmoid import MIN_R_MAX, affordable, cheapest, p_sigmoid, sigmoid
 from vllm_vtw.search.schedules.sample_at_layer import SampleAtLayer
 from vllm_vtw.search.schedules.schedule import GRID, merge_stages, policy_at_borders
@@ -51,6 +51,25 @@ def test_ranked_layers_are_what_the_plain_model_gives(llava, pictures, backbone,
         assert halfway.difference(loaded) == AnswerDivergence.between(asked.logits, ours)
     assert AnswerDivergence.between(asked.logits, ours).answer_kl[0] > 1e-6
     torch.testing.assert_close(asked.logits, answered.logits, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
+@pytest.mark.parametrize("ranking", ["key-norm", "variation", "uniform", "diversity"])
+def test_other_rankings(llava, pictures, ranking, prompt):  # noqa: F811
+    loaded = llava(SmallLlava(layers=4, kv_heads=1, image_side=4))
+    plain = AutoModelForImageTextToText.from_pretrained(
+        loaded.config._name_or_path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    inputs = loaded.encode(sample(prompt, pictures), ANSWER)
+    answered = loaded.answer(inputs, ANSWER)
+    asked = SampleAtLayer.of(loaded, "all", answered).ranked_by(ranking)
+    for keeps in (*KEEPS[1:], *([[0.5, 0.5, 0.25, 0]] if ranking in BY_IMAGE else [])):
+        found = answer_logits(loaded, asked.run_layers(loaded, 0, keeps).rows)
+        wanted = plain_ranked_logits(plain, inputs.tensors, answered.tokens, keeps, ranking)
+        torch.testing.assert_close(found, wanted, atol=2e-4, rtol=2e-4)
+    assert len(asked.ranked_by("random").rows.scores.unique()) == inputs.tensors["input_ids"].eq(
+        plain.config.image_token_index
+    ).sum() // prompt.count("<image>")
 
 
 def test_where_nothing_leaves_nothing_differs_in_bfloat16(pictures, tmp_path):  # noqa: F811
@@ -124,6 +143,15 @@ def test_a_whole_budget_pays_for_everything():
 
 
 @given(st.floats(0.02, 3), st.floats(0, 32))
+@settings(deadline=None)
+def test_something_stays_before_the_decoder(k, m):
+    keeps = sigmoid(k, m, MIN_R_MAX, range(32))
+    assert keeps == [1 / GRID] + [0.0] * 31
+    assert merge_stages(keeps, 4, PRICE) == cheapest(0, 4, PRICE)
+    assert cheapest(0, 4, PRICE).stages[0] == Stage(0, 1 / GRID)
+
+
+@given(st.floats(0.02, 3), st.floats(0, 32))
 def test_every_sigmoid_comes_to_the_cheapest(k, m):
     assert (
         merge_stages(sigmoid(k, m, MIN_R_MAX, FALLING), 4, PRICE)
@@ -176,6 +204,14 @@ def test_rivals_take_no_more(share):
     found = baselines(ours, range(1, 32), share)
     published = found.pop("FastV as published, 0.5")
     assert published == Policy((Stage(2, 0.5),))
+    for ranking in ("random", "uniform"):
+        ((name, plain),) = [(name, one) for name, one in found.items() if one.ranked_by == ranking]
+        (stage,) = plain.stages
+        assert name == f"{ranking}, {stage.keep:.3g} from layer 0 on"
+        assert stage.layer == 0
+        next_one = Policy((replace(stage, keep=stage.keep + 1 / GRID),), ranked_by=ranking)
+        assert share(plain) <= share(ours) < share(next_one)
+        del found[name]
     for name, policy in found.items():
         assert share(ours) - 0.05 < share(policy) <= share(ours)
         (stage,) = policy.stages
@@ -192,5 +228,5 @@ def test_rivals_take_no_more(share):
 def test_rivals_begin_where_the_model_allows():
     """As with the deepstack of Qwen3-VL, which adds visual features after the first three layers."""
     found = baselines(Policy((Stage(3, 0.1),)), range(3, 32), PRICE.flops_share)
-    assert len(found) == 2
+    assert len(found) == 4
     assert all(stage.layer >= 3 for policy in found.values() for stage in policy.stages)

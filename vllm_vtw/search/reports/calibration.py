@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from vllm_vtw.search.reports.calibration_notes import WITHOUT_TASK
+from vllm_vtw.search.reports.comparison import plain_winner, policy_table, stages
 from vllm_vtw.search.reports.page import MARKERS, Draw, label_layers, page
 
 LEAST_KL = 1e-6
@@ -22,7 +23,14 @@ def html(result: dict[str, Any], command: str | None) -> str:
         result: The content of `result.json`.
         command: The command that serves a model with the chosen K. None if there is none.
     """
-    return page("calibration.html", _plots(result), result=result, command=command, without_task=WITHOUT_TASK)
+    given = {"result": result, "command": command, "without_task": WITHOUT_TASK}
+    return page("calibration.html", _plots(result), **given, names={}, layers=stages, winner=_winner(result))
+
+
+def _winner(result: dict[str, Any]) -> str | None:
+    """The sentence about a plain baseline that is better than the K that was chosen."""
+    policies = result["policies"]
+    return plain_winner(policies, next(iter(policies)), "work") if policies else None
 
 
 def _plots(result: dict[str, Any]) -> dict[str, Draw]:
@@ -93,7 +101,9 @@ def table(result: dict[str, Any]) -> list[str]:
         at = [None if layer is None else layers.index(layer) for layer in result["layer"].values()]
         return row(name, ("" if index is None else f"{values[index]:.1%}" for index in at))
 
+    winner, policies = _winner(result), result["policies"]
     lines = [
+        *([winner, ""] if winner else []),
         f"{result['made']['samples']} samples, {tokens} answer tokens",
         "",
         row("criterion", result["layer"]),
@@ -107,6 +117,8 @@ def table(result: dict[str, Any]) -> list[str]:
     for task, curve in result["curves"].items():
         lines.append(shares(f"{task}: tokens changed", curve["token_change"]))
         lines.append(shares(f"{task}: answers changed", curve["answer_change"]))
+    if policies:
+        lines += ["", "Other methods that take no more work:", *policy_table(policies, {})]
     return lines + (_task_table(result) if "per_task" in result else [])
 
 

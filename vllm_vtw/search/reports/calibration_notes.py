@@ -90,10 +90,13 @@ def _wasted(criterion: str) -> str:
 
 
 def _raise_budget(criterion: str) -> str:
+    """What to raise so that the criterion allows more."""
     return "raise --eta" if criterion == "first-token" else "raise --max-answer-kl or --max-token-change"
 
 
 def _measure_larger(result: dict[str, Any]) -> str:
+    if result["before_decoder"]:
+        return "raise --keep, "
     measured_all = result["layers"][-1] == result["model"]["num_hidden_layers"] - 1
     return "" if measured_all else "measure larger values with --layers, "
 

@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """G-Search (arXiv 2412.00556): the fewest visual tokens that each layer needs, from shallow to deep.
 
-Before each layer, the visual tokens that are ranked lowest are withdrawn, as many as the answers allow. Tokens
-that were withdrawn before shallower layers are already gone.
+Before each layer, the visual tokens that are ranked lowest are withdrawn, as many as the answers allow.
+Tokens that were withdrawn before shallower layers are already gone.
 
 Three details are this project's own choice, not the paper's. Tokens are ranked by the attention that the
 prompt's last token pays to them in the layer before, or by any other ranking. The answers allow what is

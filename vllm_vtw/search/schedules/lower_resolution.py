@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from vllm_vtw.search.data.sample import BadSampleError, Sample
+from vllm_vtw.search.layerwise import LayerInput
 from vllm_vtw.search.model import HFModel
 from vllm_vtw.search.schedules.gsearch import least_sufficient
-from vllm_vtw.search.schedules.layerwise import LayerInput
 from vllm_vtw.search.schedules.sample_at_layer import SampleAtLayer
 
 STEPS = 32
@@ -48,8 +48,8 @@ def at_lower_resolution(
         affordable: Whether a fraction of the visual tokens costs no more than allowed.
 
     Returns:
-        The samples with the largest pictures that are affordable. None if no pictures are, as for a model
-        that makes the same number of tokens of a picture at any resolution.
+        The samples with the largest pictures that are affordable. None if the pictures as they are would be,
+        or if none are, as for a model that makes the same number of tokens of a picture at any resolution.
     """
     before = sum(at_layer.rows.visual_tokens for _, at_layer in samples)
 
@@ -65,7 +65,7 @@ def at_lower_resolution(
     most = STEPS - LEAST
     steps_less = least_sufficient(most, lambda steps: affordable(keep(steps)))
     kept = keep(steps_less)
-    if not affordable(kept):
+    if steps_less == 0 or not affordable(kept):
         return None
     scale = 1 - steps_less / STEPS
     return Shrunk(scale, kept, [_shrunk(model, *one, max_tokens, scale) for one in samples])

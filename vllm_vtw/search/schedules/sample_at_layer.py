@@ -10,8 +10,8 @@ import torch
 
 from vllm_vtw.policy import BY_QUESTION
 from vllm_vtw.search.divergence import AnswerDivergence, TaskDivergence
+from vllm_vtw.search.layerwise import LayerInput, answer_logits, run_layer
 from vllm_vtw.search.model import FullAnswer, HFModel
-from vllm_vtw.search.schedules.layerwise import LayerInput, answer_logits, run_layer
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,20 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from vllm_vtw.config import ModelShape
-from vllm_vtw.policy import Policy
+from vllm_vtw.policy import Policy, Stage
 from vllm_vtw.search.data.prompts import ModelInputs
 from vllm_vtw.search.data.sample import Sample, Skipped
 from vllm_vtw.search.divergence import AnswerDivergence, TaskDivergence
 from vllm_vtw.search.model import HFModel
 from vllm_vtw.search.price import STOCK, Price, RequestTokens
 from vllm_vtw.search.resume import evaluate_samples
+from vllm_vtw.search.vtw.before_decoder import with_fewer_tokens
 from vllm_vtw.search.vtw.calibration_journal import CalibrationJournal, CalibrationSettings, MeasuredSample
 from vllm_vtw.search.vtw.criteria import answer_layers, first_token_layers
 
@@ -59,21 +61,39 @@ def _measure_sample(
     model: HFModel, sample: Sample, inputs: ModelInputs, digest: str, settings: CalibrationSettings
 ) -> MeasuredSample:
     answered = model.answer(inputs, settings.max_tokens)
+    read, at_end, layers = answered, [], settings.layers
+    if settings.keep < 1:
+        read, logits = with_fewer_tokens(model, answered, settings.ranking, settings.keep)
+        at_end, layers = [logits], layers[:-1]
     return MeasuredSample(
         where=sample.where,
         task=sample.task,
         inputs_sha256=digest,
         prompt=model.prompts.text(sample),
         answer=model.processor.tokenizer.decode(answered.tokens, skip_special_tokens=True).strip(),
+        tokens=answered.tokens,
         expected=sample.answer,
         visual_tokens=answered.visual_tokens,
         text_tokens=answered.text_tokens,
         cut=answered.cut,
         differences=[
             AnswerDivergence.between(answered.logits, withdrawn)
-            for withdrawn in model.withdrawn_logits(answered, settings.layers)
+            for withdrawn in chain(model.withdrawn_logits(read, layers), at_end)
         ],
     )
+
+
+def calibrated_policy(layer: int, num_layers: int, keep: float, ranking: str) -> Policy:
+    """The policy of a K.
+
+    Args:
+        layer: K, or the number of layers if nothing is withdrawn behind layer 0.
+        num_layers: The number of decoder layers.
+        keep: The share of each image's visual tokens that stays before the decoder.
+        ranking: What they are ranked by there.
+    """
+    deep = Policy.withdraw_at(layer, num_layers)
+    return deep if keep == 1 else Policy((Stage(0, keep), *deep.stages), ranked_by=ranking)
 
 
 @dataclass(frozen=True)
@@ -153,7 +173,8 @@ def result(
     price = mean_price(num_layers, model, measured)
     of_answer = answer_layers(curves, budget.max_answer_kl, budget.max_token_change)
     of_first_token = first_token_layers(first_kl, budget.eta)
-    policies = [Policy.withdraw_at(layer, num_layers) for layer in layers]
+    before = settings.keep, settings.ranking
+    policies = [calibrated_policy(layer, num_layers, *before) for layer in layers]
     return {
         "model": shape.as_dict(),
         "made": _provenance(settings, measured),
@@ -174,6 +195,7 @@ def result(
         },
         "example": {name: getattr(measured[0], name) for name in ("prompt", "answer", "expected")},
         "tokens_per_request": asdict(price.request),
+        "before_decoder": dict(zip(("keep", "ranking"), before, strict=True)) if settings.keep < 1 else None,
         "layers": layers,
         "first_token_kl": list(first_kl.values()),
         "curves": {

@@ -20,7 +20,10 @@ class CalibrationSettings:
         revision: The `checkpoint.revision` of the checkpoint.
         data_sha256: The SHA-256 of the data, in hexadecimal digits.
         seed: The seed of the order in which samples are drawn.
-        layers: The values of K that are measured, ascending.
+        layers: The values of K that are measured, ascending. If visual tokens leave before the decoder, the
+            last one is the number of layers, at which nothing more leaves.
+        keep: The share of each image's visual tokens that stays before the decoder.
+        ranking: What they are ranked by there.
         max_tokens: The most tokens of an answer.
         dtype: The data type of the model's weights.
         device: The type of the device, such as "cuda".
@@ -32,6 +35,8 @@ class CalibrationSettings:
     data_sha256: str
     seed: int
     layers: list[int]
+    keep: float
+    ranking: str
     max_tokens: int
     dtype: str
     device: str
@@ -48,6 +53,7 @@ class MeasuredSample:
         inputs_sha256: The SHA-256 of the model's inputs, token ids and pixels.
         prompt: The prompt as the model gets it, with its image placeholders.
         answer: The full model's answer.
+        tokens: The token ids of the full model's answer.
         expected: The answer that the data gives. None if it gives none.
         visual_tokens: The number of the prompt's visual tokens.
         text_tokens: The number of the prompt's text tokens.
@@ -60,6 +66,7 @@ class MeasuredSample:
     inputs_sha256: str
     prompt: str
     answer: str
+    tokens: list[int]
     expected: str | None
     visual_tokens: int
     text_tokens: int
@@ -69,7 +76,7 @@ class MeasuredSample:
     @property
     def output_tokens(self) -> int:
         """The number of tokens of the answer."""
-        return len(self.differences[0].changed)
+        return len(self.tokens)
 
 
 class CalibrationJournal:

@@ -26,6 +26,7 @@ class LayerInput:
         hidden: The tokens' hidden states, shape `(rows, hidden_size)`.
         position_ids: The tokens' position ids, withdrawn tokens counted, tokens in the last dimension.
         item_of: For each token, the number of its image or video, or -1, shape `(rows,)`.
+        item_sizes: The number of visual tokens of each item of the prompt, withdrawn ones included.
         is_candidate: Whether each token may be withdrawn, shape `(rows,)`. Visual tokens may be, except the
             prompt's last token.
         visual_tokens: The number of candidates of the prompt, withdrawn ones included.
@@ -40,6 +41,7 @@ class LayerInput:
     hidden: torch.Tensor
     position_ids: torch.Tensor
     item_of: torch.Tensor
+    item_sizes: tuple[int, ...]
     is_candidate: torch.Tensor
     visual_tokens: int
     ranking: str
@@ -55,6 +57,7 @@ class LayerInput:
             answered.embedded,
             answered.position_ids,
             answered.item_of,
+            tuple(torch.bincount(answered.item_of[answered.item_of >= 0]).tolist()),
             answered.is_visual,
             answered.visual_tokens,
             ranking,
@@ -66,7 +69,7 @@ class LayerInput:
     def ranked_by(self, ranking: str) -> "LayerInput":
         """The same tokens before layer 0, under another ranking."""
         scores = torch.zeros_like(self.scores)
-        for item in range(int(self.item_of.max()) + 1 if ranking in BY_IMAGE else 0):
+        for item in range(len(self.item_sizes) if ranking in BY_IMAGE else 0):
             features = self.hidden[self.item_of == item]
             scores[self.item_of == item] = _places(ranking, features)
         return replace(self, ranking=ranking, scores=scores)
@@ -81,8 +84,7 @@ class LayerInput:
         stage = Stage(0, keep)
         if self.ranking in BY_IMAGE:
             stays = ~self.is_candidate
-            sizes = torch.bincount(self.item_of[self.item_of >= 0]).tolist()
-            for item, size in enumerate(sizes):
+            for item, size in enumerate(self.item_sizes):
                 stays |= (self.item_of == item) & (self.scores < stage.kept(size))
             rows = stays.nonzero()[:, 0]
         else:

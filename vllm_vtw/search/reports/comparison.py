@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
+"""What reports say of a policy beside others that cost no more."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+PLAIN = ("random, ", "uniform, ", "resolution, ")
+"""What the names of plain baselines begin with."""
+
+
+def stages(policy: Mapping[str, Any]) -> str:
+    """The fractions of visual tokens that a policy's stages keep, and what they are ranked by, in words.
+
+    Args:
+        policy: An item of `policies` in `result.json`.
+    """
+    if "visual_tokens" in policy:
+        return f"all, but there are {policy['visual_tokens']:.3g} as many"
+    kept = ", ".join(f"{stage['keep']:.3g} from layer {stage['layer']} on" for stage in policy["stages"])
+    return f"{kept} ({policy['ranking']})" if policy["ranking"] else kept or "all"
+
+
+def worst(curves: Collection[Mapping[str, float]], name: str) -> float:
+    """A value of `TaskDivergence`, on the task where it is largest."""
+    return max(curve[name] for curve in curves)
+
+
+def plain_winner(policies: Mapping[str, Mapping[str, Any]], shown: str, cost: str) -> str | None:
+    """A sentence about the best plain baseline, if it changes answers less than the policy that was found.
+
+    Args:
+        policies: The `policies` of `result.json`. The first one was found.
+        shown: Its name in reports.
+        cost: The cost of which others take no more, in words.
+
+    Returns:
+        None if no plain baseline does.
+    """
+    changed = {name: worst(policy["curves"].values(), "token_change") for name, policy in policies.items()}
+    found, *others = policies
+    best = min(
+        (name for name in others if name.startswith(PLAIN)), key=lambda name: changed[name], default=found
+    )
+    if changed[best] >= changed[found]:
+        return None
+    return (
+        f'On this data, a plain baseline is better than {shown} at no more {cost}: "{best}" changes '
+        f"{changed[best]:.1%} of tokens on the worst task, and {shown} {changed[found]:.1%}."
+    )
+
+
+def policy_table(policies: Mapping[str, Mapping[str, Any]], shown: Mapping[str, str]) -> list[str]:
+    """The lines of a table that shows policies side by side.
+
+    Args:
+        policies: The `policies` of `result.json`.
+        shown: By the names of policies, other names to show.
+    """
+    tasks = list(next(iter(policies.values()))["curves"])
+    width = max(len(shown.get(name, name)) for name in policies)
+    heads = [f"{head:>6}" for head in ("work", "KV", *tasks, "answers", "KL")]
+    lines = [
+        "work, KV: the decoder's prefill work and the KV memory, in percent of stock vLLM's",
+        "by task: tokens of the full model's answers that change, in percent",
+        "answers: answers in which a token changes, in percent, on the worst task",
+        "KL: mean KL(full || policy) of a token, in nats, on the worst task",
+        "",
+        "  ".join([" " * width, *heads]),
+    ]
+    for name, policy in policies.items():
+        values = [policy["prefill_flops_share"], policy["kv_share"]]
+        values += [policy["curves"][task]["token_change"] for task in tasks]
+        curves = policy["curves"].values()
+        values.append(worst(curves, "answer_change"))
+        cells = [f"{100 * value:{len(head)}.1f}" for value, head in zip(values, heads, strict=False)]
+        cells.append(f"{worst(curves, 'mean_kl'):6.2g}")
+        lines.append("  ".join([f"{shown.get(name, name):{width}}", *cells]))
+    return lines
