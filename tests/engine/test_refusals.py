@@ -208,6 +208,31 @@ def test_a_ranking_by_image_beside_a_kv_connector(checkpoint):
         configure(checkpoint(MODEL), additional_config={"vtw": {"policy": policy}}, kv_transfer_config=nixl())
 
 
+@pytest.mark.parametrize(
+    ("option", "why"),
+    [
+        ({"pipeline_parallel_size": 2}, "use --tensor-parallel-size, not --pipeline-parallel-size"),
+        ({"worker_cls": "somebody.Worker"}, "remove --worker-cls somebody.Worker"),
+    ],
+    ids=["pipeline", "worker"],
+)
+def test_a_ranking_by_features(checkpoint, option, why):
+    policy = RANKED | {"ranking": "diversity"}
+    with pytest.raises(ValueError, match=rf"cannot rank visual tokens by their features.*[\s\S]*{why}"):
+        configure(checkpoint(MODEL), additional_config={"vtw": {"policy": policy}}, **option)
+
+
+def test_a_ranking_by_features_beside_a_drafter(checkpoint, tmp_path):
+    folder = checkpoint(MODEL)
+    policy = RANKED | {"ranking": "diversity"}
+    with pytest.raises(ValueError, match=r"beside a ranking by features are untested: remove --speculative-"):
+        configure(
+            folder,
+            speculative_config=draft_model(tmp_path / "draft", folder),
+            additional_config={"vtw": {"policy": policy}},
+        )
+
+
 def test_ranking_beside_offloading(checkpoint, monkeypatch):
     monkeypatch.setattr(connectors, "current_platform", SimpleNamespace(is_cuda_alike=lambda: True))
     policy = {"vtw": {"policy": RANKED}}

@@ -93,8 +93,8 @@ def test_responses_and_completions_take_a_choice(client):
         ({"vtw_layer": 3}, r"'vtw_layer' = 3: this server offers 2, 6, 8 \(nothing is withdrawn\)"),
         ({"vtw_layer": "2"}, "'vtw_layer' = '2': has to be an integer; this server offers 2, 6, 8"),
         ({"vtw_task": "poetry"}, "'vtw_task' = 'poetry': this server's policy has yes/no, ocr, caption"),
-        ({"vtw_task": "ocr", "vtw_layer": 2}, "both choose a layer: send one of them"),
-        ({"vtw_leyer": 2}, "'vtw_leyer': unknown; a request may have 'vtw_layer' or 'vtw_task'"),
+        ({"vtw_task": "ocr", "vtw_layer": 2}, "both choose what is withdrawn: send one of them"),
+        ({"vtw_leyer": 2}, "'vtw_leyer': unknown; a request may have 'vtw_layer', 'vtw_task' or 'vtw_keep'"),
     ],
 )
 def test_a_wrong_choice_gets_400_with_the_reason(client, choice, why):

@@ -166,6 +166,22 @@ def test_rankings_by_image_on_two_workers(checkpoint, reference, options, schedu
     assert sum(output.num_cached_tokens for output in outputs) > 0
 
 
+@pytest.mark.slow
+def test_workers_are_told_which_tokens_stay(checkpoint, reference):
+    folder, schedule = checkpoint(MODEL), {0: 0.5, 2: 0.2, 5: 0.0}
+    oracle = reference(folder)
+    options = {"tensor_parallel_size": 2, "max_num_batched_tokens": 64, "max_num_seqs": 4}
+    with running(
+        folder, by_image(schedule, "diversity", MODEL), **options, enable_prefix_caching=True
+    ) as llm:
+        prompts = [ask.to_vllm(oracle) for ask in ASKS]
+        for _ in range(2):
+            outputs = llm.generate(prompts, BRIEF, use_tqdm=False)
+            for ask, output in zip(ASKS, outputs, strict=True):
+                assert_selected(oracle, ask, output, schedule, "diversity", [])
+    assert sum(output.num_cached_tokens for output in outputs) > 0
+
+
 def test_gates_on_two_workers_decide_alike(checkpoint, reference, tmp_path):
     folder = checkpoint(MODEL)
     oracle = reference(folder)

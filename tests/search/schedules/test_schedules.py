@@ -128,6 +128,30 @@ def test_p_sigmoid_spends_its_budget_and_begins_where_it_stopped(data, tmp_path)
     assert result_of(twice) == result
 
 
+def test_g_search_by_image_begins_before_the_decoder(data, tmp_path):
+    budget = ("--max-token-change=0.5", "--max-answer-kl=3")
+    ended = searched("gsearch", data, tmp_path, "--ranking=uniform", *budget)
+    assert ended.status == 0, ended.err
+    result, policy = result_of(tmp_path), policy_of(tmp_path)
+    assert result["keeps"][0] < 1
+    assert policy.stages[0].layer == 0
+    assert policy.ranking == result["policies"]["gsearch"]["ranking"] == "uniform"
+    assert {name.split(",")[0] for name in result["policies"]} >= {"gsearch", "random", "uniform"}
+    other = searched("gsearch", data, tmp_path, "--ranking=random", *budget, "--resume")
+    assert (other.status, "was made with another value of ranking" in other.err) == (2, True)
+
+
+def test_p_sigmoid_by_another_ranking(data, tmp_path):
+    for ranking in ("diversity", "variation"):
+        out = tmp_path / ranking
+        options = (f"--ranking={ranking}", "--budget=0.5", "--trials=2")
+        assert searched("psigmoid", data, out, *options).status == 0
+        policy = policy_of(out)
+        assert policy.ranking == ranking or not any(stage.keep for stage in policy.stages)
+        first = 0 if ranking == "diversity" else 2
+        assert result_of(out)["keeps"][:first] == [1.0] * first
+
+
 def test_p_sigmoid_on_a_memory_budget(data, tmp_path):
     assert searched("psigmoid", data, tmp_path, "--kv-budget=0.8", "--trials=4").status == 0
     result = result_of(tmp_path)
