@@ -194,6 +194,24 @@ def test_layers_to_choose_from_are_planned_one_by_one(checkpoint, tmp_path):
     assert "nothing by default" in vtw_plan(str(folder), "--layers", f"2,{MODEL.layers}", *options)[1]
 
 
+def test_shares_to_choose_from_are_planned_one_by_one(checkpoint, tmp_path):
+    folder, file = checkpoint(MODEL), tmp_path / "policy.json"
+    shape = {"model_type": "llava", "num_hidden_layers": MODEL.layers, "hidden_size": MODEL.hidden}
+    options = ("--images", "2", "--prompt-tokens", "60", "--kv-memory", "32MiB", "--policy", str(file))
+    policy = Policy((Stage(0, 0.5),), ranked_by="uniform", offered_keeps=(0.25, 0.5))
+    file.write_text(json.dumps(policy.to_json(shape)))
+    plan = planned(folder, *options)
+    assert [share["keep"] for share in plan["shares"]] == [0.25, 0.5, 1.0]
+    assert plan["shares"][1]["kv_bytes_per_request"] == plan["kv_bytes_per_request"]["vtw"]
+    assert plan["shares"][2]["kv_bytes_per_request"] == plan["kv_bytes_per_request"]["stock"]
+    file.write_text(json.dumps(Policy((Stage(0, 0.25),), ranked_by="uniform").to_json(shape)))
+    fewer = planned(folder, *options)
+    assert fewer["shares"] == []
+    assert plan["shares"][0]["kv_bytes_per_request"] == fewer["kv_bytes_per_request"]["vtw"]
+    file.write_text(json.dumps(policy.to_json(shape)))
+    assert "If a request keeps 0.25 of them: " in vtw_plan(str(folder), *options)[1]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

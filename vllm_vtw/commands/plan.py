@@ -10,6 +10,7 @@ from typing import Any
 from vllm_vtw.capacity import LayerGroups, visual_tokens_held
 from vllm_vtw.config import VTWConfig
 from vllm_vtw.families import BY_MODEL_TYPE
+from vllm_vtw.policy import Policy
 from vllm_vtw.search.checkpoint import VISION_TOWERS, read_config, supported_model
 
 BYTES_PER_VALUE = {"auto": 2, "float16": 2, "bfloat16": 2, "float32": 4}
@@ -224,22 +225,26 @@ def plan(
     # vLLM keeps one block, the null block, for itself.
     num_blocks_of = {side: max(0, kv_memory // block_bytes[side] - 1) for side in blocks}
     max_sequences = {side: num_blocks_of[side] // blocks[side] for side in blocks}
-    exits = []
-    if config.policy.has_exits or config.policy.layer is not None or config.policy.tasks:
+
+    def choice(policy: Policy, stage: int | None) -> dict[str, Any]:
+        """What a request takes that chose this policy or this exit stage."""
+        visual = visual_tokens_held(policy, images, visual_tokens, align_to, stage)
+        num_blocks = groups.blocks([always_held + tokens for tokens in visual], block_size)
+        taken = num_blocks * block_bytes["vtw"]
+        return {
+            "kv_bytes_per_request": taken,
+            "kv_ratio": taken / request_bytes["stock"],
+            "max_sequences": num_blocks_of["vtw"] // num_blocks,
+        }
+
+    exits, tasks = [], config.policy.tasks
+    if config.policy.has_exits or config.policy.layer is not None or tasks:
         for layer in config.policy.offered_layers(num_layers):
-            stage = config.policy.exit_stage(layer)
-            visual = visual_tokens_held(config.policy, images, visual_tokens, align_to, stage)
-            num_blocks = groups.blocks([always_held + tokens for tokens in visual], block_size)
-            taken = num_blocks * block_bytes["vtw"]
-            exits.append(
-                {
-                    "layer": layer,
-                    "tasks": [task for task, chosen in config.policy.tasks.items() if chosen == layer],
-                    "kv_bytes_per_request": taken,
-                    "kv_ratio": taken / request_bytes["stock"],
-                    "max_sequences": num_blocks_of["vtw"] // num_blocks,
-                }
-            )
+            of_layer = [task for task, chosen in tasks.items() if chosen == layer]
+            taken = choice(config.policy, config.policy.exit_stage(layer))
+            exits.append({"layer": layer, "tasks": of_layer, **taken})
+    offered = (*config.policy.offered_keeps, 1.0) if config.policy.offered_keeps else ()
+    shares = [{"keep": keep, **choice(config.policy.keeping(keep), 1)} for keep in offered]
     return {
         "model": model.as_dict(),
         "num_hidden_layers": num_layers,
@@ -258,6 +263,7 @@ def plan(
         "has_gates": config.policy.gate is not None,
         "default_layer": config.policy.default_layer,
         "exits": exits,
+        "shares": shares,
         "block_size": block_size,
         "request": {
             "text_tokens": text_tokens,
@@ -338,11 +344,9 @@ def describe(result: dict[str, Any]) -> str:
         stay = exit_["layer"] == result["num_hidden_layers"]
         case = "stay" if stay else f"leave at layer {exit_['layer']}"
         of_tasks = f" (task {', '.join(exit_['tasks'])})" if exit_["tasks"] else ""
-        taken = exit_["kv_bytes_per_request"] / 2**20
-        notes.append(
-            f"If they {case}{of_tasks}: {taken:.1f} MiB, x {exit_['kv_ratio']:.2f}, "
-            f"{_counted(exit_['max_sequences'], 'request')}"
-        )
+        notes.append(f"If they {case}{of_tasks}: {_taken(exit_)}")
+    for share in result["shares"]:
+        notes.append(f"If a request keeps {share['keep']:g} of them: {_taken(share)}")
     if result["has_gates"]:
         notes.append(
             "A request is admitted when there are blocks for the last case. It gives back those that it does "
@@ -368,6 +372,12 @@ def describe(result: dict[str, Any]) -> str:
             *notes,
         ]
     )
+
+
+def _taken(choice: dict[str, Any]) -> str:
+    """What a request takes that made a choice."""
+    mebibytes = choice["kv_bytes_per_request"] / 2**20
+    return f"{mebibytes:.1f} MiB, x {choice['kv_ratio']:.2f}, {_counted(choice['max_sequences'], 'request')}"
 
 
 def _layers(first: int, last: int) -> str:

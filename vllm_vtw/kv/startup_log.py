@@ -133,7 +133,9 @@ def _withdrawal(config: VTWConfig) -> str:
     if policy.ranking is not None:
         parts = [f"{stage.keep:.3g} of all stay from layer {stage.layer} on" for stage in stages]
         whose = "each image's" if policy.ranking in BY_IMAGE else "a request's"
-        return f"{whose} visual tokens by the ranking {policy.ranking!r}: {', '.join(parts)}"
+        shares = ", ".join(f"{keep:g}" for keep in policy.offered_keeps)
+        offered = f"; requests may keep {shares} or all of them there" if shares else ""
+        return f"{whose} visual tokens by the ranking {policy.ranking!r}: {', '.join(parts)}{offered}"
     if policy.gate is not None:
         borders = ", ".join(str(stage.layer) for stage in stages)
         return f"every visual token at the layer that gates choose, one of {borders}"
