@@ -46,13 +46,13 @@ Workers set it on `ModelRunnerOutput` when gates have decided. The scheduler set
 requests that begin or resume in the step.
 """
 WANTED = "vtw_wanted"
-"""The attribute of `SchedulerOutput` that names images, by their identifiers in vLLM's encoder cache, whose
-tokens a worker has to order by their features after the step."""
+"""The attribute of `SchedulerOutput` that names images, by their `ImageKey`, whose tokens a worker has to
+order by their features after the step."""
 ORDERS = "vtw_orders"
 """The attribute in which scheduler and workers send each other orders of images, as `FeatureRanking.order`
 returns them, in arrays of int32.
 
-On `ModelRunnerOutput` it is a dict from an image's identifier to its order. On `SchedulerOutput`, it has one
+On `ModelRunnerOutput` it is a dict from an image's `ImageKey` to its order. On `SchedulerOutput`, it has one
 such dict for each request that begins or resumes, or whose images have been ordered since its last step.
 """
 

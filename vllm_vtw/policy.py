@@ -47,9 +47,9 @@ class Stage:
 
     Attributes:
         layer: The stage's first decoder layer.
-        keep: The fraction of a request's visual tokens that the stage holds, from 0 (none) to less than 1. It
-            counts all of the request's visual tokens, not those of the stage before. Under a ranking by
-            image alone, it is the fraction of each image's.
+        keep: The fraction of a request's visual tokens that the stage holds, from 0 (none) to less than 1, or
+            1 (all) if a request chose that. It counts all of the request's visual tokens, not those of the
+            stage before. Under a ranking by image alone, it is the fraction of each image's.
     """
 
     layer: int
@@ -355,9 +355,9 @@ class Policy:
         return replace(self, stages=stages)
 
     def most_kept(self, visual_tokens: int) -> int:
-        """How many of these visual tokens stay at most, of those that any request may lose."""
-        most = max((stage.keep for stage in self.stages), default=0.0)
-        return Stage(0, max(most, *self.offered_keeps, 0.0)).kept(visual_tokens)
+        """How many of these visual tokens stay at most where some leave, whatever a request chooses."""
+        most = max([0.0, *(stage.keep for stage in self.stages), *self.offered_keeps])
+        return Stage(0, most).kept(visual_tokens)
 
     @property
     def keeps(self) -> tuple[float, ...]:

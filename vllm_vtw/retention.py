@@ -22,8 +22,13 @@ from vllm_vtw.rankings import IMAGE_RANKINGS
 
 VISUAL = ("image", "video")
 Mark = tuple[int, bytes]
-"""A position, and what distinguishes rows that hold other tokens of the same prompt up to there."""
-NO_ORDERS: Mapping[str, npt.NDArray[np.int32]] = {}
+"""A position, and what distinguishes rows from there on if other tokens of the same prompt may have left."""
+ImageKey = tuple[str, int]
+"""An image's identifier in vLLM's encoder cache, and the number of its visual tokens. A client may give
+images of different sizes the same identifier."""
+Orders = Mapping[ImageKey, npt.NDArray[np.int32]]
+"""Those of an image's tokens that may stay, as `FeatureRanking.order` returned them."""
+NO_ORDERS: Orders = {}
 Span = tuple[int, int]
 """A half-open range of prompt positions, `start <= position < stop`."""
 
@@ -134,7 +139,7 @@ class Retention:
         """What distinguishes the row up to a position from those of other requests with the same tokens.
 
         What the stage computes at a position depends on the tokens before it, and on how many layers saw
-        those of them that have left. Empty if none have.
+        those of them that have left. Empty if none can have left.
         """
         before = bisect_left(self.marks, (position, b""))
         return self.marks[before - 1][1] if before else b""
@@ -183,6 +188,16 @@ def visual_spans(mm_features: Iterable[Any], bridge: int) -> list[Span]:
     return spans
 
 
+def image_key(mm_feature: Any) -> ImageKey:
+    """The key under which the order of an image's or video's tokens is known.
+
+    Args:
+        mm_feature: Its `MultiModalFeatureSpec`.
+    """
+    spans = visual_spans([mm_feature], bridge=0)
+    return mm_feature.identifier, sum(stop - start for start, stop in spans)
+
+
 def prompt_retention(spans: Iterable[Span], num_prompt_tokens: int, align_to: int) -> Retention:
     """The retention of a stage that withdraws all visual tokens.
 
@@ -223,7 +238,7 @@ def request_retentions(
     bridge: int,
     layer: int | None = None,
     keep: float | None = None,
-    orders: Mapping[str, npt.NDArray[np.int32]] = NO_ORDERS,
+    orders: Orders = NO_ORDERS,
 ) -> tuple[Retention, ...]:
     """The retention of every stage past the first, for one request.
 
@@ -238,8 +253,7 @@ def request_retentions(
             they stay. None if the request leaves it to the policy.
         keep: The share of visual tokens that the request chose to stay, as `Policy.keeping` takes it. None
             if the request leaves it to the policy.
-        orders: Under a ranking by features: by the identifier of an image, those of its tokens that may stay,
-            as `FeatureRanking.order` returned them. Those of some images may not be known yet.
+        orders: Under a ranking by features, the orders of images. Some may not be known yet.
     """
     mm_features = list(mm_features)
     if keep is not None:
@@ -278,7 +292,7 @@ def _selected_retentions(
     mm_features: Iterable[Any],
     num_prompt_tokens: int,
     bridge: int,
-    orders: Mapping[str, npt.NDArray[np.int32]],
+    orders: Orders,
 ) -> Iterator[Retention]:
     """The retention of every stage past the first under a ranking by image alone."""
     images: list[tuple[npt.NDArray[np.integer], npt.NDArray[np.integer], bool]] = []
@@ -287,20 +301,22 @@ def _selected_retentions(
     by_features = policy.ranking in BY_FEATURES
     awaits_from, previous_stop = None, 0
     for feature in mm_features:
+        place, before = feature.mm_position, previous_stop
+        previous_stop = place.offset + place.length
         # The encoder makes no features of the tokens between its own.
         spans = visual_spans([feature], 0 if by_features else bridge)
         if not spans:
             continue
         tokens = np.concatenate([np.arange(start, stop) for start, stop in spans])
         # A step that has the encoder compute an image computes at least one token of the prompt itself,
-        # before it is known what leaves. If the image follows nothing or another image, this is its first.
-        first_stays = by_features and spans[0][0] == previous_stop
-        previous_stop = spans[-1][1]
+        # before it is known what leaves. If the image follows nothing or another one, this is its first.
+        first_stays = by_features and spans[0][0] == before
         if by_features:
-            if feature.identifier not in orders:
+            key = image_key(feature)
+            if key not in orders:
                 awaits_from = spans[0][0] + first_stays
                 break
-            by_worker = orders[feature.identifier]
+            by_worker = orders[key]
             mark = sha256(mark + by_worker.tobytes()).digest()
             images.append((tokens, by_worker, first_stays))
         else:

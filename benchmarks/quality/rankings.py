@@ -33,12 +33,11 @@ from benchmarks.quality.tasks import TASKS, samples
 from vllm_vtw.policy import BY_IMAGE, BY_QUESTION, Policy, Stage
 from vllm_vtw.search.checkpoint import read_config, supported_model
 from vllm_vtw.search.model import HFModel, Placement
-from vllm_vtw.search.schedules.baselines import FASTV_LAYER
+from vllm_vtw.search.schedules.baselines import FASTV_LAYER, PLAIN
 from vllm_vtw.search.schedules.schedule import GRID
 
 WORK = (0.8, 0.65, 0.5, 0.35)
 """The budgets: the largest fractions of the full decoder's work on a prompt."""
-PLAIN = ("random", "uniform")
 NAMES = {"last-token-attention": "last-token-attention (FastV)", "variation": "variation (V2Drop)"}
 NAMES |= {"diversity": "diversity (DivPrune)"}
 

@@ -39,7 +39,8 @@ def diverse(features: torch.Tensor) -> list[int]:
         features: What the decoder gets in place of the tokens, shape `(tokens, hidden_size)`.
     """
     distances = 1 - torch.cosine_similarity(features[:, None].float(), features[None].float(), dim=-1)
-    apart = [sorted(row)[1] for row in distances.tolist()]
+    # Two tokens may be nearest to each other, and as far apart as any: the first one is meant.
+    apart = [round(sorted(row)[1], 5) for row in distances.tolist()]
     order = [apart.index(max(apart))]
     while len(order) < len(features):
         nearest = distances[:, order].min(dim=1).values

@@ -7,6 +7,7 @@ from fractions import Fraction
 from math import ceil
 from typing import Any
 
+import numpy as np
 import pytest
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
@@ -323,6 +324,59 @@ def test_orders_that_were_forgotten_are_found_again(checkpoint, reference, hashe
     assert cached[0] == 0
     assert cached[1] > 0.8 * len(output.prompt_token_ids)
     assert cached[2] <= visual
+
+
+def test_an_identifier_of_images_of_two_sizes_is_no_order_of_both(checkpoint, reference, hashes):
+    """Clients may name images as they like, and give one name to several."""
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    with running(folder, policy({0: 0.5}, "diversity")) as llm:
+        engine, orders = llm.llm_engine, scheduler_of(llm).image_orders
+        for number, ask in enumerate(ask for ask in SHAPES if ask.name in ("text before", "touching")):
+            engine.add_request(str(number), ask.to_vllm(oracle), GREEDY)
+        (first, second) = scheduler_of(llm).requests.values()
+        identifier = first.mm_features[0].identifier
+        assert identifier == second.mm_features[0].identifier
+        # As if another image of this name had come before, and the worker had ordered its tokens.
+        orders.known[identifier, PER_IMAGE + 1] = np.arange(PER_IMAGE + 1, dtype=np.int32)
+        outputs = step_until(llm, lambda: not engine.has_unfinished_requests())
+        assert set(orders.known) >= {(identifier, PER_IMAGE), (identifier, PER_IMAGE + 1)}
+    for number, ask in enumerate(ask for ask in SHAPES if ask.name in ("text before", "touching")):
+        assert_selected(oracle, ask, outputs[str(number)], {0: 0.5}, "diversity", hashes[number])
+
+
+def test_touching_images_where_the_encoder_cache_holds_one(checkpoint, reference, hashes, monkeypatch):
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    asked = [ask for ask in SHAPES if ask.name in ("touching", "nothing but several", "several apart")] * 2
+    with running(folder, policy({0: 0.5}, "diversity"), max_num_batched_tokens=72, max_num_seqs=8) as llm:
+        manager = scheduler_of(llm).encoder_cache_manager
+        manager.num_free_slots = manager.num_freeable_slots = manager.cache_size = PER_IMAGE
+        outputs = llm.generate([ask.to_vllm(oracle) for ask in asked], GREEDY, use_tqdm=False)
+        assert not scheduler_of(llm).image_orders.awaiting
+    for ask, output, of_ask in zip(asked, outputs, hashes, strict=True):
+        assert_selected(oracle, ask, output, {0: 0.5}, "diversity", of_ask)
+
+
+def test_other_weights_make_other_orders(checkpoint, reference, hashes, monkeypatch):
+    """vLLM resets the encoder cache before it loads them."""
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    ask = next(ask for ask in SHAPES if ask.name == "one in the middle")
+    with running(folder, policy({0: 0.5}, "diversity")) as llm:
+        orders = scheduler_of(llm).image_orders
+        llm.llm_engine.add_request("0", ask.to_vllm(oracle), GREEDY)
+        llm.llm_engine.step()
+        assert next(iter(orders.known.values())).tolist() == diverse(oracle.embeds(A))[: PER_IMAGE // 2]
+        step_until(llm, lambda: not llm.llm_engine.has_unfinished_requests())
+        scheduler_of(llm).reset_encoder_cache()
+        assert not orders.known
+        # What workers were asked before comes too late.
+        orders._asked.add(("image", PER_IMAGE))
+        scheduler_of(llm).reset_encoder_cache()
+        assert not list(orders.take([("image", PER_IMAGE)], {("image", PER_IMAGE): np.arange(3)}))
+        assert not orders.known
+        assert not orders._outdated
 
 
 def test_a_worker_that_sends_no_order_ends_the_request_alone(checkpoint, reference, hashes, monkeypatch):

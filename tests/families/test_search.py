@@ -36,7 +36,7 @@ from vllm_vtw.search.data.prompts import Prompts
 from vllm_vtw.search.data.sample import BadSampleError, Sample
 from vllm_vtw.search.layerwise import answer_logits
 from vllm_vtw.search.model import HFModel, Placement
-from vllm_vtw.search.schedules.lower_resolution import at_lower_resolution
+from vllm_vtw.search.schedules.lower_resolution import affordable_resolution, at_resolution
 from vllm_vtw.search.schedules.sample_at_layer import SampleAtLayer
 
 ANSWER = 8
@@ -92,8 +92,12 @@ def test_every_k(model, oracle, tmp_path, name, kind):
     first = family.first if family.first > 1 else 0
     asked = SampleAtLayer.of(model, "all", answered)
     for ranking in ("uniform", "diversity"):
-        if ranking == "diversity" and family.bridge:
-            continue  # the engine keeps what is between the rows of an image, which has no features
+        if ranking == "diversity" and not leaving <= set(encoded.visual):
+            # The engine keeps what is between the rows of an image, which has no features.
+            with pytest.raises(BadSampleError, match="the tokens between an image's rows"):
+                model.prompts.check_ranking(inputs, ranking)
+            continue
+        model.prompts.check_ranking(inputs, ranking)
         keeps = [1.0] * first + [0.3] * (LAYERS - first)
         at_end = asked.ranked_by(ranking).run_layers(model, 0, keeps)
         wanted = oracle(name).logits(
@@ -118,20 +122,22 @@ def test_the_same_picture_at_a_lower_resolution(model, oracle, tmp_path):
         tried.append(keep)
         return keep <= 0.5
 
-    shrunk = at_lower_resolution(model, [(sample, asked)], ANSWER, half)
-    assert shrunk is not None
-    assert 0.3 < shrunk.keep <= 0.5
+    visual = answered.visual_tokens
+    found = affordable_resolution(model, [sample], visual, ANSWER, half)
+    assert found is not None
+    assert 0.3 < found.keep <= 0.5
     assert len(tried) < 8
     image = sample.load_images()[0]
-    small = image.resize((round(280 * shrunk.scale), round(224 * shrunk.scale)), Image.Resampling.LANCZOS)
+    small = image.resize((round(280 * found.scale), round(224 * found.scale)), Image.Resampling.LANCZOS)
     encoded = oracle(name).encode(asks(family)[MIDDLE].prompt, [small])
-    assert len(encoded.visual) == pytest.approx(shrunk.keep * answered.visual_tokens)
+    assert len(encoded.visual) == pytest.approx(found.keep * visual)
     wanted = oracle(name).logits(encoded, answered.tokens, LAYERS, set())
-    (one,) = shrunk.samples
-    found = answer_logits(model, one.run_layers(model, 0, [1.0] * LAYERS).rows)
-    torch.testing.assert_close(found, wanted, atol=5e-4, rtol=5e-4)
-    torch.testing.assert_close(one.logits, asked.logits)
-    assert at_lower_resolution(model, [(sample, asked)], ANSWER, lambda keep: keep < 0) is None
+    smaller = at_resolution(model, sample, asked, ANSWER, found.scale)
+    at_end = smaller.run_layers(model, 0, [1.0] * LAYERS)
+    torch.testing.assert_close(answer_logits(model, at_end.rows), wanted, atol=5e-4, rtol=5e-4)
+    torch.testing.assert_close(smaller.logits, asked.logits)
+    assert affordable_resolution(model, [sample], visual, ANSWER, lambda keep: False) is None
+    assert affordable_resolution(model, [sample], visual, ANSWER, lambda keep: True) is None
 
 
 @pytest.mark.parametrize(

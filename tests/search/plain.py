@@ -86,6 +86,9 @@ def plain_ranked_logits(
                 for image, order in zip(of_images, orders, strict=True)
                 for place in order[-(-parts * size // 1000) :]
             } - {last}
+            if ranking == "diversity":
+                # The first token of an image that follows no text.
+                gone -= {image[0] for image in of_images if image[0] == 0 or image[0] - 1 in images}
         else:
             got = dict(zip(here, scores, strict=True))
             visual.sort(key=lambda at: (-got[at], at))

@@ -7,20 +7,23 @@ from typing import Any
 from vllm_vtw.search.reports.comparison import plain_winner, stages
 
 
-def policy(**changed: float) -> dict[str, Any]:
-    return {"curves": {task: {"token_change": share} for task, share in changed.items()}}
+def policy(plain: bool = False, **changed: float) -> dict[str, Any]:
+    return {
+        "plain": plain,
+        "curves": {task: {"token_change": share} for task, share in changed.items()},
+    }
 
 
 def test_a_plain_baseline_that_wins_is_told():
     policies = {
         "gsearch": policy(ocr=0.2, presence=0.0),
         "FastV, 0.5 from layer 2 on": policy(ocr=0.1, presence=0.0),
-        "random, 0.4 from layer 0 on": policy(ocr=0.3, presence=0.0),
+        "random, 0.4 from layer 0 on": policy(True, ocr=0.3, presence=0.0),
     }
     assert plain_winner(policies, "G-Search", "work") is None
-    policies["uniform, 0.4 from layer 0 on"] = policy(ocr=0.2, presence=0.0)
+    policies["uniform, 0.4 from layer 0 on"] = policy(True, ocr=0.2, presence=0.0)
     assert plain_winner(policies, "G-Search", "work") is None, "no better, and no worse"
-    policies["resolution, 0.5 of width and height"] = policy(ocr=0.1, presence=0.15)
+    policies["resolution, 0.5 of width and height"] = policy(True, ocr=0.1, presence=0.15)
     assert plain_winner(policies, "G-Search", "work") == (
         "On this data, a plain baseline is better than G-Search at no more work: "
         '"resolution, 0.5 of width and height" changes 15.0% of tokens on the worst task, and G-Search 20.0%.'

@@ -75,6 +75,7 @@ OVERRIDES = {
         "_try_schedule_encoder_inputs",
         "add_request",
         "make_stats",
+        "reset_encoder_cache",
         "schedule",
         "update_from_output",
     },

@@ -20,6 +20,7 @@ from vllm_vtw.retention import (
     after_exit,
     awaits_gates,
     awaits_image,
+    image_key,
     prompt_retention,
     request_retentions,
     visual_spans,
@@ -233,7 +234,7 @@ BY_FEATURES = Policy((Stage(0, 0.6), Stage(2, 0.25), Stage(5, 0.0)), ranked_by="
 def test_what_stays_of_an_image_is_told_by_others(prompt: Prompt, data: st.DataObject):
     features = [feature("image", start, stop - start) for start, stop in prompt.spans]
     orders = {
-        image.identifier: np.array(
+        image_key(image): np.array(
             data.draw(st.permutations(range(stop - start)))[: BY_FEATURES.most_kept(stop - start)],
             dtype=np.int32,
         )
@@ -245,7 +246,7 @@ def test_what_stays_of_an_image_is_told_by_others(prompt: Prompt, data: st.DataO
     for stage, retention in zip(BY_FEATURES.stages, retentions, strict=True):
         gone = set()
         for (start, stop), image in zip(prompt.spans, features, strict=True):
-            kept = orders[image.identifier][: stage.kept(stop - start)]
+            kept = orders[image_key(image)][: stage.kept(stop - start)]
             gone |= set(range(start, stop)) - {start + int(token) for token in kept}
         mask = retention.keep_mask(0, prompt.length).tolist()
         assert mask == [position in stay or position not in gone for position in range(prompt.length)]
@@ -256,11 +257,11 @@ def test_what_stays_of_an_image_is_told_by_others(prompt: Prompt, data: st.DataO
 def test_an_image_is_awaited_before_any_of_its_tokens_leaves(prompt: Prompt, data: st.DataObject):
     features = [feature("image", start, stop - start) for start, stop in prompt.spans]
     orders = {
-        image.identifier: np.arange(BY_FEATURES.most_kept(stop - start), dtype=np.int32)[::-1]
+        image_key(image): np.arange(BY_FEATURES.most_kept(stop - start), dtype=np.int32)[::-1]
         for image, (start, stop) in zip(features, prompt.spans, strict=True)
     }
     missing = data.draw(st.integers(0, len(features)))
-    known = {image.identifier: orders[image.identifier] for image in features[:missing]}
+    known = {image_key(image): orders[image_key(image)] for image in features[:missing]}
     whole, part = (
         request_retentions(BY_FEATURES, features, prompt.length, 1, bridge=0, orders=told)
         for told in (orders, known)
@@ -291,14 +292,26 @@ def test_rows_are_told_apart_by_what_left(orders: list[list[int]], keep: float |
     images = [feature("image", 3, 5)]
     first, second = (
         request_retentions(
-            policy, images, 20, 1, 0, keep=keep, orders={"features at 3": np.array(order[:3], dtype=np.int32)}
+            policy,
+            images,
+            20,
+            1,
+            0,
+            keep=keep,
+            orders={("features at 3", 5): np.array(order[:3], dtype=np.int32)},
         )[0]
         for order in orders
     )
     assert first.mark_before(3) == b""
     assert (first.mark_before(4) == second.mark_before(4)) == (orders[0][:3] == orders[1][:3])
     other = request_retentions(
-        policy, images, 20, 1, 0, keep=0.25, orders={"features at 3": np.array(orders[0][:3], dtype=np.int32)}
+        policy,
+        images,
+        20,
+        1,
+        0,
+        keep=0.25,
+        orders={("features at 3", 5): np.array(orders[0][:3], dtype=np.int32)},
     )[0]
     assert (other.mark_before(9) == first.mark_before(9)) == (keep == 0.25)
 
@@ -307,7 +320,7 @@ def test_rows_are_told_apart_by_what_left(orders: list[list[int]], keep: float |
 def test_a_request_may_keep_all(prompt: Prompt, ranking: str):
     features = [feature("image", start, stop - start) for start, stop in prompt.spans]
     orders = {
-        f"features at {start}": np.arange((stop - start + 1) // 2, dtype=np.int32)
+        (f"features at {start}", stop - start): np.arange((stop - start + 1) // 2, dtype=np.int32)
         for start, stop in prompt.spans
     }
     policy = Policy((Stage(1, 0.5),), ranked_by=ranking, offered_keeps=(0.25, 0.5))

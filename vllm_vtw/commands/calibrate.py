@@ -3,7 +3,7 @@
 """`vtw calibrate`: the withdrawal layer K for a model on a user's own data."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_vtw.commands.results import save_results
@@ -62,8 +62,7 @@ def add_command(commands: Any) -> None:
     add(
         "--ranking",
         choices=BY_IMAGE,
-        default=BY_IMAGE[0],
-        help="what chooses the tokens of --keep (default: %(default)s)",
+        help=f"what chooses the tokens of --keep (default: {BY_IMAGE[0]})",
     )
     add(
         "--criterion",
@@ -124,12 +123,13 @@ def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
     shape = setup.shape
     skipped = setup.skipped
     layers = values_of_layer(arguments.layers, shape)
+    ranking = arguments.ranking or BY_IMAGE[0]
     if arguments.keep < 1:
         _check_keep(arguments, shape)
         layers.append(shape.num_hidden_layers)
-    settings = CalibrationSettings(
-        **setup.settings, layers=layers, keep=arguments.keep, ranking=arguments.ranking
-    )
+    elif arguments.ranking is not None:
+        raise ValueError("--ranking: chooses the tokens of --keep, which is missing")
+    settings = CalibrationSettings(**setup.settings, layers=layers, keep=arguments.keep, ranking=ranking)
     journal = CalibrationJournal(arguments.out, settings, arguments.resume)
     model = HFModel(arguments.model, setup.config, setup.placement)
     order = draw_samples(setup.data.samples, arguments.seed)
@@ -147,10 +147,14 @@ def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     budget = calibration.Budget(eta, arguments.max_answer_kl, arguments.max_token_change)
     result = calibration.result(shape, model, settings, measured, budget)
-    result["policies"] = {}
-    layer = result["layer"][arguments.criterion]
-    if layer is not None:
-        result["policies"] = _compared(model, shape, settings, setup.data.samples, measured, layer)
+    result["policies"], layer = {}, result["layer"][arguments.criterion]
+    failed = []
+    # With --per-task, this layer is not the one that is served.
+    if layer is not None and not arguments.per_task:
+        try:
+            result["policies"] = _compared(model, shape, settings, setup.data.samples, measured, layer)
+        except ValueError as error:
+            failed = [f"Other methods could not be compared: {error}."]
     if arguments.per_task:
         unnamed = {sample.where for sample in setup.data.samples if not sample.labelled}
         result["per_task"] = layer_by_task(
@@ -158,7 +162,7 @@ def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     result["skipped"] = skipped
     unseen = setup.tasks - result["tasks"].keys()
-    result["notes"] = notes(result, arguments.criterion, unseen) + model.prompts.notes
+    result["notes"] = notes(result, arguments.criterion, unseen) + model.prompts.notes + failed
     return result
 
 
@@ -185,18 +189,20 @@ def _compared(
     from vllm_vtw.search.vtw.calibration import calibrated_policy, mean_price
 
     policy = calibrated_policy(layer, shape.num_hidden_layers, settings.keep, settings.ranking)
-    by_place, samples = {sample.where: sample for sample in data}, []
-    for one in measured:
-        sample = by_place[one.where]
-        answered = model.answer(model.encode(sample, settings.max_tokens), max_tokens=1)
-        told = model.told(answered, one.tokens)
-        samples.append((sample, SampleAtLayer.of(model, one.task, told)))
+    by_place = {sample.where: sample for sample in data}
+    sources = [by_place[one.where] for one in measured]
+
+    def samples() -> "Iterator[SampleAtLayer]":
+        for source, one in zip(sources, measured, strict=True):
+            answered = model.answer(model.encode(source, settings.max_tokens), max_tokens=1)
+            yield SampleAtLayer.of(model, one.task, model.told(answered, one.tokens))
+
     price = mean_price(shape.num_hidden_layers, model, measured)
     name = f"VTW, K = {layer}" if layer < shape.num_hidden_layers else "nothing behind layer 0"
     if settings.keep < 1:
         name = f"{settings.keep:g} by {settings.ranking}, then {name}"
-    compare = Comparison(model, samples, price, price.flops_share, shape.first_layer, settings.max_tokens)
-    return compare.of(name, policy)
+    compare = Comparison(model, sources, price, price.flops_share, shape.first_layer, settings.max_tokens)
+    return compare.of(name, policy, samples())
 
 
 def _check_keep(arguments: argparse.Namespace, shape: ModelShape) -> None:
@@ -208,9 +214,7 @@ def _check_keep(arguments: argparse.Namespace, shape: ModelShape) -> None:
     if arguments.keep == 0:
         raise ValueError("--keep 0: something has to go into the decoder")
     if arguments.per_task:
-        raise ValueError(
-            "--keep: requests of a policy that keeps a share choose no layers: remove --per-task"
-        )
+        raise ValueError("--keep: a policy that keeps a share has no layers to choose: remove --per-task")
     if shape.first_layer > 1:
         raise ValueError(f"--keep: {DEEPSTACK.format(shape.first_layer)}: use gsearch or psigmoid --ranking")
 
@@ -249,15 +253,14 @@ def policy_file(result: dict[str, Any], criterion: str) -> dict[str, Any] | None
     if per_task is not None:
         policy = task_policy({name: task["layer"] for name, task in per_task["tasks"].items()}, num_layers)
     else:
-        before = result["before_decoder"] or {"keep": 1, "ranking": BY_IMAGE[0]}
-        policy = calibrated_policy(num_layers if layer is None else layer, num_layers, **before)
         if layer is None:
             return None
+        before = result["before_decoder"] or {"keep": 1, "ranking": BY_IMAGE[0]}
+        policy = calibrated_policy(layer, num_layers, **before)
     if not policy.stages:
         return None
     keys = (
         "made",
-        "before_decoder",
         "budget",
         "layer",
         "tasks",

@@ -117,18 +117,12 @@ def _add_options(parser: argparse.ArgumentParser, out: str, prepare: Prepare) ->
     parser.add_argument("--resume", action="store_true", help="continue the search in --out")
     parser.add_argument(
         "--max-stages",
-        type=_stages,
+        type=count,
         default=4,
         help="maximum number of stages, runs of layers with the same tokens, stage 0 included; each takes "
         "one or more KV-cache groups (default: %(default)s)",
     )
     parser.set_defaults(parser=parser, run=partial(_run, prepare))
-
-
-def _stages(text: str) -> int:
-    if count(text) < 2:
-        raise argparse.ArgumentTypeError("has to be at least 2, as the first layers get all visual tokens")
-    return int(text)
 
 
 def _run(prepare: Prepare, arguments: argparse.Namespace) -> None:
@@ -157,6 +151,8 @@ def _search(method: str, arguments: argparse.Namespace, prepare: Prepare) -> tup
 
     setup = SearchSetup.of(arguments)
     num_layers, ranking = setup.shape.num_hidden_layers, arguments.ranking
+    if arguments.max_stages < 2 and ranking in BY_QUESTION:
+        raise ValueError("--max-stages 1: has to be at least 2, as the first layers get all visual tokens")
     setup.settings["ranking"] = ranking
     first_layer = max(FIRST_RANKED_LAYER, setup.shape.first_layer)
     if ranking in BY_IMAGE:
@@ -171,7 +167,7 @@ def _search(method: str, arguments: argparse.Namespace, prepare: Prepare) -> tup
     by_memory = method == "psigmoid" and arguments.kv_budget is not None
     compare = Comparison(
         model,
-        list(zip(answers.sources, answers.samples, strict=True)),
+        answers.sources,
         price,
         price.kv_share if by_memory else price.flops_share,
         setup.shape.first_layer,
@@ -190,7 +186,7 @@ def _search(method: str, arguments: argparse.Namespace, prepare: Prepare) -> tup
         "tokens_per_request": asdict(answers.request),
         "keeps": found.keeps,
         "others_take_no_more": "KV memory" if by_memory else "work",
-        "policies": compare.of(method, found.policy),
+        "policies": compare.of(method, found.policy, answers.samples),
         "skipped": answers.skipped,
     }
     result["notes"] = notes(result, setup.tasks - answers.tasks.keys()) + model.prompts.notes
@@ -219,6 +215,7 @@ def _full_answers(model: "HFModel", setup: SearchSetup, arguments: argparse.Name
                 return
             try:
                 inputs = model.encode(sample, arguments.max_tokens)
+                model.prompts.check_ranking(inputs, arguments.ranking)
             except BadSampleError as error:
                 yield Skipped(sample.where, error)
                 continue

@@ -6,7 +6,7 @@ The encoder computes an image before any step computes the image's own tokens. A
 tells the scheduler. From there on, the request is like any other whose retention is known.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,12 +19,14 @@ from vllm.v1.request import Request
 
 from vllm_vtw.choice import Choice
 from vllm_vtw.config import ORDERS, WANTED
-from vllm_vtw.retention import VISUAL
+from vllm_vtw.retention import VISUAL, ImageKey, Orders, image_key
 
 Order = npt.NDArray[np.int32]
 MAX_BYTES = 64 << 20
-"""The size of the orders that are kept for later requests. Those of 100,000 images of LLaVA-1.5, of whose
-tokens a quarter stays, take 55 MiB."""
+"""The size of the orders that are kept for later requests. Those of 50,000 images of LLaVA-1.5, of whose
+tokens a quarter stays, take 51 MiB."""
+ENTRY_BYTES = 512
+"""The size of a key and of what holds an order."""
 
 
 class AwaitingRequest(NamedTuple):
@@ -34,37 +36,33 @@ class AwaitingRequest(NamedTuple):
     choice: Choice
 
 
-def visual(request: Request) -> list[MultiModalFeatureSpec]:
-    """The images and videos of a request."""
-    return [feature for feature in request.mm_features if feature.modality in VISUAL]
-
-
 class ImageOrders:
     """The orders of images that the scheduler knows, and the requests that wait for others.
 
     Attributes:
-        known: By the identifier of an image, those of its tokens that may stay, as `FeatureRanking.order`
-            returned them.
+        known: The orders of images that later requests may be about.
         of_request: By request id, the orders of its images that the request's retention was made with. They
             stay the same for as long as the request lives.
         awaiting: By request id, the requests with images whose orders are not known.
     """
 
     def __init__(self) -> None:
-        self.known: LRUCache[str, Order] = LRUCache(MAX_BYTES, getsizeof=lambda order: order.nbytes)
-        self.of_request: dict[str, dict[str, Order]] = {}
+        self.known: LRUCache[ImageKey, Order] = LRUCache(
+            MAX_BYTES, getsizeof=lambda order: order.nbytes + ENTRY_BYTES
+        )
+        self.of_request: dict[str, dict[ImageKey, Order]] = {}
         self.awaiting: dict[str, AwaitingRequest] = {}
-        self._asked: set[str] = set()
-        """The identifiers of images whose orders a worker has been asked for."""
+        self._asked: set[ImageKey] = set()
+        """The images that workers have been asked about and have not answered."""
+        self._outdated: set[ImageKey] = set()
+        """Those of them whose features may be of other weights than those that are served now."""
         self._changed: set[str] = set()
         """Ids of requests that got orders which workers have not been told yet."""
 
     def admit(self, request: Request) -> None:
         """Looks up the orders of the images of a request that arrives."""
         self.of_request[request.request_id] = {
-            feature.identifier: order
-            for feature in visual(request)
-            if (order := self.known.get(feature.identifier)) is not None
+            key: order for key in keys_of(request) if (order := self.known.get(key)) is not None
         }
 
     def next_missing(self, request: Request) -> tuple[int, MultiModalFeatureSpec]:
@@ -73,7 +71,7 @@ class ImageOrders:
         return next(
             (index, feature)
             for index, feature in enumerate(request.mm_features)
-            if feature.modality in VISUAL and feature.identifier not in known
+            if feature.modality in VISUAL and image_key(feature) not in known
         )
 
     def forget(self, request_id: str) -> None:
@@ -81,6 +79,11 @@ class ImageOrders:
         self.of_request.pop(request_id, None)
         self.awaiting.pop(request_id, None)
         self._changed.discard(request_id)
+
+    def forget_images(self) -> None:
+        """Forgets what later requests may be about, as the model may be about to get other weights."""
+        self.known.clear()
+        self._outdated |= self._asked
 
     def tell(self, output: SchedulerOutput, encoder_cache: EncoderCacheManager) -> None:
         """Adds to a step what workers have to know and to find out.
@@ -97,33 +100,40 @@ class ImageOrders:
         if not output.total_num_scheduled_tokens:
             return  # the workers will not run
         wanted = {
-            feature.identifier
+            key
             for request_id, (request, _) in self.awaiting.items()
-            for feature in visual(request)
-            if request_id in encoder_cache.cached.get(feature.identifier, ())
+            for key in keys_of(request)
+            if request_id in encoder_cache.cached.get(key[0], ()) and key not in self.of_request[request_id]
         }
-        wanted -= self._asked | self.known.keys()
+        wanted -= self._asked
         self._asked |= wanted
         setattr(output, WANTED, sorted(wanted))
 
-    def take(self, wanted: list[str], orders: Mapping[str, Order]) -> Iterator[tuple[AwaitingRequest, bool]]:
+    def take(self, wanted: Sequence[ImageKey], orders: Orders) -> Iterator[tuple[AwaitingRequest, bool]]:
         """Takes what workers have found out.
 
         Args:
-            wanted: The identifiers that they were asked about.
+            wanted: The images that they were asked about.
             orders: What they answered.
 
         Yields:
             The requests that waited for these images, and whether the workers have answered.
         """
+        if not wanted:
+            return
         self._asked -= set(wanted)
-        self.known.update(orders)
+        self.known.update({key: order for key, order in orders.items() if key not in self._outdated})
+        self._outdated -= set(wanted)
         for request_id, waiting in list(self.awaiting.items()):
             own = self.of_request[request_id]
-            mine = {feature.identifier for feature in visual(waiting.request)} - own.keys()
-            if mine.isdisjoint(wanted):
+            mine = set(keys_of(waiting.request)).intersection(wanted) - own.keys()
+            if not mine:
                 continue
-            found = {identifier: orders[identifier] for identifier in mine & orders.keys()}
-            own.update(found)
+            own.update({key: orders[key] for key in mine & orders.keys()})
             self._changed.add(request_id)
-            yield waiting, len(found) == len(mine.intersection(wanted))
+            yield waiting, mine <= orders.keys()
+
+
+def keys_of(request: Request) -> list[ImageKey]:
+    """The keys of a request's images and videos."""
+    return [image_key(feature) for feature in request.mm_features if feature.modality in VISUAL]

@@ -35,7 +35,11 @@ from vllm_vtw.retention import (
     request_retentions,
 )
 from vllm_vtw.startup.options import layer_groups, vtw_config
-from vllm_vtw.startup.refusals import refuse_unsupported, refuse_unsupported_dynamic
+from vllm_vtw.startup.refusals import (
+    refuse_unsupported,
+    refuse_unsupported_dynamic,
+    refuse_unsupported_features,
+)
 
 logger = logging.getLogger("vllm.vtw")
 
@@ -89,6 +93,8 @@ class VTWScheduler(GuardedScheduler):
         self.exits: dict[str, int | None] = {}
         self.ended_in_flight: dict[str, int] = {}
         self.ranks_features = self.withdrawal_policy.ranking in BY_FEATURES
+        if self.ranks_features:
+            refuse_unsupported_features(vllm_config)
         self.image_orders = ImageOrders()
         self.turns = Turns()
         groups = layer_groups(vllm_config, config.policy)
@@ -303,10 +309,11 @@ class VTWScheduler(GuardedScheduler):
         *args: Any,
         **options: Any,
     ) -> tuple[list[int], int, int, list[int], list[int]]:
-        """Schedules the images of a request up to the first one whose order is not known, and no token of it.
+        """Schedules images of a request, up to the first one whose order is not known at least.
 
-        If this image cannot be encoded in this step, one token before it is left for the step that can. A
-        request without tokens in a step is not scheduled, and neither are its images.
+        Of the tokens that may leave of this image, none is scheduled. If it cannot be encoded in this step,
+        one token before them is left for the step that can. A request without tokens in a step is not
+        scheduled, and neither are its images.
         """
         awaits_from = self.retentions[request.request_id][0].awaits_from
         assert awaits_from is not None
@@ -319,12 +326,19 @@ class VTWScheduler(GuardedScheduler):
         )
         encodes, before_missing, budget, external, duplicates = chosen
         holds = request.request_id in self.encoder_cache_manager.cached.get(image.identifier, ())
-        is_encoded = holds or index in encodes or index in duplicates
+        is_encoded = holds or index in encodes
+        if self.guard is not None and not is_encoded and request.client_index != CLIENT:
+            # The images of the answer that is being read may fill the encoder cache.
+            self.guard.needs_room = True
         room = awaits_from - num_computed_tokens - (not is_encoded)
         num_new_tokens = max(0, min(num_new_tokens, before_missing, room))
         if num_new_tokens == 0:
             return [], 0, encoder_compute_budget, [], []
         return encodes, num_new_tokens, budget, external, duplicates
+
+    def reset_encoder_cache(self) -> None:
+        self.image_orders.forget_images()
+        super().reset_encoder_cache()
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput

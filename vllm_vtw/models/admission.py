@@ -8,13 +8,15 @@ The refused request ends with HTTP 400, or `LLM.generate` raises the error.
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 from vllm.multimodal.inputs import PlaceholderRange
 
 from vllm_vtw.choice import LAYER, TASK, Choice, choice_of
 from vllm_vtw.config import Admission
-from vllm_vtw.retention import Retention, request_retentions
+from vllm_vtw.retention import Retention, image_key, request_retentions
 
 NO_CHOICE = Choice()
+NOTHING = np.empty(0, dtype=np.int32)
 
 
 class MultiModalFeature(NamedTuple):
@@ -47,19 +49,23 @@ def prompt_retentions(
 ) -> tuple[Retention, ...]:
     """What the stages past the first retain of a prompt, if withdrawal goes by tokens and not by blocks.
 
+    Under a ranking by features, it is not known here which tokens of images stay, and none does.
+
     Args:
         admission: What the policy serves.
         prompt: The engine input of a multimodal prompt.
         choice: What the request chose.
     """
+    features = mm_features(prompt)
     return request_retentions(
         admission.policy,
-        mm_features(prompt),
+        features,
         len(prompt["prompt_token_ids"]),
         align_to=1,
         bridge=admission.bridge,
         layer=choice.layer,
         keep=choice.keep,
+        orders={image_key(feature): NOTHING for feature in features},
     )
 
 

@@ -19,17 +19,21 @@ class Diversity(FeatureRanking):
     This is the selection of DivPrune (arXiv 2503.02175), by cosine distance. The first token is the one that
     is farthest from its nearest other one. Then, one by one, follow the tokens that are farthest from the
     nearest of those chosen before. Among equals, the first one is chosen.
+
+    Every token that is chosen takes a pass over all features, and the features are held once more, in
+    float32. For a video of 30,000 tokens with 3,584 values each, these are 430 MB.
     """
 
     def order(self, features: "torch.Tensor", count: int) -> "torch.Tensor":
-        directions = features.float()
-        directions = directions / directions.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        norms = features.float().norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        directions = features / norms
         chosen = directions.new_empty(count, dtype=int)
         nearest = directions.new_empty(len(directions))
         for start in range(0, len(directions) if count else 0, ROWS):
             distances = 1 - directions[start : start + ROWS] @ directions.T
             distances.diagonal(start).fill_(float("inf"))
-            nearest[start : start + ROWS] = distances.amin(dim=1)
+            # Two tokens may be nearest to each other. Without rounding, noise would choose one of them.
+            nearest[start : start + ROWS] = distances.amin(dim=1).round(decimals=5)
         for place in range(count):
             chosen[place] = nearest.argmax()
             latest = chosen[place : place + 1]

@@ -57,7 +57,7 @@ class Journal:
 
     @property
     def _format(self) -> str:
-        return f"vllm-vtw-{self.kind.lower()}/1"
+        return f"vllm-vtw-{self.kind.lower()}/2"
 
     def _refuse_others(self) -> None:
         """Raises a ValueError if the folder holds the journal of another kind of search."""

@@ -69,10 +69,15 @@ class LayerInput:
     def ranked_by(self, ranking: str) -> "LayerInput":
         """The same tokens before layer 0, under another ranking."""
         scores = torch.zeros_like(self.scores)
+        is_candidate = self.item_of >= 0
+        is_candidate[self.last] = False
         for item in range(len(self.item_sizes) if ranking in BY_IMAGE else 0):
-            features = self.hidden[self.item_of == item]
-            scores[self.item_of == item] = _places(ranking, features)
-        return replace(self, ranking=ranking, scores=scores)
+            rows = (self.item_of == item).nonzero()[:, 0]
+            scores[rows] = _places(ranking, self.hidden[rows])
+            if ranking in BY_FEATURES and (rows[0] == 0 or self.item_of[rows[0] - 1] >= 0):
+                # The engine computes the first token of an image that follows no text too early.
+                is_candidate[rows[0]] = False
+        return replace(self, ranking=ranking, is_candidate=is_candidate, scores=scores)
 
     def withdraw(self, keep: float) -> "LayerInput":
         """Withdraws candidates, the ones that are ranked lowest first.

@@ -217,7 +217,8 @@ class HFModel:
             tokens: The tokens of the other answer.
 
         Returns:
-            The answer, without the states of its layers.
+            The prompt with the other answer. It has no states, and `logits` and `cut` are those of the answer
+            of one token.
         """
         count = len(tokens) - 1
         ids = torch.tensor(tokens[:-1], dtype=torch.long, device=answered.embedded.device)

@@ -32,9 +32,9 @@ class VTWModelConfig(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Refuses what cannot be served correctly, and sets the options that the plugin needs.
 
-        It sets the scheduler, the KV connector if there is one and, for policies with gates and for pipeline
-        ranks, the worker. It replaces the user's `"vtw"` options by resolved ones, which mean the same in
-        every process. vLLM calls this before the engine starts.
+        It sets the scheduler, the KV connector if there is one and, for policies with gates, rankings by
+        features and pipeline ranks, the worker. It replaces the user's `"vtw"` options by resolved ones,
+        which mean the same in every process. vLLM calls this before the engine starts.
 
         Raises:
             ValueError: An option is not supported, or the policy or its gates cannot be used.

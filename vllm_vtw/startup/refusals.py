@@ -58,6 +58,10 @@ def refuse_unsupported_features(vllm_config: VllmConfig) -> None:
             "a drafter's layers beside a ranking by features are untested: remove --speculative-config, or "
             "use one without a model of its own, such as ngram"
         )
+    if vllm_config.scheduler_config.disable_chunked_mm_input:
+        refused.append(
+            "images are encoded before the step that computes their tokens: remove --disable-chunked-mm-input"
+        )
     _refuse("rank visual tokens by their features in this configuration", refused)
 
 

@@ -7,11 +7,10 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from vllm_vtw.retention import OneStepPrefill
+from vllm_vtw.retention import OneStepPrefill, Orders
 from vllm_vtw.worker.gates import Gates
 from vllm_vtw.worker.stage_step import StageStep
 from vllm_vtw.worker.step_buffers import SlotMapping, StepBuffer
@@ -68,7 +67,7 @@ class CurrentStep:
         self.exits: dict[str, int | None] = {}
         self.begun: set[str] = set()
         self.known_exits: dict[str, int | None] = {}
-        self.orders: dict[str, dict[str, npt.NDArray[np.int32]]] = {}
+        self.orders: dict[str, Orders] = {}
         self.builders: dict[str, Any] = {}
         self._row_exits: dict[int, int | None] = {}
         self._retentions: BatchRetentions | None = None

@@ -10,6 +10,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_vtw.config import ORDERS, WANTED
 from vllm_vtw.rankings import FEATURE_RANKINGS
+from vllm_vtw.retention import ImageKey
 from vllm_vtw.startup.options import vtw_config
 from vllm_vtw.worker.current_step import CurrentStep
 from vllm_vtw.worker.platform_worker import PlatformWorker, annotated
@@ -35,17 +36,20 @@ class OrderingWorker(PlatformWorker):
 
     def sample_tokens(self, *args: Any) -> Any:
         output = super().sample_tokens(*args)
-        return annotated(output, ORDERS, self._orders()) if self.wanted_images else output
+        if output is None or not self.wanted_images:
+            return output  # there is none on other ranks, and if the step has failed
+        return annotated(output, ORDERS, self._orders())
 
-    def _orders(self) -> dict[str, npt.NDArray[np.int32]]:
+    def _orders(self) -> dict[ImageKey, npt.NDArray[np.int32]]:
         step: CurrentStep = self.model_runner.get_model().vtw_step
         hidden_size = self.model_config.get_hidden_size()
         orders = {}
-        for identifier in self.wanted_images:
+        for identifier, num_tokens in self.wanted_images:
             features = step.features_of(identifier)
-            if features is not None:
-                count = self.withdrawal_policy.most_kept(len(features))
-                # Some models append what they add to the states of deeper layers.
-                order = self.feature_ranking.order(features[:, :hidden_size], count)
-                orders[identifier] = order.to("cpu").numpy().astype(np.int32)
+            if features is None or len(features) != num_tokens:
+                continue  # the scheduler ends the request
+            count = self.withdrawal_policy.most_kept(num_tokens)
+            # Some models append what they add to the states of deeper layers.
+            order = self.feature_ranking.order(features[:, :hidden_size], count)
+            orders[identifier, num_tokens] = order.to("cpu").numpy().astype(np.int32)
         return orders

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from vllm_vtw.families import BY_MODEL_TYPE
+from vllm_vtw.policy import BY_FEATURES
 from vllm_vtw.search.checkpoint import VISION_TOWERS
 from vllm_vtw.search.data.chats import PLACEHOLDERS
 from vllm_vtw.search.data.sample import BadSampleError, Message, Sample
@@ -158,6 +159,20 @@ class Prompts:
             raise BadSampleError("transformers cannot compute an image of one visual token for this model")
         self._note_first_token(prompt, is_whole)
         return ModelInputs(inputs, self._item_of(ids, images))
+
+    def check_ranking(self, inputs: ModelInputs, ranking: str) -> None:
+        """Checks that visual tokens of a sample can be ranked as the engine does.
+
+        Raises:
+            BadSampleError: They cannot.
+        """
+        ids = inputs.tensors["input_ids"][0]
+        between_rows = inputs.is_visual & ~torch.isin(ids, self.visual_ids.to(ids.device))
+        if ranking in BY_FEATURES and between_rows.any():
+            raise BadSampleError(
+                f"the ranking {ranking!r} leaves the tokens between an image's rows where they are, which "
+                "searches do not: use another ranking"
+            )
 
     def _item_of(self, ids: torch.Tensor, images: Sequence[Image.Image]) -> torch.Tensor:
         """For each token of a prompt, the image or video with which the engine withdraws it, or -1."""

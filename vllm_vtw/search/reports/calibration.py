@@ -24,7 +24,7 @@ def html(result: dict[str, Any], command: str | None) -> str:
         command: The command that serves a model with the chosen K. None if there is none.
     """
     given = {"result": result, "command": command, "without_task": WITHOUT_TASK}
-    return page("calibration.html", _plots(result), **given, names={}, layers=stages, winner=_winner(result))
+    return page("calibration.html", _plots(result), **given, shown={}, kept=stages, winner=_winner(result))
 
 
 def _winner(result: dict[str, Any]) -> str | None:
@@ -118,7 +118,11 @@ def table(result: dict[str, Any]) -> list[str]:
         lines.append(shares(f"{task}: tokens changed", curve["token_change"]))
         lines.append(shares(f"{task}: answers changed", curve["answer_change"]))
     if policies:
-        lines += ["", "Other methods that take no more work:", *policy_table(policies, {})]
+        lines += [
+            "",
+            "Other methods that take no more work, except FastV as published:",
+            *policy_table(policies, {}),
+        ]
     return lines + (_task_table(result) if "per_task" in result else [])
 
 

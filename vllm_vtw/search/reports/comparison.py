@@ -5,9 +5,6 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-PLAIN = ("random, ", "uniform, ", "resolution, ")
-"""What the names of plain baselines begin with."""
-
 
 def stages(policy: Mapping[str, Any]) -> str:
     """The fractions of visual tokens that a policy's stages keep, and what they are ranked by, in words.
@@ -38,10 +35,9 @@ def plain_winner(policies: Mapping[str, Mapping[str, Any]], shown: str, cost: st
         None if no plain baseline does.
     """
     changed = {name: worst(policy["curves"].values(), "token_change") for name, policy in policies.items()}
-    found, *others = policies
-    best = min(
-        (name for name in others if name.startswith(PLAIN)), key=lambda name: changed[name], default=found
-    )
+    found = next(iter(policies))
+    plain = [name for name, policy in policies.items() if policy["plain"]]
+    best = min(plain, key=lambda name: changed[name], default=found)
     if changed[best] >= changed[found]:
         return None
     return (

@@ -22,7 +22,7 @@ def html(result: dict[str, Any], command: str | None) -> str:
         command: The command that serves a model with the schedule. None if there is none.
     """
     winner = _winner(result)
-    given = {"result": result, "command": command, "names": NAMES, "layers": stages, "winner": winner}
+    given = {"result": result, "command": command, "shown": NAMES, "kept": stages, "winner": winner}
     return page("schedules.html", _plots(result), **given)
 
 

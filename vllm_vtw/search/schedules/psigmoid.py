@@ -27,7 +27,8 @@ from vllm_vtw.search.price import Price
 from vllm_vtw.search.schedules.schedule import GRID, merge_stages, policy_at_borders
 
 MIN_R_MAX = 1e-4
-"""The smallest r_max. On the grid, all layers that may get fewer visual tokens then get none."""
+"""The smallest r_max. On the grid, all layers that may get fewer visual tokens then get none, but for layer
+0, which gets the least fraction above 0."""
 BISECTIONS = 24
 """The number of bisection steps in a search for r_max."""
 STEEPNESS = (0.02, 3.0)

@@ -43,6 +43,8 @@ class SampleAtLayer:
 
     def ranked_by(self, ranking: str) -> "SampleAtLayer":
         """The same sample before layer 0, under another ranking."""
+        if ranking == self.rows.ranking:
+            return self
         return replace(self, rows=self.rows.ranked_by(ranking))
 
     def run_layers(self, model: HFModel, layer: int, keeps: Sequence[float]) -> "SampleAtLayer":

@@ -25,9 +25,10 @@ def with_fewer_tokens(
         The answer, with the states that text tokens then have in every layer, and the logits from which its
         tokens would be chosen, shape `(O, vocabulary)`, float32.
     """
-    rows = LayerInput.of(answered, ranking).withdraw(keep)
-    states = []
+    everything = LayerInput.of(answered, ranking)
+    rows, states = everything.withdraw(keep), []
     for index in range(len(model.decoder.layers)):
         states.append(rows.hidden[~rows.is_candidate])
         rows = run_layer(model, index, rows, ranks=False)
-    return replace(answered, states=states), answer_logits(model, rows)
+    # Under a ranking by features, the first token of an image may have to stay.
+    return replace(answered, states=states, is_visual=everything.is_candidate), answer_logits(model, rows)

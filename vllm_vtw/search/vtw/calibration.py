@@ -63,6 +63,7 @@ def _measure_sample(
     answered = model.answer(inputs, settings.max_tokens)
     read, at_end, layers = answered, [], settings.layers
     if settings.keep < 1:
+        model.prompts.check_ranking(inputs, settings.ranking)
         read, logits = with_fewer_tokens(model, answered, settings.ranking, settings.keep)
         at_end, layers = [logits], layers[:-1]
     return MeasuredSample(
