@@ -83,6 +83,24 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*lines, "", *(f"- {line}" for line in sentences(rows))])
 
 
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table of the percentage of right answers, mean over tasks, by method and budget."""
+    budgets = list(dict.fromkeys(row["budget"] for row in rows if row["budget"] < 1))
+    by_method: dict[str, dict[float, Mapping[str, Any]]] = {}
+    for row in rows:
+        by_method.setdefault(row["method"], {})[row["budget"]] = row
+    stock = by_method.pop("stock")[1.0]
+    heads = [f"{100 * budget:g}% of the work" for budget in budgets]
+    lines = [
+        f"| stock: {100 * mean_right(stock):.1f} | {' | '.join(heads)} |",
+        f"| --- |{' ---: |' * len(budgets)}",
+    ]
+    for method, of_budget in by_method.items():
+        cells = [f"{100 * mean_right(of_budget[budget]):.1f}" for budget in budgets]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """For each budget: which method is best, and which are no better than a plain baseline."""
     found = []
@@ -97,6 +115,11 @@ def sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             f"right, mean over tasks. Below {plain['method']} ({100 * least:.1f}%): {', '.join(below)}."
         )
     return found
+
+
+def page(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The page of results."""
+    return f"{summary(rows)}\n\n{table(rows)}"
 
 
 def largest_gap(policy: Policy, answered: Sequence[tuple[Sample, Answer]]) -> float:
@@ -186,7 +209,7 @@ def main() -> None:
             "rows": rows,
         }
         options.out.write_text(json.dumps(report, indent=2) + "\n")
-        options.out.with_suffix(".md").write_text(table(rows) + "\n")
+        options.out.with_suffix(".md").write_text(page(rows) + "\n")
         plot_rankings(rows, options.out.with_suffix(".png"))
     worst = max(row.get("largest_gap", 0.0) for row in rows)
     if worst > TIE:

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.serving.limits import Limits, limits
 from benchmarks.serving.models import Model
-from vllm_vtw.policy import Policy, Stage
+from vllm_vtw.policy import BY_QUESTION, Policy, Stage
 from vllm_vtw.search.price import RequestTokens
 
 FORMAT = "vllm-vtw-serving/2"
@@ -24,7 +24,8 @@ def named(policy: Policy) -> str:
     """A short description of a policy, such as `K = 16`."""
     if policy.ranking is None:
         return f"K = {policy.stages[0].layer}"
-    return "keep " + ", ".join(f"{stage.keep:g} from layer {stage.layer}" for stage in policy.stages)
+    kept = ", ".join(f"{stage.keep:g} from layer {stage.layer}" for stage in policy.stages)
+    return f"keep {kept}" if policy.ranking == BY_QUESTION[0] else f"keep {kept} by {policy.ranking}"
 
 
 def label(sweep: str, value: str, policy: Policy) -> str:
@@ -193,5 +194,6 @@ def compare(result: Mapping[str, Any]) -> list[Comparison]:
             vtw = [run for run in runs if run["policy"] == policy]
             if len(stock) == len(vtw) == 2:
                 stages = tuple(Stage(**stage) for stage in policy["stages"])
-                compared.append(Comparison(point, Model(**result["model"]), Policy(stages), stock, vtw))
+                served = Policy(stages, ranked_by=policy.get("ranked_by", BY_QUESTION[0]))
+                compared.append(Comparison(point, Model(**result["model"]), served, stock, vtw))
     return compared

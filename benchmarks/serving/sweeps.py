@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.serving.compare import label, named
 from benchmarks.serving.models import Model
 from benchmarks.serving.workload import Workload
-from vllm_vtw.policy import Policy
+from vllm_vtw.policy import BY_QUESTION, Policy
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,17 @@ class Point:
 
 
 def told(measured: Point | Policy) -> dict[str, Any]:
-    """A point or policy as results contain it. Policies here have stages, and rank by FastV's attention."""
+    """A point or policy as results contain it. Policies have stages, and a ranking if it is not FastV's."""
 
     def only_stages(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)
         if "stages" not in found:
             return found
-        stages, ranked_by = found.pop("stages"), found.pop("ranked_by")
-        assert ranked_by == "last-token-attention"
+        written = {key: found.pop(key) for key in ("stages", "ranked_by")}
         assert not any(found.values())
-        return {"stages": stages}
+        if written["ranked_by"] == BY_QUESTION[0]:
+            del written["ranked_by"]
+        return written
 
     return asdict(measured, dict_factory=only_stages)
 
