@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import BeamSearchParams
 
 from benchmarks.small_llava import SmallLlava
 from tests.engine.engines import (
@@ -298,6 +299,25 @@ def test_an_image_is_encoded_before_its_tokens_and_ordered_once(checkpoint, refe
     leave = PER_IMAGE // 2
     assert counts["requests/0/"] == 3
     assert counts["withdrawn_tokens/1"] == 4 * leave
+
+
+def test_beam_search(checkpoint, reference):
+    """Greedy's tokens, or a refusal where the prompt's last token would no longer be the last one."""
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    greedy = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    params = BeamSearchParams(beam_width=1, max_tokens=6, ignore_eos=True)
+    with running(folder, policy({0: 0.5}, "diversity")) as llm:
+        for ask in SHAPES:
+            if ask.as_embeds:
+                continue
+            prompt = ask.to_vllm(oracle)
+            if ask.prompt.endswith("<image>"):
+                with pytest.raises(ValueError, match="Beam search sends every generated token"):
+                    llm.beam_search([prompt], params)
+                continue
+            found = llm.beam_search([prompt], params)[0].sequences[0].tokens[-6:]
+            assert found == llm.generate(prompt, greedy, use_tqdm=False)[0].outputs[0].token_ids, ask.name
 
 
 def test_orders_that_were_forgotten_are_found_again(checkpoint, reference, hashes, monkeypatch):

@@ -213,8 +213,9 @@ def test_a_ranking_by_image_beside_a_kv_connector(checkpoint):
     [
         ({"pipeline_parallel_size": 2}, "use --tensor-parallel-size, not --pipeline-parallel-size"),
         ({"worker_cls": "somebody.Worker"}, "remove --worker-cls somebody.Worker"),
+        ({"disable_chunked_mm_input": True}, "remove --disable-chunked-mm-input"),
     ],
-    ids=["pipeline", "worker"],
+    ids=["pipeline", "worker", "chunks"],
 )
 def test_a_ranking_by_features(checkpoint, option, why):
     policy = RANKED | {"ranking": "diversity"}
