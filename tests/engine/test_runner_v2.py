@@ -36,7 +36,15 @@ def run(plugin: str, corner: str) -> None:
         pytest.param(f"{PREEMPTED}[False]", marks=slow),
         pytest.param(f"{LOGPROBS}[several apart]", marks=slow),
         pytest.param("test_lora.py", marks=slow),
-        pytest.param("test_image_rankings.py", marks=slow),
+        *(
+            pytest.param(f"test_image_rankings.py::{name}", marks=slow)
+            for name in (
+                "test_every_request_shape[schedule1-uniform]",
+                "test_every_request_shape[schedule10-diversity]",
+                "test_every_request_may_have_another_share[diversity-True]",
+                "test_orders_that_were_forgotten_are_found_again",
+            )
+        ),
         pytest.param("test_drafters.py::test_answers", marks=slow),
     ],
 )
@@ -75,7 +83,14 @@ def test_corner_with_compilation_and_graphs(corner):
             )
         ),
         "test_image_rankings.py::test_every_request_shape[schedule10-diversity]",
-        pytest.param("test_image_rankings.py", marks=slow),
+        *(
+            pytest.param(f"test_image_rankings.py::{name}", marks=slow)
+            for name in (
+                "test_every_request_may_have_another_share[diversity-True]",
+                "test_preempted_requests_lose_the_same_tokens[True]",
+                "test_touching_images_where_the_encoder_cache_holds_one",
+            )
+        ),
         pytest.param("test_gated.py", marks=slow),  # all of them
     ],
 )
