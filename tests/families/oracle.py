@@ -35,6 +35,7 @@ class Encoded:
         images: The number of images.
         positions: Their positions, shape `(3, tokens)`. None if each token's is its place.
         deepstack: For each of the first layers, what is added to visual tokens after it.
+        image_end: The id of the token that ends an image, if it is part of the image. None if there is none.
     """
 
     ids: list[int]
@@ -44,6 +45,7 @@ class Encoded:
     images: int
     positions: torch.Tensor | None = None
     deepstack: Sequence[torch.Tensor] = ()
+    image_end: int | None = None
 
     def leaving(self, bridge: int, block_size: int, keep: float = 0.0, ranking: str = "uniform") -> set[int]:
         """The positions that leave: visual ones, and short gaps within an image.
@@ -66,7 +68,8 @@ class Encoded:
             in_order = sorted(mine)
             order = diverse(self.embeds[in_order]) if by_features else spread(len(mine))
             gone |= {in_order[token] for token in order[stay:]}
-            if by_features and (in_order[0] == 0 or in_order[0] - 1 in self.visual):
+            before = in_order[0] - 1
+            if by_features and (before < 0 or before in self.visual or self.ids[before] == self.image_end):
                 gone.discard(in_order[0])
         gone.discard(len(self.ids) - 1)
         blocks = (range(at, at + block_size) for at in range(0, len(self.ids), block_size))
@@ -156,6 +159,7 @@ class FamilyOracle:
             # A fourth row, the first one, has the places of the tokens.
             None if positions is None or positions.dim() < 3 else _as_published(positions[-3:, 0], visual),
             given_to_decoder.get("deepstack_visual_embeds") or (),
+            self.processor.tokenizer.get_vocab().get("[IMG_END]"),
         )
 
     def _visual_tokens(self, image: Any) -> int:

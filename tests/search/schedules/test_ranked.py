@@ -25,6 +25,7 @@ from vllm_vtw.search.model import HFModel, Placement
 from vllm_vtw.search.price import Price, RequestTokens
 from vllm_vtw.search.schedules.baselines import baselines
 from vllm_vtw.search.schedules.gsearch import least_sufficient
+from vllm_vtw.search.schedules.lower_resolution import affordable_resolution
 from vllm_vtw.search.schedules.psigmoid import MIN_R_MAX, affordable, cheapest, p_sigmoid, sigmoid
 from vllm_vtw.search.schedules.sample_at_layer import SampleAtLayer
 from vllm_vtw.search.schedules.schedule import GRID, merge_stages, policy_at_borders
@@ -70,6 +71,12 @@ def test_other_rankings(llava, pictures, ranking, prompt):  # noqa: F811
     assert len(asked.ranked_by("random").rows.scores.unique()) == inputs.tensors["input_ids"].eq(
         plain.config.image_token_index
     ).sum() // prompt.count("<image>")
+
+
+def test_llava_makes_as_many_tokens_of_smaller_pictures(llava, pictures):  # noqa: F811
+    loaded = llava(SmallLlava(layers=4, kv_heads=1, image_side=4))
+    one = sample(PROMPTS["one"], pictures)
+    assert affordable_resolution(loaded, [one], 16, ANSWER, lambda keep: keep < 1) is None
 
 
 def test_where_nothing_leaves_nothing_differs_in_bfloat16(pictures, tmp_path):  # noqa: F811
