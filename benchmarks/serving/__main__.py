@@ -4,7 +4,7 @@
 
     python -m benchmarks.serving [SETUP] [--only TEXT] [--output FILE [--resume]]
 
-The setups `small`, `small-qwen` and `schedule` need two cores of a CPU, and the others need one GPU. Nothing
+The setups `small`, `small-qwen`, `schedule` and `rankings` need two cores of a CPU, the others one GPU. Nothing
 else should run at the same time.
 """
 

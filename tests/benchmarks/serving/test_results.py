@@ -20,13 +20,13 @@ ROOT = Path(__file__).parents[3]
 SCHEMA = json.loads((ROOT / "benchmarks/serving/result.schema.json").read_text())
 PROFILE, QWEN_PROFILE = (ROOT / f"benchmarks/results/serving-cpu{of}-profile.json" for of in ("", "-qwen"))
 RESULTS = sorted({*(ROOT / "benchmarks/results").glob("serving-*.json")} - {PROFILE, QWEN_PROFILE})
-CPU, QWEN, SCHEDULE = (
-    ROOT / f"benchmarks/results/serving-cpu{what}.json" for what in ("", "-qwen", "-schedule")
+CPU, QWEN, SCHEDULE, RANKINGS = (
+    ROOT / f"benchmarks/results/serving-cpu{what}.json" for what in ("", "-qwen", "-schedule", "-rankings")
 )
 
 
 def test_there_are_results():
-    assert {CPU, QWEN, SCHEDULE} <= set(RESULTS)
+    assert {CPU, QWEN, SCHEDULE, RANKINGS} <= set(RESULTS)
 
 
 @pytest.fixture(params=RESULTS, ids=lambda file: file.stem)
@@ -91,7 +91,9 @@ def test_readme_says_what_was_measured():
     row = rf"^\| ([^|]+) \| {numbers} \| \*\*{number}\*\* \| ([\d.]*) \| ([\d.]*) \| {numbers} \|$"
     rows = re.findall(row, readme, re.M)
     compared = {
-        one.label: one for file in (CPU, QWEN, SCHEDULE) for one in compare(json.loads(file.read_text()))
+        one.label: one
+        for file in (CPU, QWEN, SCHEDULE, RANKINGS)
+        for one in compare(json.loads(file.read_text()))
     }
     assert {label for label, *_ in rows} == compared.keys()
     for label, stock, vtw, ratio, limit, reached, *at_once in rows:
