@@ -4,8 +4,8 @@
 
     python -m benchmarks.serving [SETUP] [--only TEXT] [--output FILE [--resume]]
 
-The setups `small`, `small-qwen`, `schedule` and `rankings` need two cores of a CPU, the others one GPU. Nothing
-else should run at the same time.
+The setups `small`, `small-qwen`, `schedule` and `rankings` need two cores of a CPU, and the others need one
+GPU. Nothing else should run at the same time.
 """
 
 import argparse
