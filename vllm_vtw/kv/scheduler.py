@@ -17,9 +17,9 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_vtw.choice import PREFIX, Choice, choice_of
 from vllm_vtw.config import EXITS, ORDERS, WANTED
 from vllm_vtw.kv.cache_manager import StagedKVCacheManager
+from vllm_vtw.kv.encoder_lookahead import EncoderLookahead
 from vllm_vtw.kv.guard import CLIENT, Guard
-from vllm_vtw.kv.guarded_scheduler import GuardedScheduler
-from vllm_vtw.kv.image_orders import AwaitingRequest, ImageOrders
+from vllm_vtw.kv.image_orders import AwaitingRequest
 from vllm_vtw.kv.prefill_turns import Turns
 from vllm_vtw.kv.stage_block_manager import StagedBlockHashes
 from vllm_vtw.kv.startup_log import log_startup
@@ -44,7 +44,7 @@ from vllm_vtw.startup.refusals import (
 logger = logging.getLogger("vllm.vtw")
 
 
-class VTWScheduler(GuardedScheduler):
+class VTWScheduler(EncoderLookahead):
     """Knows every request's retention, from its arrival until its blocks are free again.
 
     Attributes:
@@ -60,7 +60,6 @@ class VTWScheduler(GuardedScheduler):
         ended_in_flight: By id of a request that has ended, the number of its tokens in steps whose results
             have not come back yet.
         ranks_features: Whether the policy ranks visual tokens by features of images.
-        image_orders: Which tokens of images stay, if it does.
         turns: Which prompt gets a step of its own.
         statistics: What is counted for `/metrics`.
 
@@ -95,7 +94,6 @@ class VTWScheduler(GuardedScheduler):
         self.ranks_features = self.withdrawal_policy.ranking in BY_FEATURES
         if self.ranks_features:
             refuse_unsupported_features(vllm_config)
-        self.image_orders = ImageOrders()
         self.turns = Turns()
         groups = layer_groups(vllm_config, config.policy)
         layers = [*(stage.layer for stage in self.withdrawal_policy.stages), self.num_layers]
@@ -289,7 +287,9 @@ class VTWScheduler(GuardedScheduler):
                 num_new_tokens = min(num_new_tokens, before)
         given = (request, num_computed_tokens, num_new_tokens, encoder_compute_budget)
         if awaits_image(self.retentions[request.request_id]):
-            return self._encode_ahead(*given, *args, **options)
+            awaits_from = self.retentions[request.request_id][0].awaits_from
+            assert awaits_from is not None
+            return self._encode_ahead(awaits_from, *given, *args, **options)
         chosen: tuple[list[int], int, int, list[int], list[int]]
         chosen = super()._try_schedule_encoder_inputs(*given, *args, **options)
         if one_step is None or not one_step.start < num_computed_tokens + chosen[1] < one_step.stop:
@@ -299,46 +299,6 @@ class VTWScheduler(GuardedScheduler):
         self.encoder_cache_manager.free(request)
         self.turns.passed_over(request.request_id, self.current_step)
         return [], before, encoder_compute_budget, [], []
-
-    def _encode_ahead(
-        self,
-        request: Request,
-        num_computed_tokens: int,
-        num_new_tokens: int,
-        encoder_compute_budget: int,
-        *args: Any,
-        **options: Any,
-    ) -> tuple[list[int], int, int, list[int], list[int]]:
-        """Schedules images of a request, up to the first one whose order is not known at least.
-
-        Of the tokens that may leave of this image, none is scheduled. If it cannot be encoded in this step,
-        one token before them is left for the step that can. A request without tokens in a step is not
-        scheduled, and neither are its images.
-        """
-        awaits_from = self.retentions[request.request_id][0].awaits_from
-        assert awaits_from is not None
-        index, image = self.image_orders.next_missing(request)
-        stop = image.mm_position.offset + image.mm_position.length
-        window = max(num_new_tokens, stop - num_computed_tokens)
-        chosen: tuple[list[int], int, int, list[int], list[int]]
-        chosen = super()._try_schedule_encoder_inputs(
-            request, num_computed_tokens, window, encoder_compute_budget, *args, **options
-        )
-        encodes, before_missing, budget, external, duplicates = chosen
-        holds = request.request_id in self.encoder_cache_manager.cached.get(image.identifier, ())
-        is_encoded = holds or index in encodes
-        if self.guard is not None and not is_encoded and request.client_index != CLIENT:
-            # The images of the answer that is being read may fill the encoder cache.
-            self.guard.needs_room = True
-        room = awaits_from - num_computed_tokens - (not is_encoded)
-        num_new_tokens = max(0, min(num_new_tokens, before_missing, room))
-        if num_new_tokens == 0:
-            return [], 0, encoder_compute_budget, [], []
-        return encodes, num_new_tokens, budget, external, duplicates
-
-    def reset_encoder_cache(self) -> None:
-        self.image_orders.forget_images()
-        super().reset_encoder_cache()
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
