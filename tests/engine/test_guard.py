@@ -28,6 +28,8 @@ from tests.engine.engines import (
 )
 from tests.engine.gates import dividing
 from tests.engine.reference import Reference
+from tests.engine.test_image_rankings import leaving
+from tests.engine.test_image_rankings import policy as by_image
 from vllm_vtw.kv import guard, guarded_scheduler
 from vllm_vtw.metrics import DIFFERENCE_BUCKETS
 
@@ -343,3 +345,32 @@ def test_whole_blocks_that_stay_are_read_again_as_they_were_computed(checkpoint,
     sums = [count for key, count in counts.items() if key.startswith("guard_difference_sum/")]
     total = float((full - withdrawn)[range(len(answer)), answer].abs().sum())
     assert sum(sums) / 1e9 == pytest.approx(total, rel=1e-3)
+
+
+@pytest.mark.parametrize("ranking", ["diversity", pytest.param("uniform", marks=pytest.mark.slow)])
+def test_shares_are_read_again_as_they_were_kept(checkpoint, reference, ranking):
+    folder = checkpoint(MODEL)
+    oracle = reference(folder)
+    options = by_image({0: 0.5}, ranking) | {"guard": {"share": 1}}
+    options["policy"]["keeps"] = [0.25]
+    fewer = GREEDY.clone()
+    fewer.extra_args = {"vtw_keep": 0.25}
+    asked = [(ask, keep) for ask in IMAGES if not ask.prompt.endswith("<image>") for keep in (0.5, 0.25)]
+    differences = 0.0
+    with running(folder, options, max_num_batched_tokens=640) as llm:
+        for ask, keep in asked:
+            params = GREEDY if keep == 0.5 else fewer
+            (output,) = llm.generate(ask.to_vllm(oracle), params, use_tqdm=False)
+            finish(llm)
+            prompt, answer = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
+            left = leaving(oracle, ask, prompt, {0: keep}, ranking, [""] * len(ask.images))
+            embeds = [oracle.embeds(image) for image in ask.images]
+            of_answer = slice(-len(answer) - 1, -1)
+            own = oracle.selected_logits([*prompt, *answer], embeds, left)[of_answer].log_softmax(-1)
+            full = logprobs(oracle, ask, output, MODEL.layers)
+            differences += float((full - own)[range(len(answer)), answer].abs().sum())
+        counts = scheduler_of(llm).statistics.take()
+    assert counts["guard_requests/0/"] == len(asked)
+    total = sum(value for key, value in counts.items() if key.startswith("guard_difference_sum/"))
+    assert total / 1e9 == pytest.approx(differences, rel=1e-3)
+    assert differences > 1

@@ -21,9 +21,9 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingType
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_vtw.choice import LAYER
+from vllm_vtw.choice import KEEP, LAYER
 from vllm_vtw.kv.statistics import Statistics
-from vllm_vtw.policy import Policy
+from vllm_vtw.policy import BY_QUESTION, Policy
 from vllm_vtw.retention import Retention, visual_spans
 
 CLIENT = -1
@@ -48,8 +48,8 @@ class Answer:
         request: The finished request.
         layer: The layer at which its first visual tokens left.
         task: The task that it chose, or "".
-        has_own_reading: Whether it is read with its own withdrawal, too. Under a ranking, it is not: those by
-            question depend on the prompt's last token, which is another one now.
+        has_own_reading: Whether it is read with its own withdrawal, too. Under a ranking by question, it is
+            not, as that depends on the prompt's last token, which is another one now.
     """
 
     request: Request
@@ -140,7 +140,7 @@ class Guard:
         # A visual token at the prompt's end stays, and is followed by the answer now.
         ends_in_text = visual_spans(request.mm_features, self.bridge)[-1][1] < request.num_prompt_tokens
         layer = self.statistics.exit_layer(retentions)
-        has_own = ends_in_text and self.policy.ranking is None
+        has_own = ends_in_text and self.policy.ranking not in BY_QUESTION
         self._queue.append(Answer(request, layer, task, has_own))
 
     def next_reading(self) -> Request:
@@ -150,13 +150,13 @@ class Guard:
         answer = self._current
         self._begun += 1
         self.request_id = f"vtw-guard-{next(self._numbers)}"
-        layer = self.num_layers if self._in_full is None else answer.layer
+        chosen = {LAYER: self.num_layers} if self._in_full is None else self._own_choice(answer)
         self.sat_out = self.needs_room = False
         return Request(
             request_id=self.request_id,
             prompt_token_ids=list(answer.request.all_token_ids),
             sampling_params=SamplingParams(
-                temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False, extra_args={LAYER: layer}
+                temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False, extra_args=chosen
             ),
             pooling_params=None,
             client_index=CLIENT,
@@ -166,6 +166,13 @@ class Guard:
             priority=PRIORITY,
             block_hasher=answer.request._block_hasher,
         )
+
+    def _own_choice(self, answer: Answer) -> dict[str, Any]:
+        """What a reading chooses to have the withdrawal of the answer's own request."""
+        if self.policy.ranking is None:
+            return {LAYER: answer.layer}
+        given = answer.request.sampling_params.extra_args or {}
+        return {KEEP: given[KEEP]} if KEEP in given else {}
 
     def leave_out(self, reason: str) -> None:
         """Gives up the answer that is being read."""
