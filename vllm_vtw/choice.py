@@ -74,8 +74,11 @@ def _checked_keep(policy: Policy, keep: Any) -> float:
     if not policy.offered_keeps:
         raise ValueError(f"{KEEP!r} = {shorten(keep)}: this server's policy offers no shares")
     if type(keep) not in (int, float) or keep not in (*policy.offered_keeps, 1):
+        kind = "" if type(keep) in (int, float) else "has to be a number; "
         offered = ", ".join(f"{share:g}" for share in policy.offered_keeps)
+        layer = next(stage.layer for stage in policy.stages if stage.keep)
         raise ValueError(
-            f"{KEEP!r} = {shorten(keep)}: this server offers {offered}, 1 (all visual tokens stay)"
+            f"{KEEP!r} = {shorten(keep)}: {kind}this server offers {offered}, 1 (no visual token leaves at "
+            f"layer {layer})"
         )
     return float(keep)

@@ -30,7 +30,7 @@ def test_requests_choose_a_share(checkpoint, reference, tmp_path):
         for wrong, why in (
             (
                 {"vtw_keep": 0.2},
-                r"'vtw_keep' = 0.2: this server offers 0.1, 0.25, 0.5, 1 \(all visual",
+                r"'vtw_keep' = 0.2: this server offers 0.1, 0.25, 0.5, 1 \(no visual",
             ),
             ({"vtw_keep": 0.1, "vtw_layer": MODEL.layers}, "both choose what is withdrawn"),
         ):

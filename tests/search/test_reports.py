@@ -20,13 +20,15 @@ def test_a_plain_baseline_that_wins_is_told():
         "FastV, 0.5 from layer 2 on": policy(ocr=0.1, presence=0.0),
         "random, 0.4 from layer 0 on": policy(True, ocr=0.3, presence=0.0),
     }
-    assert plain_winner(policies, "G-Search", "work") is None
+    result = {"policies": policies, "tasks": {"ocr": {"tokens": 40}, "presence": {"tokens": 20}}}
+    assert plain_winner(result, "G-Search", "work") is None
     policies["uniform, 0.4 from layer 0 on"] = policy(True, ocr=0.2, presence=0.0)
-    assert plain_winner(policies, "G-Search", "work") is None, "no better, and no worse"
+    assert plain_winner(result, "G-Search", "work") is None, "no better, and no worse"
     policies["resolution, 0.5 of width and height"] = policy(True, ocr=0.1, presence=0.15)
-    assert plain_winner(policies, "G-Search", "work") == (
-        "On this data, a plain baseline is better than G-Search at no more work: "
-        '"resolution, 0.5 of width and height" changes 15.0% of tokens on the worst task, and G-Search 20.0%.'
+    assert plain_winner(result, "G-Search", "work") == (
+        "On this data, a plain baseline changes answers less than G-Search at no more work: "
+        '"resolution, 0.5 of width and height" changes 15.0% of 20 answer tokens on its worst task, '
+        "presence, and G-Search 20.0% of 40 answer tokens on its worst task, ocr."
     )
 
 

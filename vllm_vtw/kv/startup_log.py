@@ -131,11 +131,14 @@ def _withdrawal(config: VTWConfig) -> str:
     stages = policy.stages
     default = num_layers if policy.default_layer is None else policy.default_layer
     if policy.ranking is not None:
-        parts = [f"{stage.keep:.3g} of all stay from layer {stage.layer} on" for stage in stages]
+        shares = ", ".join(f"{keep:g}" for keep in (*policy.offered_keeps, 1))
+        chosen = f" (or {shares}, as requests choose)" if policy.offered_keeps else ""
+        parts = [
+            f"{stage.keep:.3g} of all{chosen if stage.keep else ''} stay from layer {stage.layer} on"
+            for stage in stages
+        ]
         whose = "each image's" if policy.ranking in BY_IMAGE else "a request's"
-        shares = ", ".join(f"{keep:g}" for keep in policy.offered_keeps)
-        offered = f"; requests may keep {shares} or all of them there" if shares else ""
-        return f"{whose} visual tokens by the ranking {policy.ranking!r}: {', '.join(parts)}{offered}"
+        return f"{whose} visual tokens by the ranking {policy.ranking!r}: {', '.join(parts)}"
     if policy.gate is not None:
         borders = ", ".join(str(stage.layer) for stage in stages)
         return f"every visual token at the layer that gates choose, one of {borders}"

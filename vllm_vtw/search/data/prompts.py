@@ -17,6 +17,9 @@ from vllm_vtw.search.data.chats import PLACEHOLDERS
 from vllm_vtw.search.data.sample import BadSampleError, Message, Sample
 from vllm_vtw.search.data.videos import as_processor, evenly
 
+LEAST_SIDE = 8
+"""The fewest pixels of a side of a picture that is made smaller. Processors take fewer for color channels."""
+
 
 class ModelInputs(NamedTuple):
     """A model's inputs for one sample.
@@ -134,6 +137,8 @@ class Prompts:
         images, video = sample.load_images(), sample.load_video(self.sampler)
         if scale < 1:
             images = [shrunk(image, scale) for image in images]
+            if any(min(image.size) < LEAST_SIDE for image in images):
+                raise BadSampleError("a picture would have too few pixels")
             if video is not None:
                 frames = [np.asarray(shrunk(Image.fromarray(frame), scale)) for frame in video.pixels]
                 video = video._replace(pixels=np.stack(frames))

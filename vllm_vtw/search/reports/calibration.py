@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from vllm_vtw.search.reports.calibration_notes import WITHOUT_TASK
-from vllm_vtw.search.reports.comparison import plain_winner, policy_table, stages
+from vllm_vtw.search.reports.comparison import NO_RESOLUTION, plain_winner, policy_table, stages
 from vllm_vtw.search.reports.page import MARKERS, Draw, label_layers, page
 
 LEAST_KL = 1e-6
@@ -24,13 +24,14 @@ def html(result: dict[str, Any], command: str | None) -> str:
         command: The command that serves a model with the chosen K. None if there is none.
     """
     given = {"result": result, "command": command, "without_task": WITHOUT_TASK}
-    return page("calibration.html", _plots(result), **given, shown={}, kept=stages, winner=_winner(result))
+    compared = {"shown": {}, "kept": stages, "winner": _winner(result), "no_resolution": NO_RESOLUTION}
+    return page("calibration.html", _plots(result), **given, **compared)
 
 
 def _winner(result: dict[str, Any]) -> str | None:
     """The sentence about a plain baseline that is better than the K that was chosen."""
     policies = result["policies"]
-    return plain_winner(policies, next(iter(policies)), "work") if policies else None
+    return plain_winner(result, next(iter(policies)), "work") if policies else None
 
 
 def _plots(result: dict[str, Any]) -> dict[str, Draw]:

@@ -5,6 +5,11 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
+NO_RESOLUTION = (
+    "No lower resolution of the pictures takes as little: the model makes too many tokens of them."
+)
+"""What reports say if they have no baseline of pictures at a lower resolution."""
+
 
 def stages(policy: Mapping[str, Any]) -> str:
     """The fractions of visual tokens that a policy's stages keep, and what they are ranked by, in words.
@@ -23,26 +28,34 @@ def worst(curves: Collection[Mapping[str, float]], name: str) -> float:
     return max(curve[name] for curve in curves)
 
 
-def plain_winner(policies: Mapping[str, Mapping[str, Any]], shown: str, cost: str) -> str | None:
+def plain_winner(result: Mapping[str, Any], shown: str, cost: str) -> str | None:
     """A sentence about the best plain baseline, if it changes answers less than the policy that was found.
 
     Args:
-        policies: The `policies` of `result.json`. The first one was found.
+        result: The content of `result.json`. The first one of its `policies` was found.
         shown: Its name in reports.
         cost: The cost of which others take no more, in words.
 
     Returns:
         None if no plain baseline does.
     """
+    policies = result["policies"]
     changed = {name: worst(policy["curves"].values(), "token_change") for name, policy in policies.items()}
     found = next(iter(policies))
     plain = [name for name, policy in policies.items() if policy["plain"]]
     best = min(plain, key=lambda name: changed[name], default=found)
     if changed[best] >= changed[found]:
         return None
+
+    def on_worst_task(name: str) -> str:
+        curves = policies[name]["curves"]
+        task = max(curves, key=lambda task: curves[task]["token_change"])
+        tokens = result["tasks"][task]["tokens"]
+        return f"{changed[name]:.1%} of {tokens} answer tokens on its worst task, {task}"
+
     return (
-        f'On this data, a plain baseline is better than {shown} at no more {cost}: "{best}" changes '
-        f"{changed[best]:.1%} of tokens on the worst task, and {shown} {changed[found]:.1%}."
+        f"On this data, a plain baseline changes answers less than {shown} at no more {cost}: "
+        f'"{best}" changes {on_worst_task(best)}, and {shown} {on_worst_task(found)}.'
     )
 
 
@@ -72,4 +85,6 @@ def policy_table(policies: Mapping[str, Mapping[str, Any]], shown: Mapping[str, 
         cells = [f"{100 * value:{len(head)}.1f}" for value, head in zip(values, heads, strict=False)]
         cells.append(f"{worst(curves, 'mean_kl'):6.2g}")
         lines.append("  ".join([f"{shown.get(name, name):{width}}", *cells]))
+    if not any("visual_tokens" in policy for policy in policies.values()):
+        lines += ["", NO_RESOLUTION]
     return lines

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from vllm_vtw.search.reports.comparison import plain_winner, policy_table, stages, worst
+from vllm_vtw.search.reports.comparison import NO_RESOLUTION, plain_winner, policy_table, stages, worst
 from vllm_vtw.search.reports.data_notes import data_notes
 from vllm_vtw.search.reports.page import MARKERS, Draw, label_layers, page
 
@@ -23,12 +23,12 @@ def html(result: dict[str, Any], command: str | None) -> str:
     """
     winner = _winner(result)
     given = {"result": result, "command": command, "shown": NAMES, "kept": stages, "winner": winner}
-    return page("schedules.html", _plots(result), **given)
+    return page("schedules.html", _plots(result), **given, no_resolution=NO_RESOLUTION)
 
 
 def _winner(result: dict[str, Any]) -> str | None:
     """The sentence about a plain baseline that is better than what was found."""
-    return plain_winner(result["policies"], NAMES[result["method"]], result["others_take_no_more"])
+    return plain_winner(result, NAMES[result["method"]], result["others_take_no_more"])
 
 
 def notes(result: dict[str, Any], tasks_without_sample: Collection[str]) -> list[str]:
