@@ -74,6 +74,9 @@ def test_people_read_the_same(gsearched):
     assert f"Policy file: {out / 'policy.json'}" in ended.out
     assert "vllm serve" in ended.out
     assert "vllm serve" in page
+    budget = "a mean KL of at most 0.1 nats, and at most 0.05 of the tokens changed"
+    assert budget in page
+    assert budget in ended.out
     assert json.loads((out / "policy.json").read_text())["search"]["method"] == "gsearch"
 
 
@@ -158,7 +161,9 @@ def test_p_sigmoid_on_a_memory_budget(data, tmp_path):
     found, *others = (policy for name, policy in result["policies"].items() if "published" not in name)
     assert 0.72 < found["kv_share"] <= 0.8
     assert all(other["kv_share"] <= found["kv_share"] for other in others)
-    assert "take no more KV memory" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "take no more KV memory" in page
+    assert "Budget: 0.8 of stock vLLM&#39;s KV memory." in page
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,24 @@ def html(result: dict[str, Any], command: str | None) -> str:
     """
     winner = _winner(result)
     given = {"result": result, "command": command, "shown": NAMES, "kept": stages, "winner": winner}
-    return page("schedules.html", _plots(result), **given, no_resolution=NO_RESOLUTION)
+    said = {"budget": _budget(result["made"]), "no_resolution": NO_RESOLUTION}
+    return page("schedules.html", _plots(result), **given, **said)
+
+
+def _budget(made: dict[str, Any]) -> str:
+    """The budgets that the search kept to, in words.
+
+    Args:
+        made: `made` of `result.json`.
+    """
+    if "max_answer_kl" in made:
+        return (
+            f"Budgets on every task: a mean KL of at most {made['max_answer_kl']:g} nats, and at most "
+            f"{made['max_token_change']:.3g} of the tokens changed."
+        )
+    if made["kv_budget"] is not None:
+        return f"Budget: {made['kv_budget']:g} of stock vLLM's KV memory."
+    return f"Budget: {made['budget']:g} of the full decoder's work on a prompt."
 
 
 def _winner(result: dict[str, Any]) -> str | None:
@@ -63,6 +80,7 @@ def table(result: dict[str, Any]) -> list[str]:
     return [
         *([winner, ""] if winner else []),
         f"{result['made']['samples']} samples, {result['model']['num_hidden_layers']} layers.",
+        _budget(result["made"]),
         *policy_table(result["policies"], NAMES),
         "",
         f"{NAMES[result['method']]} was searched on these samples; the others were not. They take no more "
