@@ -29,7 +29,7 @@ from openai import OpenAI
 from PIL import Image
 from transformers import LlavaConfig
 
-from benchmarks.quality.calibration import write_data
+from benchmarks.quality.data import write_data
 from benchmarks.quality.model import CHECKPOINT, LAYERS, MAX_ANSWER_TOKENS
 from benchmarks.quality.tasks import TASKS, Question, samples
 from benchmarks.server import Server, ServerError, serving

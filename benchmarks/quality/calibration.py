@@ -20,35 +20,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.machine import measured_on
+from benchmarks.quality.data import write_data
 from benchmarks.quality.evaluate import positive
 from benchmarks.quality.model import CHECKPOINT, LAYERS, MAX_ANSWER_TOKENS
-from benchmarks.quality.tasks import TASKS, samples
+from benchmarks.quality.tasks import TASKS
 
 QUALITY = Path(__file__).parents[1] / "results" / "quality.json"
 DATA = {"counting": ["counting"], "all tasks": list(TASKS)}
-
-
-def write_data(folder: Path, tasks: Sequence[str], number: int) -> Path:
-    """Writes samples of the validation split for a command's `--data`.
-
-    Args:
-        folder: The folder to write to.
-        tasks: The tasks, which take turns.
-        number: The number of samples.
-
-    Returns:
-        The data file.
-    """
-    lines = []
-    streams = {task: samples("validation", task) for task in tasks}
-    for index in range(number):
-        picture, question = next(streams[tasks[index % len(tasks)]])
-        picture.save(folder / f"{index}.png")
-        line = {"image": f"{index}.png", "prompt": question.text}
-        lines.append(json.dumps(line | {"task": question.task, "answer": question.answer}) + "\n")
-    file = folder / "data.jsonl"
-    file.write_text("".join(lines))
-    return file
 
 
 def calibrated(tasks: Sequence[str], number: int) -> dict[str, Any]:

@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 from benchmarks.exits import by_number, logged_exits
 from benchmarks.machine import measured_on
-from benchmarks.quality.calibration import QUALITY, write_data
+from benchmarks.quality.calibration import QUALITY
+from benchmarks.quality.data import write_data
 from benchmarks.quality.evaluate import OPTIONS, TIE, Answer, Sample, Score, answers, percent, positive, score
 from benchmarks.quality.model import CHECKPOINT, LAYERS, MAX_ANSWER_TOKENS
 from benchmarks.quality.plots import plot_exits

@@ -27,7 +27,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.machine import measured_on
-from benchmarks.quality.calibration import write_data
+from benchmarks.quality.data import write_data
 from benchmarks.quality.evaluate import TIE, Answer, Sample, Score, engine_answers, percent, positive, score
 from benchmarks.quality.model import CHECKPOINT, LAYERS, MAX_ANSWER_TOKENS
 from benchmarks.quality.plots import plot_schedules

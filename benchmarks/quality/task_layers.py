@@ -30,7 +30,8 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.machine import measured_on
-from benchmarks.quality.calibration import QUALITY, write_data
+from benchmarks.quality.calibration import QUALITY
+from benchmarks.quality.data import write_data
 from benchmarks.quality.dyvte import largest_gap, mean_right, prices
 from benchmarks.quality.evaluate import OPTIONS, TIE, Answer, Sample, Score, percent, positive, score
 from benchmarks.quality.model import CHECKPOINT, LAYERS, MAX_ANSWER_TOKENS, PICTURE_PART, question_part

@@ -7,7 +7,7 @@ import sys
 from itertools import islice
 from unittest.mock import patch
 
-from benchmarks.quality.calibration import write_data
+from benchmarks.quality.data import write_data
 from benchmarks.quality.evaluate import TIE, answers, own_answer
 from benchmarks.quality.model import CHECKPOINT, LAYERS
 from benchmarks.quality.schedules import largest_gap

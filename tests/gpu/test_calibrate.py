@@ -4,7 +4,7 @@
 
 import pytest
 
-from benchmarks.quality.calibration import write_data
+from benchmarks.quality.data import write_data
 from benchmarks.quality.tasks import TASKS
 from tests.search.command import calibrate, found
 

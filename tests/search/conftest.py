@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality.calibration import write_data
+from benchmarks.quality.data import write_data
 from benchmarks.quality.tasks import TASKS
 from benchmarks.small_llava import SmallLlava
 from tests.search.command import SAMPLES, Ended, calibrate
