@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all env lint bench quality train quality-from-scratch
+.PHONY: demo test test-all test-next env lint docs bench quality train quality-from-scratch
 
 demo: env
 	$(BIN)/python -m benchmarks.demo
@@ -11,6 +11,12 @@ test: env lint
 
 test-all: env lint
 	$(BIN)/python -m pytest -m ""
+
+# The tests that need no engine, on the Python sources of a vLLM without a build for the CPU. VLLM=0.34.0 tries
+# another version.
+test-next: env
+	$(BIN)/python -m tools.setup_next $(VLLM)
+	VLLM_VTW_ALLOW_UNTESTED=1 .venv-next/bin/python -m pytest tests/unit
 
 bench: env
 	$(BIN)/python -m benchmarks.serving small
@@ -26,6 +32,9 @@ quality-from-scratch: train
 	$(BIN)/python -m benchmarks.quality.evaluate --checkpoint .training/checkpoint --samples 500 --check \
 		--layers 1,2,3,4,5,6,7,8,9,10,11,12 --out benchmarks/results/quality.json
 	cp .training/checkpoint/* benchmarks/quality/checkpoint/
+
+docs: env
+	$(BIN)/mkdocs build
 
 lint: env
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""Prints README's table of supported models, from the table that the plugin itself uses.
+"""Prints the table of supported models of `docs/models.md`, from the table that the plugin itself uses.
 
 .venv/bin/python -m tools.support_table
 """

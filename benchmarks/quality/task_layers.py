@@ -204,12 +204,12 @@ def of_tasks(
 
 
 def beside() -> list[dict[str, Any]]:
-    """The rows of stock vLLM, of the K that was calibrated for all tasks, and of gates."""
+    """The rows of stock vLLM, of one K for all tasks, and of gates."""
     rows = json.loads(GATES.read_text())["rows"]
     return [
         row
         for row in rows
-        if row["name"] == "stock" or "calibrate" in row["name"] or row["name"].endswith(("t = 0", "t = 2"))
+        if row["name"] == "stock" or row["name"].endswith(("calibrate`", "K = 8", "K = 6", "t = 0", "t = 2"))
     ]
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""How runs with and without a guard are compared, and what README says of them."""
+"""How runs with and without a guard are compared, and what the documentation says of them."""
 
 import json
 from collections import Counter
@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.guard_cost import LOADS, METRICS, SHARES, back_and_forth, compared
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "cpu-guard-cost.json"
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs/guard.md"
 
 
 def test_the_order_goes_back_as_it_came():
@@ -39,10 +39,10 @@ def test_a_run_that_stands_out_changes_no_ratio():
         assert (row["read"], row["left_out"]) == ((9, 3) if row["share"] else (0, 0))
 
 
-def test_the_committed_rows_are_those_of_the_runs_and_in_the_readme():
+def test_the_committed_rows_are_those_of_the_runs_and_in_the_documentation():
     result = json.loads(RESULTS.read_text())
     assert result["rows"] == compared(result["runs"])
-    text = README.read_text()
+    text = PAGE.read_text()
     for row in result["rows"]:
         if row["share"]:
             ratios = [row["ratios"][name] for name in ("request_throughput", "median_ttft_ms", "p99_ttft_ms")]

@@ -219,8 +219,8 @@ def test_a_checkpoint_in_both_formats(tmp_path):
     assert configure(folder, config_format="hf").model_config.hf_config.model_type == "mistral3"
 
 
-def test_readme_has_these_numbers(tmp_path):
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+def test_the_documentation_has_these_numbers(tmp_path):
+    page = (Path(__file__).parents[2] / "docs/capacity.md").read_text(encoding="utf-8")
     for name in (
         "Qwen/Qwen2.5-VL-7B-Instruct",
         "Qwen/Qwen3-VL-8B-Instruct",
@@ -232,4 +232,4 @@ def test_readme_has_these_numbers(tmp_path):
             fit = planned(folder, "--layer", str(layer), "--visual-tokens", "1024")["max_sequences"]
             cells += [f"{fit['stock']}"] if len(cells) == 1 else []
             cells.append(f"K = {layer}: x {fit['vtw'] / fit['stock']:.2f}")
-        assert f"| {' | '.join(cells)} |" in readme
+        assert f"| {' | '.join(cells)} |" in page

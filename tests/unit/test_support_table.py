@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""README's table of models is the one that the plugin uses, and tests keep what it promises."""
+"""The documentation's table of models is the one that the plugin uses, and tests keep what it promises."""
 
 from pathlib import Path
 
@@ -28,9 +28,9 @@ from vllm_vtw.models import served
 NAMES = {name for family in FAMILIES for name in family.hub}
 
 
-def test_readme_has_the_table():
-    readme = Path(__file__).parents[2] / "README.md"
-    assert table() in readme.read_text(encoding="utf-8")
+def test_the_documentation_has_the_table():
+    page = Path(__file__).parents[2] / "docs/models.md"
+    assert table() in page.read_text(encoding="utf-8")
 
 
 def test_every_family_is_tested():

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""The committed accuracies of gates, and what page and README say of them."""
+"""The committed accuracies of gates, and what pages say of them."""
 
 import json
 from itertools import product
@@ -25,8 +25,8 @@ def test_every_threshold_is_there_and_the_reference_agrees():
 def test_tables_say_what_was_measured():
     page = table(RESULT["rows"])
     assert (ROOT / "benchmarks/results/dyvte.md").read_text() == page + "\n"
-    readme = (ROOT / "README.md").read_text().splitlines()
-    shown = [line for line in readme if line.startswith(("| gates at", "| VTW, K"))]
+    documented = (ROOT / "docs/gates.md").read_text().splitlines()
+    shown = [line for line in documented if line.startswith(("| gates at", "| VTW, K"))]
     assert shown
     elsewhere = (ROOT / "benchmarks/results/task-layers.md").read_text().splitlines()
     assert set(shown) <= {*page.splitlines(), *elsewhere}
@@ -39,7 +39,7 @@ def test_vtw_beside_gates_takes_no_more_work():
         assert vtw["prefill_flops_share"] <= row["prefill_flops_share"]
 
 
-def test_what_readme_says_of_gates():
+def test_what_the_documentation_says_of_gates():
     """Reading takes longer than yes or no; and at no more work no VTW is as good."""
     for row in GATED:
         exits = row["exits"]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""The committed accuracies of rankings, and what page and README say of them."""
+"""The committed accuracies of rankings, and what pages say of them."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_the_reference_agrees():
 
 def test_tables_say_what_was_measured():
     assert (ROOT / "benchmarks/results/rankings.md").read_text() == page(ROWS) + "\n"
-    assert summary(ROWS) in (ROOT / "README.md").read_text()
+    assert summary(ROWS) in (ROOT / "docs/rankings.md").read_text()
 
 
 def test_a_method_withdraws_no_more_than_its_budget_asks_for():

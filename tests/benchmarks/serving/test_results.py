@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""The committed results: their form, and that tables and README say what is in them."""
+"""The committed results: their form, and that tables and the documentation say what is in them."""
 
 import json
 import re
@@ -17,6 +17,7 @@ from benchmarks.serving.sweeps import told
 from vllm_vtw.policy import Policy
 
 ROOT = Path(__file__).parents[3]
+PAGE = ROOT / "docs/benchmarks.md"
 SCHEMA = json.loads((ROOT / "benchmarks/serving/result.schema.json").read_text())
 PROFILE, QWEN_PROFILE = (ROOT / f"benchmarks/results/serving-cpu{of}-profile.json" for of in ("", "-qwen"))
 RESULTS = sorted({*(ROOT / "benchmarks/results").glob("serving-*.json")} - {PROFILE, QWEN_PROFILE})
@@ -85,11 +86,11 @@ def test_plots_are_made_from_the_result(file, tmp_path):
             assert image.info[show.MADE_FROM] == show.digest(file)
 
 
-def test_readme_says_what_was_measured():
-    readme = (ROOT / "README.md").read_text()
+def test_the_documentation_says_what_was_measured():
+    page = PAGE.read_text()
     number, numbers = r"([\d.]+)", r"([\d.]+), ([\d.]+)"
     row = rf"^\| ([^|]+) \| {numbers} \| \*\*{number}\*\* \| ([\d.]*) \| ([\d.]*) \| {numbers} \|$"
-    rows = re.findall(row, readme, re.M)
+    rows = re.findall(row, page, re.M)
     compared = {
         one.label: one
         for file in (CPU, QWEN, SCHEDULE, RANKINGS)
@@ -105,8 +106,8 @@ def test_readme_says_what_was_measured():
         assert at_once == [f"{value:.1f}" for value in one.means("steps", "mean_running")]
 
 
-def test_readme_says_where_the_time_went():
-    readme = " ".join((ROOT / "README.md").read_text().split())
+def test_the_documentation_says_where_the_time_went():
+    page = " ".join(PAGE.read_text().split())
     profiles = {one["row"]: one["seconds"] for one in json.loads(PROFILE.read_text())["profiles"]}
     missed = [
         one.label for one in compare(json.loads(CPU.read_text())) if float(show.reached(one) or 1) < 0.9
@@ -122,15 +123,15 @@ def test_readme_says_where_the_time_went():
         f"it takes {shares('stock', 'decoder')} of stock vLLM's time and {shares('vtw', 'decoder')} of the "
         f"plugin's, whose own work, step plan, gather and scatter, takes "
         f"{shares('vtw', 'step plan', 'gather and scatter')}"
-    ) in readme
+    ) in page
     assert (
         f"The vision tower, which is not withdrawn, takes {shares('stock', 'vision tower')} of stock vLLM's "
         f"time and {shares('vtw', 'vision tower')} of the plugin's"
-    ) in readme
+    ) in page
 
 
-def test_readme_says_what_the_vision_tower_takes():
-    readme = " ".join((ROOT / "README.md").read_text().split())
+def test_the_documentation_says_what_the_vision_tower_takes():
+    page = " ".join(PAGE.read_text().split())
     tower = []
     for profile in json.loads(QWEN_PROFILE.read_text())["profiles"]:
         for side in ("stock", "vtw"):
@@ -139,7 +140,7 @@ def test_readme_says_what_the_vision_tower_takes():
     assert (
         "the vision tower takes {} and {}% of stock vLLM's time with 256 and 1,024 visual tokens, and {} and "
         "{}% of the plugin's"
-    ).format(*tower[::2], *tower[1::2]) in readme
+    ).format(*tower[::2], *tower[1::2]) in page
 
 
 @pytest.mark.parametrize("content", [None, "no JSON", "{}", "[]"])
