@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,8 +20,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.server import Server, ServerError, alive, serving
 from tests.engine.adapters import Adapter
 from tests.engine.engines import BLOCK_SIZE, MODEL, A, Ask, B, assert_follows
+from tools.dashboard import queries
 
-DASHBOARD = Path(__file__).parents[2] / "benchmarks" / "grafana.json"
 LAYER = MODEL.layers // 2
 OPTIONS = (
     "--dtype=float32",
@@ -215,9 +214,7 @@ def test_metrics(client, server):
 
 def test_the_dashboard_shows_metrics_that_there_are(client, server):
     chat(client, A)
-    panels = json.loads(DASHBOARD.read_text())["panels"]
-    expressions = [target["expr"] for panel in panels for target in panel["targets"]]
-    shown = set(re.findall(r"vllm:\w+", " ".join(expressions)))
+    shown = set(re.findall(r"vllm:\w+", " ".join(queries())))
     there = {sample.name for sample in samples(server)}
     elsewhere = ("vllm:vtw_exit_layer", "vllm:vtw_guard_")
     assert {name for name in shown if not name.startswith(elsewhere)} <= there, "but of gates and guards"

@@ -4,7 +4,9 @@
 
 import json
 import re
+import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ from openai import BadRequestError, OpenAI
 
 from benchmarks.server import Server, serving
 from tests.engine.engines import MODEL, A, Ask, B, assert_follows
-from tests.engine.test_server import DASHBOARD, OPTIONS, chat, message, samples
+from tests.engine.test_server import OPTIONS, chat, message, samples
 from tests.search.command import vtw
+from tools.dashboard import ALERTS, filled_in, queries
+from tools.prometheus import scraping
 
 TASKS = {"yes/no": 2, "ocr": 6, "caption": MODEL.layers}
 DEFAULT = 6
@@ -164,11 +168,32 @@ def test_the_guard_on_metrics_and_in_the_terminal(client, server):
 def test_the_dashboard_shows_the_guard(client, server):
     chat(client, A)
     read_again(server, {("6", "")}, {})
-    expressions = re.findall(r'"expr": "(.*)"', DASHBOARD.read_text())
-    shown = set(re.findall(r"vllm:\w+", " ".join(expressions)))
+    shown = set(re.findall(r"vllm:\w+", " ".join(queries())))
     there = {sample.name for sample in samples(server)}
     guards = {name for name in shown if name.startswith("vllm:vtw_guard_")}
     assert guards - {"vllm:vtw_guard_left_out_total"} <= there
+
+
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="Debian's package `prometheus` has it")
+def test_prometheus_answers_the_dashboard_and_the_alert(client, server):
+    of, body = ("2", "yes/no"), {"vllm_xargs": {"vtw_task": "yes/no"}}
+    # What grows before Prometheus has seen a counter for the first time is not an increase to it.
+    chat(client, A, extra_body=body)
+    read_again(server, {of}, {})
+    with scraping(server.url, ALERTS) as prometheus:
+        with ThreadPoolExecutor() as pool:
+            long = {"extra_body": body, "max_completion_tokens": 380}
+            list(pool.map(lambda image: chat(client, image, **long), (A, B)))
+        deadline = time.monotonic() + 30
+        while not (alerts := prometheus.get("alerts")["alerts"]) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        empty = [query for query in queries() if not prometheus.query(filled_in(query, "10s"))]
+    (alert,) = alerts
+    assert alert["state"] == "pending", "it fires after half an hour"
+    assert (alert["labels"]["layer"], alert["labels"]["task"]) == of
+    assert "Withdrawing visual tokens at layer 2 changes " in alert["annotations"]["summary"]
+    of_others = "vllm:vtw_exit_layer_bucket", "vllm:vtw_guard_left_out_total"
+    assert set(re.findall(r"vllm:\w+", " ".join(empty))) <= {*of_others}, "of gates, and of a busy guard"
 
 
 def test_words_of_requests_are_not_logged(client, server):

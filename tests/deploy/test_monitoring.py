@@ -1,33 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""The dashboard, the alert and `vtw guard` ask for metrics that the plugin has."""
+"""The dashboard, the alert and `vtw guard` ask for metrics that there are; the alert fires when it should."""
 
-import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 import vllm_vtw
+from tools.dashboard import ALERTS, FOLDER, alerts, panels, queries
 from vllm_vtw.commands import guard_counts
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-PANELS = json.loads((FOLDER / "grafana.json").read_text(encoding="utf-8"))["panels"]
-QUERIES = [target["expr"] for panel in PANELS for target in panel["targets"]]
-ALERTS = yaml.safe_load((FOLDER / "alerts.yml").read_text(encoding="utf-8"))
+PANELS, QUERIES = panels(), queries()
 SUFFIXES = ("_total", "_bucket", "_sum", "_count")
-
-
-def rules() -> list[dict[str, Any]]:
-    return [rule for group in ALERTS["groups"] for rule in group["rules"]]
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="Debian's package `prometheus` has promtool"
+)
 
 
 def asked_for() -> set[str]:
     """The plugin's metrics that are asked for, named as in Prometheus."""
     command = (guard_counts.REQUESTS, guard_counts.LEFT_OUT, guard_counts.OF_GATES, *guard_counts.OF_ANSWERS)
-    expressions = [*QUERIES, *(rule["expr"] for rule in rules()), *command]
+    expressions = [*QUERIES, *(rule["expr"] for rule in alerts()), *command]
     return set(re.findall(r"vllm:vtw_\w+", " ".join(expressions)))
 
 
@@ -72,7 +69,7 @@ def test_requests_are_added_up_over_what_is_not_shown(query):
 
 
 def test_the_alert():
-    (rule,) = rules()
+    (rule,) = alerts()
     assert rule["alert"] == "VisualTokensLeaveTooEarly"
     assert rule["for"] == "30m"
     by = "sum by (model_name, layer, task)"
@@ -85,3 +82,27 @@ def test_the_alert():
         assert set(re.findall(r"\$labels\.(\w+)", text)) <= {"model_name", "layer", "task"}
     assert {"summary", "description"} == rule["annotations"].keys()
     assert "vtw calibrate" in rule["annotations"]["description"]
+
+
+@needs_promtool
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [("check", ALERTS), ("test", Path(__file__).with_name("alerts_test.yml"))],
+    ids=["check", "test"],
+)
+def test_promtool(command, file):
+    """`alerts_test.yml` has when the alert fires, when it does not, and what it says."""
+    done = subprocess.run(["promtool", command, "rules", file], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "SUCCESS" in done.stdout
+
+
+def test_kubernetes_gets_the_same_dashboard_and_alerts():
+    kustomization = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())
+    (dashboard,) = kustomization["configMapGenerator"]
+    assert dashboard["files"] == ["dashboard.json"]
+    assert kustomization["generatorOptions"]["labels"] == {"grafana_dashboard": "1"}
+    (name,) = kustomization["resources"]
+    rule = yaml.safe_load((FOLDER / name).read_text())
+    assert (rule["apiVersion"], rule["kind"]) == ("monitoring.coreos.com/v1", "PrometheusRule")
+    assert rule["spec"] == yaml.safe_load(ALERTS.read_text())
