@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""Tests of the files in `deploy/`: the plugin's options, and routers that keep an image in one replica."""
+"""Several replicas: the plugin's options, routers that keep an image in one replica, and metrics of all."""
 
-from pathlib import Path
 from typing import Any
 
 import yaml
-from vllm.engine.arg_utils import EngineArgs
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_vtw.config import ModelShape, VTWConfig
+from tests.deploy.options import DEPLOY, assert_withdraws_at_16, parsed
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
 HEADER = "x-session-id"
 
 
@@ -19,21 +15,17 @@ def described(name: str) -> Any:
     return yaml.safe_load((DEPLOY / name).read_text())
 
 
-def assert_withdraws_at_16(model_impl: str, additional_config: dict[str, Any]) -> None:
-    assert model_impl == "vtw"
-    model = ModelShape("llava", "llama", 32, 4096, 32064)
-    assert VTWConfig.parse(additional_config["vtw"], model, prefix_caching=True).policy.default_layer == 16
-
-
 def test_production_stack():
     values = described("production-stack.yaml")
     (model,) = values["servingEngineSpec"]["modelSpec"]
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-    args = parser.parse_args(model["vllmConfig"]["extraArgs"])
+    args = parsed("serve", model["modelURL"], *model["vllmConfig"]["extraArgs"])
     assert_withdraws_at_16(args.model_impl, args.additional_config)
     assert model["replicaCount"] > 1
     assert model["vllmConfig"]["enablePrefixCaching"]
-    assert values["routerSpec"] == {"routingLogic": "session", "sessionKey": HEADER}
+    assert values["routerSpec"]["routingLogic"] == "session"
+    assert values["routerSpec"]["sessionKey"] == HEADER
+    for spec in ("servingEngineSpec", "routerSpec"):
+        assert values[spec]["serviceMonitor"]["enabled"]
 
 
 def test_ray_serve():
@@ -47,4 +39,5 @@ def test_ray_serve():
 
 
 def test_the_header_is_the_one_that_clients_are_told():
-    assert f'extra_headers={{"{HEADER}": ' in (DEPLOY.parent / "README.md").read_text()
+    page = (DEPLOY.parent / "docs" / "deployment.md").read_text()
+    assert f'extra_headers={{"{HEADER}": ' in page
