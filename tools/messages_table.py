@@ -58,7 +58,8 @@ def page() -> str:
 def messages(module: ModuleType) -> Iterator[str]:
     """The texts of a module's errors and warnings, in their order, with `...` for what is filled in."""
     assert module.__file__ is not None
-    for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+    for node in sorted(ast.walk(tree), key=lambda node: getattr(node, "lineno", 0)):
         match node:
             case ast.Raise(exc=ast.Call(func=ast.Name("ValueError" | "RuntimeError"), args=[text, *_])):
                 pass
