@@ -15,6 +15,11 @@ from vllm_vtw.commands.cli import main
 
 SAMPLES = 48
 """Of the trained model's questions, in the data of these tests."""
+FEW = ("--limit=8", "--max-tokens=8")
+LOOK = ("--limit=12", "--max-tokens=8")
+"""How many samples DyVTE's gates see."""
+TRAIN = (*LOOK, "--layers=4,9", "--epochs=3", "--learning-rate=0.001")
+"""How they are trained."""
 
 
 class Ended(NamedTuple):
@@ -27,6 +32,15 @@ class Ended(NamedTuple):
 
 def calibrate(data: Path, out: Path, *options: str, model: Path = CHECKPOINT) -> Ended:
     return vtw("calibrate", str(model), "--data", str(data), "--out", str(out), *options)
+
+
+def searched(method: str, data: Path, out: Path, *options: str) -> Ended:
+    """`vtw gsearch` or `vtw psigmoid` on few samples."""
+    return vtw(method, str(CHECKPOINT), f"--data={data}", f"--out={out}", *FEW, *options)
+
+
+def dyvte(command: str, data: Path, out: Path, *options: str) -> Ended:
+    return vtw("dyvte", command, str(CHECKPOINT), f"--data={data}", f"--out={out}", *options)
 
 
 def vtw(*command: str) -> Ended:

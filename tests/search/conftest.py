@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
-"""Small models, data and a calibration, made once a session."""
+"""Small models, data, a calibration, a search and gates, made once a session."""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import pytest
 from benchmarks.quality.data import write_data
 from benchmarks.quality.tasks import TASKS
 from benchmarks.small_llava import SmallLlava
-from tests.search.command import SAMPLES, Ended, calibrate
+from tests.search.command import SAMPLES, TRAIN, Ended, calibrate, dyvte, searched
 from vllm_vtw.search.checkpoint import read_config
 from vllm_vtw.search.model import HFModel, Placement
 
@@ -41,3 +41,17 @@ def done(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, En
     """A calibration on all samples."""
     out = tmp_path_factory.mktemp("calibrated") / "out"
     return out, calibrate(data, out)
+
+
+@pytest.fixture(scope="session")
+def gsearched(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
+    """A G-Search."""
+    out = tmp_path_factory.mktemp("gsearch") / "out"
+    return out, searched("gsearch", data, out, "--max-token-change=0.05", "--max-answer-kl=0.1")
+
+
+@pytest.fixture(scope="session")
+def gates(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
+    """Gates that were trained."""
+    out = tmp_path_factory.mktemp("dyvte") / "out"
+    return out, dyvte("train", data, out, *TRAIN)

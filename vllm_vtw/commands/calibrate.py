@@ -97,14 +97,13 @@ def _run(arguments: argparse.Namespace) -> None:
         from vllm_vtw.search.reports import calibration as report
 
         result = _calibrate(arguments)
-    criterion = arguments.criterion
     save_results(
         arguments,
         result,
-        policy_file(result, criterion),
+        policy_file(result),
         report.html,
         report.table(result),
-        f", by the {criterion} criterion{' on each task' if arguments.per_task else ''}",
+        f", by the {arguments.criterion} criterion{' on each task' if arguments.per_task else ''}",
     )
 
 
@@ -147,7 +146,8 @@ def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     budget = calibration.Budget(eta, arguments.max_answer_kl, arguments.max_token_change)
     result = calibration.result(shape, model, settings, measured, budget)
-    result["policies"], layer = {}, result["layer"][arguments.criterion]
+    result["criterion"], result["policies"] = arguments.criterion, {}
+    layer = result["layer"][arguments.criterion]
     failed = []
     # With --per-task, this layer is not the one that is served.
     if layer is not None and not arguments.per_task:
@@ -162,7 +162,7 @@ def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     result["skipped"] = skipped
     unseen = setup.tasks - result["tasks"].keys()
-    result["notes"] = notes(result, arguments.criterion, unseen) + model.prompts.notes + failed
+    result["notes"] = notes(result, unseen) + model.prompts.notes + failed
     return result
 
 
@@ -235,20 +235,17 @@ def _check_tasks(setup: SearchSetup) -> None:
         raise ValueError(f"--per-task: {error}") from error
 
 
-def policy_file(result: dict[str, Any], criterion: str) -> dict[str, Any] | None:
-    """The content of the policy file, with how it was calibrated.
+def policy_file(result: dict[str, Any]) -> dict[str, Any] | None:
+    """The content of the policy file, with how it was calibrated. None if nothing is withdrawn.
 
     Args:
         result: The content of `result.json`.
-        criterion: The criterion that chooses K, if there is one K for all tasks.
-
-    Returns:
-        None if nothing is withdrawn.
     """
     from vllm_vtw.search.vtw.calibration import calibrated_policy
     from vllm_vtw.search.vtw.task_layers import task_policy
 
-    model, layer, per_task = result["model"], result["layer"][criterion], result.get("per_task")
+    model, per_task = result["model"], result.get("per_task")
+    layer = result["layer"][result["criterion"]]
     num_layers = model["num_hidden_layers"]
     if per_task is not None:
         policy = task_policy({name: task["layer"] for name, task in per_task["tasks"].items()}, num_layers)
@@ -260,6 +257,7 @@ def policy_file(result: dict[str, Any], criterion: str) -> dict[str, Any] | None
     if not policy.stages:
         return None
     keys = (
+        "criterion",
         "made",
         "budget",
         "layer",
@@ -269,5 +267,5 @@ def policy_file(result: dict[str, Any], criterion: str) -> dict[str, Any] | None
         "curves",
         "per_task",
     )
-    calibration = {"criterion": criterion} | {key: result[key] for key in keys if key in result}
+    calibration = {key: result[key] for key in keys if key in result}
     return policy.to_json(model) | {"calibration": calibration}

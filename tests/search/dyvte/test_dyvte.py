@@ -15,9 +15,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from benchmarks.quality.model import CHECKPOINT, LAYERS
+from benchmarks.quality.model import LAYERS
 from benchmarks.small_llava import SmallLlava
-from tests.search.command import Ended, vtw
+from tests.search.command import LOOK, TRAIN, dyvte
 from tests.search.conftest import load_llava
 from tests.search.plain import plain_logits
 from tests.search.test_model import PROMPTS, pictures, sample
@@ -30,8 +30,6 @@ from vllm_vtw.search.dyvte.training import TrainingSettings, held_out, train
 from vllm_vtw.search.journal import Journal
 
 __all__ = ["pictures"]
-LOOK = ("--limit=12", "--max-tokens=8")
-TRAIN = (*LOOK, "--layers=4,9", "--epochs=3", "--learning-rate=0.001")
 
 
 def of_answer(*chosen: tuple[int, float]) -> torch.Tensor:
@@ -139,16 +137,6 @@ def test_gates_stand_at_every_fourth_layer():
     assert default_layers(32) == [8, 12, 16, 20, 24, 28]
     assert default_layers(2) == [1]
     assert default_layers(8, first_layer=3) == [3, 7]
-
-
-def dyvte(command: str, data: Path, out: Path, *options: str) -> Ended:
-    return vtw("dyvte", command, str(CHECKPOINT), f"--data={data}", f"--out={out}", *options)
-
-
-@pytest.fixture(scope="module")
-def gates(data, tmp_path_factory) -> tuple[Path, Ended]:
-    out = tmp_path_factory.mktemp("dyvte") / "out"
-    return out, dyvte("train", data, out, *TRAIN)
 
 
 def without_time(out: Path) -> dict[str, Any]:

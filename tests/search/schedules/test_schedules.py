@@ -12,17 +12,11 @@ from unittest.mock import patch
 
 import pytest
 
-from benchmarks.quality.model import CHECKPOINT, LAYERS
-from tests.search.command import Ended, vtw
+from benchmarks.quality.model import LAYERS
+from tests.search.command import searched
 from vllm_vtw.policy import Policy
 from vllm_vtw.search.journal import Journal
 from vllm_vtw.search.schedules.psigmoid import sigmoid
-
-FEW = ("--limit=8", "--max-tokens=8")
-
-
-def searched(method: str, data: Path, out: Path, *options: str) -> Ended:
-    return vtw(method, str(CHECKPOINT), f"--data={data}", f"--out={out}", *FEW, *options)
 
 
 def result_of(out: Path) -> dict[str, Any]:
@@ -35,12 +29,6 @@ def result_of(out: Path) -> dict[str, Any]:
 def policy_of(out: Path) -> Policy:
     content = json.loads((out / "policy.json").read_text())
     return Policy.from_json(content, content["model"])
-
-
-@pytest.fixture(scope="module")
-def gsearched(data, tmp_path_factory) -> tuple[Path, Ended]:
-    out = tmp_path_factory.mktemp("gsearch") / "out"
-    return out, searched("gsearch", data, out, "--max-token-change=0.05", "--max-answer-kl=0.1")
 
 
 def test_g_search_finds_what_each_layer_needs(gsearched):
@@ -66,7 +54,9 @@ def test_g_search_finds_what_each_layer_needs(gsearched):
 def test_people_read_the_same(gsearched):
     out, ended = gsearched
     page = (out / "report.html").read_text()
-    found = result_of(out)["policies"]["gsearch"]
+    result = result_of(out)
+    found = result["policies"]["gsearch"]
+    assert f"<td>samples_sha256</td><td>{result['made']['samples_sha256']}</td>" in page
     share = f"{100 * found['prefill_flops_share']:.1f}"
     assert page.count("<svg") == 3
     assert f"<td>{share}</td>" in page

@@ -126,6 +126,7 @@ def test_without_a_k_there_is_no_policy(data, tmp_path):
     )
     ended = calibrate(data, tmp_path, *options, "--resume", "--criterion=first-token")
     assert re.search(r"K = 6, the largest measured: mean KL [0-9.]+ nats .*\(--eta allows 0.003\)", ended.out)
+    assert "prefill work" not in ended.out, "without a K, the table has no rows of what it costs"
     chosen = calibrate(data, tmp_path, *options, "--resume", "--criterion=first-token", "--eta=50")
     assert chosen.status == 0
     content = json.loads((tmp_path / "policy.json").read_text())

@@ -142,12 +142,13 @@ def test_what_groups_waste_is_paid(layer, tokens):
 def test_a_k_with_which_groups_waste_what_is_saved_is_told():
     price = Price(32, 1, 1, RequestTokens(visual=100, text=800, output=100))
     result = {
+        "criterion": "answer",
         "layers": [24, 25],
         "kv_share": [price.kv_share(Policy.withdraw_at(layer, 32)) for layer in (24, 25)],
         "budget": {"max_token_change": 0.01},
         "model": {"model_type": "llava", "num_hidden_layers": 32},
         "tasks": {},
     }
-    saves, wastes = (notes(result | {"layer": {"answer": layer}}, "answer", ()) for layer in (24, 25))
+    saves, wastes = (notes(result | {"layer": {"answer": layer}}, ()) for layer in (24, 25))
     assert wastes[1:] == saves
     assert wastes[0].startswith("At K = 25 KV-cache groups waste at least as much memory as withdrawal saves")

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 
 from benchmarks.quality.tasks import TASKS
-from tests.search.command import SAMPLES, calibrate, found
+from tests.search.command import calibrate, found
 from vllm_vtw.policy import Policy
 from vllm_vtw.search.vtw.calibration_journal import CalibrationJournal
 
@@ -106,13 +106,15 @@ def test_few_stages_move_tasks_to_deeper_layers_and_all_reports_say_so(out, data
         layer = "none" if task["layer"] == 12 else str(task["layer"])
         shares = [100 * task["kv_share"], 100 * task["prefill_flops_share"]]
         assert lines[name] == [str(task["own"]), layer, *(f"{share:.1f}%" for share in shares)]
-        cells = [name, "8", str(task["own"]), f"<b>{layer}</b>", *(f"{share:.1f}" for share in shares)]
+        changed = [100 * task["token_change"], 100 * task["answer_change"]]
+        numbers = [f"{share:.1f}" for share in shares + changed]
+        cells = [name, f"<b>{layer}</b>", *numbers, str(task["own"]), "8"]
         assert re.search(r"\s*".join(f"<td>{re.escape(cell)}</td>" for cell in cells), page)
     everything, single = per_task["all"], per_task["single"]
     shares = [f"{of[key]:.1%}" for of in (everything, single) for key in ("kv_share", "prefill_flops_share")]
     assert lines["all samples"] == shares[:2]
     assert lines["all samples, with one K"] == ["11", *shares[2:]]
-    assert f"<td>all samples</td><td>{SAMPLES}</td><td></td><td></td>\n<td>{shares[0][:-1]}</td>" in page
+    assert f"<td>all samples</td><td></td>\n<td>{shares[0][:-1]}</td>" in page
     assert f"<td>11</td><td>{shares[2][:-1]}</td>\n<td>{shares[3][:-1]}</td>" in page
     assert "by the answer criterion on each task" in ended.out
 
@@ -205,7 +207,7 @@ def test_samples_without_a_task_have_the_default_layer(data, tmp_path):
     assert policy.layer == per_task["tasks"][""]["layer"] == per_task["layer"] == 11
     assert max(policy.tasks.values()) < 11
     assert "samples without a task" in rows(ended.out)
-    assert "<td>samples without a task</td><td>4</td>" in (tmp_path / "report.html").read_text()
+    assert "<td>samples without a task</td><td><b>11</b></td>" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,23 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from vllm_vtw.search.reports.calibration_notes import WITHOUT_TASK
-from vllm_vtw.search.reports.comparison import NO_RESOLUTION, plain_winner, policy_table, stages
-from vllm_vtw.search.reports.page import MARKERS, Draw, label_layers, page
+from vllm_vtw.search.reports.comparison import NO_RESOLUTION, plain_winner, policy_table, stages, worst
+from vllm_vtw.search.reports.page import (
+    INK,
+    MARKERS,
+    Draw,
+    Price,
+    label_layers,
+    page,
+    price_of,
+    scale_by_powers,
+    task_label,
+)
 
 LEAST_KL = 1e-6
 """Smaller values are drawn at this one, because a logarithmic axis has no 0."""
-COLORS = {"answer": "tab:green", "first-token": "tab:red"}
+LINES = {"answer": "-", "first-token": "--"}
+"""How the K of each criterion is drawn."""
 
 
 def html(result: dict[str, Any], command: str | None) -> str:
@@ -23,9 +34,50 @@ def html(result: dict[str, Any], command: str | None) -> str:
         result: The content of `result.json`.
         command: The command that serves a model with the chosen K. None if there is none.
     """
-    given = {"result": result, "command": command, "without_task": WITHOUT_TASK}
-    compared = {"shown": {}, "kept": stages, "winner": _winner(result), "no_resolution": NO_RESOLUTION}
-    return page("calibration.html", _plots(result), **given, **compared)
+    given = {"command": command, "without_task": WITHOUT_TASK, "winner": _winner(result)}
+    compared = {"shown": {}, "kept": stages, "worst": worst, "no_resolution": NO_RESOLUTION}
+    return page(
+        "calibration.html", result, _choice(result), _price(result), _plots(result), **given, **compared
+    )
+
+
+def _choice(result: dict[str, Any]) -> str:
+    """Where visual tokens leave, in a sentence."""
+    num_layers, layer = result["model"]["num_hidden_layers"], result["layer"][result["criterion"]]
+    if "per_task" in result:
+        served = {task["layer"] for task in result["per_task"]["tasks"].values()} - {num_layers}
+        if not served:
+            return "Nothing is withdrawn from any task"
+        layers = ", ".join(map(str, sorted(served)))
+        return f"Visual tokens leave at a layer for each task: K = {layers} of {num_layers} layers"
+    if layer is None:
+        return f"No K satisfies the {result['criterion']} criterion"
+    leave = f"leave at K = {layer} of {num_layers} layers"
+    if (before := result["before_decoder"]) is None:
+        return f"Visual tokens {leave}"
+    kept = f"{100 * before['keep']:g}% of each picture's visual tokens go into the decoder"
+    return f"{kept}, and {'stay in all its layers' if layer == num_layers else leave}"
+
+
+def _price(result: dict[str, Any]) -> Price:
+    """What the layers that were chosen cost. Empty if nothing is withdrawn."""
+    if "per_task" in result:
+        tasks = {name or WITHOUT_TASK: task for name, task in result["per_task"]["tasks"].items()}
+        if all(task["layer"] == result["model"]["num_hidden_layers"] for task in tasks.values()):
+            return []
+        return price_of(result["per_task"]["all"], tasks)
+    layer = result["layer"][result["criterion"]]
+    if layer is None:
+        return []
+    at = result["layers"].index(layer)
+
+    def there(by_layer: dict[str, Any], *names: str) -> dict[str, float]:
+        return {name: by_layer[name][at] for name in names}
+
+    changes = {
+        task: there(curve, "token_change", "answer_change") for task, curve in result["curves"].items()
+    }
+    return price_of(there(result, "kv_share", "prefill_flops_share"), changes)
 
 
 def _winner(result: dict[str, Any]) -> str | None:
@@ -40,22 +92,21 @@ def _plots(result: dict[str, Any]) -> dict[str, Draw]:
     def first_token(axes: Axes) -> None:
         axes.plot(layers, _visible(result["first_token_kl"]), "o-", label="all samples")
         axes.axhline(budget["eta"], color="grey", linestyle=":", label="eta")
-        axes.set_yscale("log")
+        scale_by_powers(axes)
         axes.set_ylabel("KL of the first token (nats)")
 
     def answer_kl(axes: Axes) -> None:
         for marker, (task, curve) in zip(MARKERS * len(curves), curves.items(), strict=False):
-            # The space is for tasks whose names begin with an underscore. matplotlib leaves such labels out.
-            (line,) = axes.plot(layers, _visible(curve["mean_kl"]), f"{marker}-", label=f" {task}")
+            (line,) = axes.plot(layers, _visible(curve["mean_kl"]), f"{marker}-", label=task_label(task))
             axes.plot(layers, _visible(curve["p95_kl"]), "--", color=line.get_color(), alpha=0.4)
         axes.axhline(budget["max_answer_kl"], color="grey", linestyle=":", label="budget")
-        axes.set_yscale("log")
-        axes.set_ylabel("KL of an answer's tokens (nats)\nmean, and dashed 95th percentile")
+        scale_by_powers(axes)
+        axes.set_ylabel("KL of a token (nats): mean,\nand dashed 95th percentile")
 
     def token_change(axes: Axes) -> None:
         for marker, (task, curve) in zip(MARKERS * len(curves), curves.items(), strict=False):
             axes.plot(
-                layers, [100 * share for share in curve["token_change"]], f"{marker}-", label=f" {task}"
+                layers, [100 * share for share in curve["token_change"]], f"{marker}-", label=task_label(task)
             )
         axes.axhline(100 * budget["max_token_change"], color="grey", linestyle=":", label="budget")
         axes.set_ylabel("tokens changed (%)")
@@ -66,10 +117,10 @@ def _plots(result: dict[str, Any]) -> dict[str, Draw]:
         axes.set_ylabel("% of stock vLLM")
 
     titles = {
-        "First-token criterion (published)": first_token,
-        "Answer criterion: divergence": answer_kl,
         "Answer criterion: changed tokens": token_change,
         "Cost, compared with stock vLLM": price,
+        "Answer criterion: divergence": answer_kl,
+        "First-token criterion (published)": first_token,
     }
     return {title: _marked(draw, result) for title, draw in titles.items()}
 
@@ -81,8 +132,8 @@ def _marked(draw: Draw, result: dict[str, Any]) -> Draw:
         draw(axes)
         for criterion, layer in result["layer"].items():
             if layer is not None:
-                axes.axvline(layer, color=COLORS[criterion], alpha=0.5, label=f"K, {criterion} criterion")
-        label_layers(axes, "K: the first layer without visual tokens, counted from 0")
+                axes.axvline(layer, color=INK, linestyle=LINES[criterion], label=f"K, {criterion} criterion")
+        label_layers(axes, "K")
 
     return draw_marked
 
@@ -112,12 +163,13 @@ def table(result: dict[str, Any]) -> list[str]:
             f"K, of {result['model']['num_hidden_layers']} layers",
             ("none" if layer is None else str(layer) for layer in result["layer"].values()),
         ),
-        shares("KV memory, of stock vLLM's", result["kv_share"]),
-        shares("prefill work, of stock vLLM's", result["prefill_flops_share"]),
     ]
-    for task, curve in result["curves"].items():
-        lines.append(shares(f"{task}: tokens changed", curve["token_change"]))
-        lines.append(shares(f"{task}: answers changed", curve["answer_change"]))
+    if any(layer is not None for layer in result["layer"].values()):
+        lines.append(shares("KV memory, of stock vLLM's", result["kv_share"]))
+        lines.append(shares("prefill work, of stock vLLM's", result["prefill_flops_share"]))
+        for task, curve in result["curves"].items():
+            lines.append(shares(f"{task}: tokens changed", curve["token_change"]))
+            lines.append(shares(f"{task}: answers changed", curve["answer_change"]))
     if policies:
         lines += [
             "",
@@ -145,7 +197,7 @@ def _task_table(result: dict[str, Any]) -> list[str]:
     single = per_task["single"]
     return [
         "",
-        row(f"{per_task['criterion']} criterion, by task", "first K", "K", "KV memory", "prefill work"),
+        row(f"{result['criterion']} criterion, by task", "first K", "K", "KV memory", "prefill work"),
         *(
             row(name or WITHOUT_TASK, "none" if task["own"] is None else str(task["own"]), *served(task))
             for name, task in per_task["tasks"].items()

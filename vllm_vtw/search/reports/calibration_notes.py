@@ -12,16 +12,15 @@ WITHOUT_TASK = "samples without a task"
 """What reports call the task whose name is empty."""
 
 
-def notes(result: dict[str, Any], criterion: str, tasks_without_sample: Collection[str]) -> list[str]:
+def notes(result: dict[str, Any], tasks_without_sample: Collection[str]) -> list[str]:
     """Returns what a reader has to know in addition to the numbers.
 
     Args:
         result: The content of `result.json`.
-        criterion: The criterion whose K is used, "answer" or "first-token".
         tasks_without_sample: The tasks of which no good sample was drawn.
     """
     of_layers = _of_tasks if "per_task" in result else _of_one_layer
-    said = of_layers(result, criterion)
+    said = of_layers(result, result["criterion"])
     said += data_notes(result, result["budget"]["max_token_change"], tasks_without_sample)
     published = [layer for layer in result["layers"] if layer >= FIRST_LAYER_TRIED]
     if not published or published != list(range(FIRST_LAYER_TRIED, published[-1] + 1)):

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from vllm_vtw.search.reports.data_notes import data_notes
-from vllm_vtw.search.reports.page import MARKERS, Draw, label_layers, page
+from vllm_vtw.search.reports.page import MARKERS, Draw, label_layers, page, stock_shares, task_label
 
 
 def notes(result: dict[str, Any], tasks_without_sample: Collection[str]) -> list[str]:
@@ -90,17 +90,27 @@ def html(result: dict[str, Any], command: str | None) -> str:
         result: The content of `result.json`.
         command: The command that serves a model with the gates. None if there is none.
     """
-    return page("dyvte.html", _training_plots(result), result=result, command=command)
+    layers, right = result["layers"], result["curves"][-1]["held_out_accuracy"]
+    worst = layers[right.index(min(right))]
+    price = [
+        (f"{min(right):.1%}", f"of held-out samples: right at the worst gate, layer {worst}"),
+        (
+            f"{result['held_out_may_leave'][-1]:.1%}",
+            f"of held-out samples: visual tokens may leave at the last gate, layer {layers[-1]}",
+        ),
+    ]
+    choice = f"Gates at layers {', '.join(map(str, layers))} of {result['model']['num_hidden_layers']}"
+    return page("dyvte.html", result, choice, price, _training_plots(result), command=command)
 
 
 def _training_plots(result: dict[str, Any]) -> dict[str, Draw]:
     layers, curves = result["layers"], result["curves"]
     epochs = range(1, len(curves) + 1)
 
-    def over_epochs(name: str, label: str) -> Draw:
+    def over_epochs(name: str, label: str, unit: float = 1) -> Draw:
         def draw(axes: Axes) -> None:
             for at, layer in enumerate(layers):
-                axes.plot(epochs, [curve[name][at] for curve in curves], label=f"layer {layer}")
+                axes.plot(epochs, [curve[name][at] / unit for curve in curves], label=f"layer {layer}")
             axes.set_ylabel(label)
             label_layers(axes, "epoch")
 
@@ -108,14 +118,14 @@ def _training_plots(result: dict[str, Any]) -> dict[str, Draw]:
 
     def leaving(axes: Axes) -> None:
         for marker, (task, shares) in zip(MARKERS * len(layers), result["may_leave"].items(), strict=False):
-            axes.plot(layers, [100 * share for share in shares], f"{marker}-", label=task)
+            axes.plot(layers, [100 * share for share in shares], f"{marker}-", label=task_label(task))
         axes.set_ylabel("samples (%)")
         label_layers(axes, "layer, counted from 0")
 
     return {
         "Loss on training samples": over_epochs("loss", "cross-entropy, nats"),
         "Loss on held-out samples": over_epochs("held_out_loss", "cross-entropy, nats"),
-        "Held-out samples that a gate is right about": over_epochs("held_out_accuracy", "share of samples"),
+        "Held-out samples that a gate is right about": over_epochs("held_out_accuracy", "samples (%)", 0.01),
         "Samples whose visual tokens may leave": leaving,
     }
 
@@ -159,7 +169,16 @@ def evaluation_html(result: dict[str, Any]) -> str:
     Args:
         result: The content of `result.json`.
     """
-    return page("dyvte_eval.html", _evaluation_plots(result), result=result, quality=_quality)
+    rows = {row["way"]: row["all"] for row in result["rows"]}
+    found, full = rows["gates of the policy"], rows["full model"]
+    price = [(f"{1 - found['same_answer']:.1%}", "of answers change")]
+    if found["accuracy"] is not None:
+        right = f"of answers are right, and {full['accuracy']:.1%} without gates"
+        price.append((f"{found['accuracy']:.1%}", right))
+    price += stock_shares(found)
+    leave = f"{found['exit_layer']:.1f} of {result['model']['num_hidden_layers']} on average"
+    choice = f"The gates let visual tokens leave at layer {leave}"
+    return page("dyvte_eval.html", result, choice, price, _evaluation_plots(result), quality=_quality)
 
 
 def _evaluation_plots(result: dict[str, Any]) -> dict[str, Draw]:
@@ -174,7 +193,7 @@ def _evaluation_plots(result: dict[str, Any]) -> dict[str, Draw]:
                 points = sorted((100 * row["all"][share], 100 * row["all"]["same_answer"]) for row in rows)
                 axes.plot(*zip(*points, strict=True), f"{marker}-", label=kind)
             axes.set_xlabel(label)
-            axes.set_ylabel("answers that are the same as the full model's (%)")
+            axes.set_ylabel("same answers (%)")
 
         return draw
 
@@ -184,7 +203,7 @@ def _evaluation_plots(result: dict[str, Any]) -> dict[str, Draw]:
                 [row["way"].removeprefix("gates, t = ").removeprefix("gates of ") for row in kinds["gates"]],
                 [row["tasks"][task]["exit_layer"] for row in kinds["gates"]],
                 f"{marker}-",
-                label=task,
+                label=task_label(task),
             )
         axes.set_xlabel("threshold")
         axes.set_ylabel("mean exit layer")

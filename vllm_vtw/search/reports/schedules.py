@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from vllm_vtw.search.reports.comparison import NO_RESOLUTION, plain_winner, policy_table, stages, worst
 from vllm_vtw.search.reports.data_notes import data_notes
-from vllm_vtw.search.reports.page import MARKERS, Draw, label_layers, page
+from vllm_vtw.search.reports.page import INK, MARKERS, Draw, Price, label_layers, page, price_of
 
 NAMES = {"gsearch": "G-Search", "psigmoid": "P-Sigmoid"}
 
@@ -21,10 +21,15 @@ def html(result: dict[str, Any], command: str | None) -> str:
         result: The content of `result.json`.
         command: The command that serves a model with the schedule. None if there is none.
     """
-    winner = _winner(result)
-    given = {"result": result, "command": command, "shown": NAMES, "kept": stages, "winner": winner}
-    said = {"budget": _budget(result["made"]), "no_resolution": NO_RESOLUTION}
-    return page("schedules.html", _plots(result), **given, **said)
+    found, shown = result["policies"][result["method"]], NAMES[result["method"]]
+    choice = f"{shown} withdraws nothing within this budget"
+    price: Price = []
+    if found["stages"]:
+        choice = f"{shown} keeps these shares of visual tokens: {stages(found)}"
+        price = price_of(found, found["curves"])
+    given = {"command": command, "winner": _winner(result), "budget": _budget(result["made"])}
+    compared = {"shown": NAMES, "kept": stages, "worst": worst, "no_resolution": NO_RESOLUTION}
+    return page("schedules.html", result, choice, price, _plots(result), **given, **compared)
 
 
 def _budget(made: dict[str, Any]) -> str:
@@ -99,7 +104,7 @@ def _plots(result: dict[str, Any]) -> dict[str, Draw]:
         return keeps
 
     def schedule(axes: Axes) -> None:
-        axes.plot(range(num_layers), result["keeps"], "k.", label="found for the layer")
+        axes.plot(range(num_layers), result["keeps"], ".", color=INK, label="found for the layer")
         for name, policy in policies.items():
             if "visual_tokens" in policy:
                 continue
@@ -114,7 +119,7 @@ def _plots(result: dict[str, Any]) -> dict[str, Draw]:
                 axes.plot([100 * policy[share]], [100 * changed], marker, label=NAMES.get(name, name))
             axes.set_xlim(0, 100 * max(1, *(policy[share] for policy in policies.values())) + 5)
             axes.set_xlabel(label)
-            axes.set_ylabel("tokens changed on the worst task (%)")
+            axes.set_ylabel("tokens changed\non the worst task (%)")
 
         return draw
 

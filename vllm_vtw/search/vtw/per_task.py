@@ -80,7 +80,6 @@ def layer_by_task(
     policy = task_policy(served, num_layers)
     single = result["layer"][criterion]
     return {
-        "criterion": criterion,
         "max_stages": max_stages,
         "layer": max(served.values()),
         "tasks": {
@@ -89,6 +88,7 @@ def layer_by_task(
                 "own": next(iter(tasks[name].layers), None),
                 "layer": layer,
                 **_shares(task_shares(tasks[name].price, policy, layer)),
+                **_changed(by_task[name], layers, layer),
             }
             for name, layer in served.items()
         },
@@ -100,6 +100,18 @@ def layer_by_task(
             traffic_shares(tasks, Policy.withdraw_at(single, num_layers), dict.fromkeys(tasks, single))
         ),
     }
+
+
+def _changed(measured: Sequence[MeasuredSample], layers: Sequence[int], layer: int) -> dict[str, float]:
+    """The shares of answers' tokens and of answers that change. Nothing does if nothing is withdrawn.
+
+    Args:
+        measured: The samples of a task.
+        layers: The values of K that were measured.
+        layer: Where visual tokens leave, or the number of layers.
+    """
+    at = curve(measured, layers).get(layer)
+    return {name: getattr(at, name) if at else 0.0 for name in ("token_change", "answer_change")}
 
 
 def _shares(shares: Shares) -> dict[str, float]:
