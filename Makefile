@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-next env lint docs bench quality train quality-from-scratch
+.PHONY: demo test test-all test-next env lint docs bench quality train quality-from-scratch pictures
 
 demo: env
 	$(BIN)/python -m benchmarks.demo
@@ -35,6 +35,9 @@ quality-from-scratch: train
 
 docs: env
 	$(BIN)/mkdocs build
+
+pictures: env
+	$(BIN)/python -m tools.report_picture
 
 lint: env
 	$(BIN)/ruff check .
