@@ -6,11 +6,12 @@ BIN := .venv/bin
 demo: env
 	$(BIN)/python -m benchmarks.demo
 
+# A file is run by one process, as its tests share engines.
 test: env lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: env lint
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m ""
 
 # The tests that need no engine, on the Python sources of a vLLM without a build for the CPU. VLLM=0.34.0 tries
 # another version.
@@ -38,6 +39,7 @@ docs: env
 
 pictures: env
 	$(BIN)/python -m tools.report_picture
+	$(BIN)/python -m tools.dashboard_picture
 
 lint: env
 	$(BIN)/ruff check .
