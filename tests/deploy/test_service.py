@@ -15,7 +15,7 @@ from tests.deploy.options import DEPLOY, assert_withdraws_at_16, parsed
 
 UNIT = DEPLOY / "vllm-vtw.service"
 MOST_EXPOSED = 40
-"""Of 100. A service without any of the settings has 92."""
+"""Of 100. A service that hardens nothing has 96."""
 
 
 def command() -> list[str]:
