@@ -20,13 +20,14 @@ ALLOWED = {
     "retention": {"policy", "rankings"},
     "capacity": {"policy"},
     "families": set(),
+    "versions": set(),
     "untrusted_files": set(),
     "gates": {"untrusted_files", "policy"},
-    "plugin": {"models"},
+    "plugin": {"models", "versions"},
     "startup": {"capacity", "config", "families", "gates", "policy"},
     "metrics": {"config", "startup"},
     "rankings": set(),
-    "kv": {"capacity", "choice", "config", "metrics", "policy", "retention", "startup"},
+    "kv": {"capacity", "choice", "config", "metrics", "policy", "retention", "startup", "versions"},
     "worker": {
         "capacity",
         "choice",
@@ -37,16 +38,27 @@ ALLOWED = {
         "rankings",
         "retention",
         "startup",
+        "versions",
     },
     "connectors": {"choice", "kv", "retention", "startup"},
-    "models": {"choice", "config", "families", "policy", "rankings", "retention", "startup", "worker"},
+    "models": {
+        "choice",
+        "config",
+        "families",
+        "policy",
+        "rankings",
+        "retention",
+        "startup",
+        "versions",
+        "worker",
+    },
     "search": {"capacity", "config", "families", "policy", "rankings"},
     "search.data": {"families", "policy", "search.checkpoint"},
     "search.vtw": {"config", "policy", "search", "search.data"},
     "search.schedules": {"policy", "search", "search.data"},
     "search.dyvte": {"gates", "policy", "search", "search.data"},
     "search.reports": {"search.vtw.criteria"},
-    "commands": {"capacity", "config", "families", "gates", "plugin", "policy", "search", "untrusted_files"}
+    "commands": {"capacity", "config", "families", "gates", "policy", "search", "untrusted_files", "versions"}
     | {"search.data", "search.vtw", "search.schedules", "search.dyvte", "search.reports"},
 }
 """For each room, a folder or a file of the package: the rooms and single files that it may import."""
@@ -55,8 +67,10 @@ MAY_ALSO = {
     "search.model": {"search.data.prompts", "search.data.sample"},
     "search.resume": {"search.data.prompts", "search.data.sample"},
     "commands.doctor": {"kv.groups", "worker.attention_backend", "worker.runner_v1", "worker.runner_v2"},
+    "models.served": {"kv.groups"},
 }
-"""For single files, what else they may import: the model encodes samples, `vtw doctor` tries the hooks."""
+"""For single files, what else they may import: the model encodes samples, `vtw doctor` tries the hooks, and
+vLLM 0.33 asks model classes for KV-cache groups."""
 
 WITHOUT_HEAVY = (
     "policy",
@@ -65,6 +79,7 @@ WITHOUT_HEAVY = (
     "retention",
     "capacity",
     "untrusted_files",
+    "versions",
     "commands",
     "search.checkpoint",
 )

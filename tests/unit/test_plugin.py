@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """Tests of the entry point: loaded twice, switched off, and with a vLLM that is untested or changed."""
 
+import functools
 import os
 import re
 import subprocess
@@ -16,12 +17,15 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_vtw import plugin
 from vllm_vtw.models import registry
+from vllm_vtw.versions import TESTED, described
 from vllm_vtw.worker import runner_v1
 
 
 @pytest.fixture
 def bare(monkeypatch):
-    """Removes the hook from vLLM's registry for the test."""
+    """Removes the hook from vLLM's registry for the test, and what allows any version of vLLM."""
+    monkeypatch.delenv("VLLM_VTW_ALLOW_UNTESTED", raising=False)
+    monkeypatch.setattr(plugin, "_warn_once", functools.cache(plugin._warn))
     for target in registry.TARGETS:
         method = getattr(type(ModelRegistry), target)
         monkeypatch.setattr(type(ModelRegistry), target, getattr(method, "__wrapped__", method))
@@ -42,9 +46,9 @@ def test_metrics_hook_nothing():
     code = """
 import sys
 import vllm_vtw.metrics
-from vllm.v1.core import kv_cache_utils
-assert not hasattr(kv_cache_utils._get_kv_cache_groups_uniform_page_size, "__wrapped__")
 assert not [name for name in sys.modules if name.startswith(("vllm_vtw.kv", "vllm_vtw.worker"))]
+from vllm_vtw.kv import groups
+assert not hasattr(getattr(groups.planning, groups.TARGET), "__wrapped__")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -92,7 +96,7 @@ def test_the_kill_switch_is_told_once_for_all_processes(tmp_path):
     command = [sys.executable, str(script)]
     ended = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert (ended.stdout + ended.stderr).count("VLLM_VTW_DISABLE=1 is set") == 1
-    assert ended.stdout.splitlines()[-1] == "['vllm_vtw', 'vllm_vtw.plugin']"
+    assert ended.stdout.splitlines()[-1] == "['vllm_vtw', 'vllm_vtw.plugin', 'vllm_vtw.versions']"
 
 
 @pytest.mark.parametrize("model_impl", ["vtw", "whatever"])
@@ -104,16 +108,31 @@ def test_without_the_plugin_vllm_takes_any_name_for_its_own_implementation(bare,
     assert model.__module__ == "vllm.model_executor.models.llava"
 
 
+def ask(model_impl: str) -> str:
+    """The architecture that vLLM resolves for `--model-impl`."""
+    asked = SimpleNamespace(model_impl=model_impl, convert_type="none", _architecture="")
+    return ModelRegistry.inspect_model_cls("LlavaForConditionalGeneration", asked)[1]
+
+
+@pytest.mark.parametrize("tested", TESTED)
+def test_a_vllm_that_was_not_tested_as_released_starts_with_a_warning(bare, logged, tested):
+    bare.setattr(vllm, "__version__", f"{tested.version}+cpu")
+    plugin.register()
+    for model_impl in ("auto", "vtw", "vtw"):
+        ask(model_impl)
+    warnings = [] if tested.as_released else [f"of vLLM {tested.version}, --model-impl vtw was only tested"]
+    assert [said.levelname for said in logged] == ["WARNING"] * len(warnings)
+    assert all(warning in said.getMessage() for warning, said in zip(warnings, logged, strict=True))
+
+
 def test_an_untested_vllm_is_refused_when_vtw_is_asked_for_and_only_then(bare):
     bare.setattr(vllm, "__version__", "0.99.0")
     plugin.register()
-    stock = SimpleNamespace(model_impl="auto", convert_type="none", _architecture="")
-    assert ModelRegistry.inspect_model_cls("LlavaForConditionalGeneration", stock)[1].startswith("Llava")
-    asked = SimpleNamespace(model_impl="vtw", convert_type="none", _architecture="")
-    with pytest.raises(RuntimeError, match=re.escape("tested with vLLM 0.32.0, not with 0.99.0")):
-        ModelRegistry.inspect_model_cls("LlavaForConditionalGeneration", asked)
+    assert ask("auto").startswith("Llava")
+    with pytest.raises(RuntimeError, match=re.escape(f"tested with vLLM {described()}, not with 0.99.0")):
+        ask("vtw")
     bare.setenv("VLLM_VTW_ALLOW_UNTESTED", "1")
-    assert ModelRegistry.inspect_model_cls("LlavaForConditionalGeneration", asked)[1].startswith("VTWLlava")
+    assert ask("vtw").startswith("VTWLlava")
 
 
 def test_a_changed_registry_refuses_vtw_and_serves_the_rest(bare):
@@ -123,7 +142,7 @@ def test_a_changed_registry_refuses_vtw_and_serves_the_rest(bare):
     bare.setattr(type(ModelRegistry), "resolve_model_cls", changed)
     plugin.register()
     assert ModelRegistry.resolve_model_cls(SimpleNamespace(model_impl="auto")) == "resolved"
-    with pytest.raises(RuntimeError, match="does not know this vLLM's ModelRegistry"):
+    with pytest.raises(RuntimeError, match=r"ModelRegistry\.changed: install vLLM 0\.32\.0 or 0\.33\.0"):
         ModelRegistry.resolve_model_cls(model_config=SimpleNamespace(model_impl="vtw"))
 
 

@@ -6,7 +6,7 @@ import argparse
 
 from vllm_vtw import __version__
 from vllm_vtw.commands import calibrate, doctor, dyvte, guard, plan, schedules
-from vllm_vtw.plugin import SUPPORTED_VLLM
+from vllm_vtw.versions import described
 
 
 def main() -> None:
@@ -25,4 +25,4 @@ def main() -> None:
 
 def _versions() -> str:
     _, installed = doctor.installed_vllm() or ("", "none")
-    return f"vllm-vtw {__version__}, for vLLM {', '.join(SUPPORTED_VLLM)}; installed: {installed}"
+    return f"vllm-vtw {__version__}, tested with vLLM {described()}; installed: {installed}"

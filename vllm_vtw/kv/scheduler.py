@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.outputs import RequestError
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutputs
@@ -199,10 +200,17 @@ class VTWScheduler(EncoderLookahead):
         return retentions[0].one_step if retentions else None
 
     def _end_with_error(self, request: Request, reason: str) -> None:
-        """Ends one request with an error after the current step. All others go on."""
+        """Ends one request with an error after the current step. All others go on.
+
+        Since 0.33, vLLM can tell the client the reason.
+        """
         logger.error("vtw: request %s %s", request.request_id, reason)
-        # vLLM ends the requests of this set with an error.
-        self.encoder_cache_mismatch_reqs.add(request.request_id)
+        # vLLM ends the requests of either collection with an error.
+        if isinstance(self.grammar_compile_error_reqs, dict):
+            error = RequestError("vtw", f"The request {reason}.")
+            self.grammar_compile_error_reqs[request.request_id] = error
+        else:
+            self.encoder_cache_mismatch_reqs.add(request.request_id)
 
     def schedule(self, *args: Any, **options: Any) -> SchedulerOutput:
         """Schedules a step, or a step for one prompt alone if that prompt has waited long enough for room.

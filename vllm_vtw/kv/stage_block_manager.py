@@ -45,6 +45,18 @@ class StagedBlockHashes(list[BlockHash]):
         super().__init__(hashes)
         self.retentions = retentions
 
+    def shareable(self, stage: int, page_size: int) -> int:
+        """The number of the request's first tokens that a stage's row may be shared up to.
+
+        For some drafters, vLLM's hash of a block depends on the tokens that follow the block, too (0.33), so
+        the last tokens of a request may have none yet.
+
+        Args:
+            stage: The stage.
+            page_size: Tokens of a page, which are as many as vLLM's hashes count in blocks of.
+        """
+        return min(of_stage(self.retentions, stage).shareable, len(self) * page_size)
+
     def of_row(self, stage: int, border: int, page_size: int, is_last: bool) -> BlockHash:
         """The hash under which a block of a stage's row is shared up to a border.
 
@@ -199,7 +211,7 @@ class StageManager(SingleTypeKVCacheManager):
         assert isinstance(hashes, StagedBlockHashes)
         retention = of_stage(hashes.retentions, self.stage)
         start = self.num_cached_block.get(request.request_id, 0)
-        stop = min(num_tokens, retention.shareable) // self.page_size
+        stop = min(num_tokens, hashes.shareable(self.stage, self.page_size)) // self.page_size
         if start >= stop:
             return
         row = self.req_to_blocks[request.request_id]
@@ -239,7 +251,7 @@ class StageManager(SingleTypeKVCacheManager):
         hashes = request.block_hashes
         assert isinstance(hashes, StagedBlockHashes)
         retention = of_stage(hashes.retentions, self.stage)
-        most = min(most, retention.shareable)
+        most = min(most, hashes.shareable(self.stage, self.page_size))
         offered = self.num_cached_block.get(request.request_id, 0) * self.page_size
 
         def is_offered(border: int, is_last: bool) -> bool | None:
@@ -265,7 +277,7 @@ class StageManager(SingleTypeKVCacheManager):
         """
         stage, page_size = kv_cache_spec.stage, kv_cache_spec.block_size
         retention = of_stage(block_hashes.retentions, stage)
-        most = min(max_length, retention.shareable)
+        most = min(max_length, block_hashes.shareable(stage, page_size))
 
         def cached(border: int, is_last: bool) -> list[KVCacheBlock] | None:
             block_hash = block_hashes.of_row(stage, border, page_size, is_last)

@@ -15,6 +15,8 @@ from typing import Any
 from vllm.entrypoints.generate.beam_search import utils
 from vllm.entrypoints.generate.beam_search.utils import BeamSearchSequence
 
+from vllm_vtw.versions import unknown
+
 TARGET = "get_prompt"
 EXTENSION_POINT = "NO_BEAM_SEARCH"
 REFUSED = "no_beam_search"
@@ -50,9 +52,7 @@ def install() -> None:
         or list(inspect.signature(original).parameters) != ["self"]
         or "orig_prompt" not in fields
     ):
-        raise RuntimeError(
-            f"vllm-vtw does not know this vLLM's BeamSearchSequence.{TARGET}: install vLLM 0.32.0"
-        )
+        raise unknown(f"BeamSearchSequence.{TARGET}")
 
     @functools.wraps(original)
     def get_prompt(self: BeamSearchSequence) -> Any:

@@ -11,6 +11,7 @@ from vllm.config import ModelConfig
 from vllm.model_executor.models import ModelRegistry
 
 from vllm_vtw.families import BY_ARCHITECTURE, PREFIX, refusal, supported_architecture
+from vllm_vtw.versions import unknown
 
 MODEL_IMPL = "vtw"
 TARGETS = ("inspect_model_cls", "resolve_model_cls")
@@ -60,9 +61,7 @@ def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if any(getattr(value, "model_impl", None) == MODEL_IMPL for value in (*args, *kwargs.values())):
-            raise RuntimeError(
-                f"vllm-vtw does not know this vLLM's ModelRegistry.{original.__name__}: install vLLM 0.32.0"
-            )
+            raise unknown(f"ModelRegistry.{original.__name__}")
         return original(*args, **kwargs)
 
     return wrapper

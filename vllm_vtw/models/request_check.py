@@ -20,6 +20,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from vllm_vtw.config import ADMISSION
 from vllm_vtw.models.admission import check_request, forget_items
+from vllm_vtw.versions import unknown
 
 
 class Target(NamedTuple):
@@ -96,8 +97,7 @@ def install() -> None:
             continue
         needed = {"self", target.prompt, target.params}
         if original is None or not inspect.signature(original).parameters.keys() >= needed:
-            method = f"{target.owner.__name__}.{target.name}"
-            raise RuntimeError(f"vllm-vtw does not know this vLLM's {method}: install vLLM 0.32.0")
+            raise unknown(f"{target.owner.__name__}.{target.name}")
         setattr(target.owner, target.name, _checked(original, target))
 
 

@@ -13,9 +13,11 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.interfaces import SupportsQuant
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_vtw.families import BY_ARCHITECTURE, ELSEWHERE, PREFIX
+from vllm_vtw.kv.groups import groups_of
 from vllm_vtw.models.decoder import StagedDecoder, find_text_model
 from vllm_vtw.models.processor import with_request_check
 from vllm_vtw.startup.options import vtw_config
@@ -74,6 +76,13 @@ def served_model(architecture: str) -> type:
             from vllm_vtw.worker.runner_v2 import VTWModelState
 
             return VTWModelState
+
+        @classmethod
+        def get_kv_cache_groups(
+            cls, vllm_config: VllmConfig, kv_cache_spec: dict[str, KVCacheSpec]
+        ) -> list[KVCacheGroupSpec]:
+            """The model's KV-cache groups. vLLM calls this since 0.33; see `vllm_vtw.kv.groups`."""
+            return groups_of(vllm_config, kv_cache_spec)
 
     Served.__name__ = Served.__qualname__ = f"{PREFIX}{architecture}"
     processing = vllm_model._processor_factory

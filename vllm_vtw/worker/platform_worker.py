@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
-from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.outputs import AsyncModelRunnerOutput, KVConnectorOutput, ModelRunnerOutput
 
 WORKERS = "vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker"
 PlatformWorker: Any = resolve_obj_by_qualname(WORKERS[0] if current_platform.is_cpu() else WORKERS[1])
@@ -22,6 +22,10 @@ class AnnotatedOutput(AsyncModelRunnerOutput):
         output = self.output.get_output()
         setattr(output, self.name, self.value)
         return output
+
+    def get_kv_connector_output(self) -> KVConnectorOutput | None:
+        """What a KV connector did in the step. vLLM calls this since 0.33, if `get_output` fails."""
+        return self.output.get_kv_connector_output()
 
 
 def annotated(output: Any, name: str, value: Any) -> Any:

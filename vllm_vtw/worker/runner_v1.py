@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_vtw.choice import choice_of
 from vllm_vtw.config import VTWConfig
 from vllm_vtw.retention import Retention, after_exit, request_retentions
+from vllm_vtw.versions import unknown
 from vllm_vtw.worker.current_step import CurrentStep
 from vllm_vtw.worker.gates import blocks_after_exit
 from vllm_vtw.worker.seeded_sampling import make_rewindable
@@ -39,7 +40,7 @@ def install() -> None:
     if getattr(original, "calls_prepare_batch", False):
         return
     if original is None or not inspect.signature(original).parameters.keys() >= NEEDED_PARAMETERS:
-        raise RuntimeError(f"vllm-vtw does not know this vLLM's GPUModelRunner.{TARGET}")
+        raise unknown(f"GPUModelRunner.{TARGET}")
 
     @functools.wraps(original)
     def build_attention_metadata(self: GPUModelRunner, **given: Any) -> Any:

@@ -3,6 +3,7 @@
 """The seam into model runner V2: a model state that tells the current step which requests the batch holds."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ class TrackedRequest(NamedTuple):
 
     Attributes:
         req_index: Its row in the runner's block tables.
-        new: What the scheduler said of it.
+        new: What the scheduler said of it, without pixels.
         retentions: Its retention in every stage past the first.
         prompt_logprobs: Whether it wants logprobs of its prompt.
     """
@@ -70,9 +71,10 @@ class VTWModelState(DefaultModelState):
         if new_req_data.req_id in self.step.known_exits:
             retentions = after_exit(retentions, self.step.known_exits[new_req_data.req_id])
         wants_logprobs = wants_prompt_logprobs(new_req_data.sampling_params)
-        self.tracked[new_req_data.req_id] = TrackedRequest(
-            req_index, new_req_data, retentions, wants_logprobs
-        )
+        # vLLM 0.33 lets go of pixels that have been encoded.
+        features = [replace(feature, data=None) for feature in new_req_data.mm_features]
+        new = replace(new_req_data, mm_features=features)
+        self.tracked[new_req_data.req_id] = TrackedRequest(req_index, new, retentions, wants_logprobs)
         self.req_ids = []
 
     def _retentions(self, request: NewRequestData) -> tuple[Retention, ...]:

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """KV cache managers over groups with one page or several, and requests for them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -13,7 +13,7 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import BlockHash, get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
@@ -108,19 +108,38 @@ class Ask:
         return request_retentions(EXITS, self.features(), self.starts[-1], align_to, 0, layer)
 
     def request(
-        self, request_id: str, retentions: tuple[Retention, ...] | None, block_size: int = BLOCK_SIZE
+        self,
+        request_id: str,
+        retentions: tuple[Retention, ...] | None,
+        block_size: int = BLOCK_SIZE,
+        max_tokens: int = 50,
+        ahead: int = 0,
     ) -> Request:
         request = Request(
             request_id,
             prompt_token_ids=[TOKENS[kind] for kind, size in self.pieces for _ in range(size)],
-            sampling_params=SamplingParams(max_tokens=50),
+            sampling_params=SamplingParams(max_tokens=max_tokens),
             pooling_params=None,
             mm_features=self.features(),
-            block_hasher=get_request_block_hasher(block_size, sha256),
+            block_hasher=hasher(block_size, ahead),
         )
         if retentions is not None:
             request.block_hashes = StagedBlockHashes(request.block_hashes, retentions)
         return request
+
+
+def hasher(block_size: int, ahead: int) -> Callable[[Request], list[BlockHash]]:
+    """vLLM's hashes of blocks, each of which waits until so many tokens follow the block.
+
+    Beside some drafters, those of vLLM 0.33 do.
+    """
+    of_vllm = get_request_block_hasher(block_size, sha256)
+
+    def hashes(request: Request) -> list[BlockHash]:
+        known = (request.num_tokens - ahead) // block_size - len(request.block_hashes)
+        return of_vllm(request)[: max(known, 0)]
+
+    return hashes
 
 
 def asks(most: int = 6) -> st.SearchStrategy[Ask]:

@@ -53,10 +53,14 @@ def in_stock(course: list[Ask], block_size: int = BLOCK_SIZE) -> list[int]:
 
 
 def served(
-    layout: str, course: list[Ask], retentions: Sequence[tuple[Retention, ...]], block_size: int = BLOCK_SIZE
+    layout: str,
+    course: list[Ask],
+    retentions: Sequence[tuple[Retention, ...]],
+    block_size: int = BLOCK_SIZE,
+    ahead: int = 0,
 ) -> list[int]:
     requests = [
-        ask.request(str(i), of_ask, block_size)
+        ask.request(str(i), of_ask, block_size, ahead=ahead)
         for i, (ask, of_ask) in enumerate(zip(course, retentions, strict=True))
     ]
     vtw = manager(True, specs(layout, block_size), 4000)
@@ -84,6 +88,17 @@ def test_withdrawing_by_blocks_serves_as_much_from_the_cache_as_stock(
 @given(COURSES)
 def test_withdrawing_by_tokens_serves_as_much_from_the_cache_as_stock(layout: str, course: list[Ask]):
     assert withdrawing(layout, course, 1) == in_stock(course)
+
+
+@pytest.mark.parametrize("layout", [layout for layout, of_layout in SPECS.items() if ALL not in of_layout])
+@pytest.mark.parametrize("ahead", [1, 3])
+@given(COURSES)
+def test_blocks_are_shared_once_their_hashes_are_known(layout: str, ahead: int, course: list[Ask]):
+    """A prompt is looked up without its last token, so only hashes that wait for more make a difference."""
+    retentions = [(ask.prompt.retention(BLOCK_SIZE),) * 2 for ask in course]
+    found = served(layout, course, retentions, ahead=ahead)
+    most = [max(ask.starts[-1] - ahead, 0) // BLOCK_SIZE * BLOCK_SIZE for ask in course]
+    assert found == [min(pair) for pair in zip(in_stock(course), most, strict=True)]
 
 
 @LAYOUTS

@@ -9,12 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy, get_kv_cache_config_from_groups
+from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, create_kv_cache_views
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
 from vllm_vtw.capacity import LayerGroup, LayerGroups
+from vllm_vtw.kv.groups import planning
 from vllm_vtw.kv.spec import StageSpec
 from vllm_vtw.worker.pages import PagedCache, PageStrides, PageTable
 
@@ -53,7 +54,8 @@ class Memory:
                 prefix_cache_retention_interval=None,
             ),
         )
-        made = get_kv_cache_config_from_groups(config, groups, NUM_BLOCKS * width * ALL.page_size_bytes)
+        size = NUM_BLOCKS * width * ALL.page_size_bytes
+        made = planning.get_kv_cache_config_from_groups(config, groups, size)
         assert made.num_blocks == NUM_BLOCKS
         size = made.kv_cache_tensors[0].size
         self.cells = torch.arange(size // 4, dtype=torch.int32)
