@@ -2,4 +2,4 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """vllm-vtw, a vLLM plugin that withdraws visual tokens from the deep layers of a decoder."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
