@@ -123,7 +123,8 @@ def _log_better_partition(groups: LayerGroups, visual_held: Sequence[int], polic
 
 def _described(policy: Policy, group: LayerGroup) -> str:
     pages = f", {group.pages} pages a block" if group.pages > 1 else ""
-    return f"{group.layers} layers ({_held(policy, group.stage)}{pages})"
+    layers = "1 layer" if group.layers == 1 else f"{group.layers} layers"
+    return f"{layers} ({_held(policy, group.stage)}{pages})"
 
 
 def _withdrawal(config: VTWConfig) -> str:
