@@ -13,11 +13,12 @@ test: env lint
 test-all: env lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m ""
 
-# The tests that need no engine, on the Python sources of a vLLM without a build for the CPU. VLLM=0.34.0 tries
-# another version.
+# On the Python sources of a vLLM that has no build for the CPU: the newest one that was tested, or another, as in
+# VLLM=0.34.0.
+ON_NEXT := tests/unit $(patsubst %,tests/engine/test_%.py,drafters one_request)
 test-next: env
 	$(BIN)/python -m tools.setup_next $(VLLM)
-	VLLM_VTW_ALLOW_UNTESTED=1 .venv-next/bin/python -m pytest tests/unit
+	VLLM_VTW_ALLOW_UNTESTED=1 .venv-next/bin/python -m pytest -n 2 --dist loadfile $(ON_NEXT)
 
 bench: env
 	$(BIN)/python -m benchmarks.serving small
