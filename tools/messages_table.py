@@ -31,7 +31,7 @@ SECTIONS = {
     "Options of the plugin": ["startup.options", "config"],
     "Policy files and gates": ["policy", "gates", "untrusted_files"],
     "Requests: HTTP 400": ["choice", "models.admission", "models.beam_search"],
-    "vLLM's version": ["plugin"],
+    "vLLM's version": ["plugin", "versions"],
     "Warnings in the log": ["kv.startup_log"],
 }  # fmt: skip
 """Modules of `vllm_vtw`, by the heading under which their messages are."""
@@ -61,7 +61,7 @@ def messages(module: ModuleType) -> Iterator[str]:
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     for node in sorted(ast.walk(tree), key=lambda node: getattr(node, "lineno", 0)):
         match node:
-            case ast.Raise(exc=ast.Call(func=ast.Name("ValueError" | "RuntimeError"), args=[text, *_])):
+            case ast.Call(func=ast.Name("ValueError" | "RuntimeError"), args=[text, *_]):
                 pass
             case ast.Call(func=ast.Name("Refusal"), args=[text, *remedy]):
                 text = ast.JoinedStr([text, ast.Constant(": "), *(remedy or [ast.Constant(ELSEWHERE)])])
