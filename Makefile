@@ -15,7 +15,7 @@ test-all: env lint
 
 # On the Python sources of a vLLM that has no build for the CPU: the newest one that was tested, or another, as in
 # VLLM=0.34.0.
-ON_NEXT := tests/unit $(patsubst %,tests/engine/test_%.py,drafters one_request)
+ON_NEXT := tests/unit tests/engine/test_drafters.py tests/engine/test_one_request.py
 test-next: env
 	$(BIN)/python -m tools.setup_next $(VLLM)
 	VLLM_VTW_ALLOW_UNTESTED=1 .venv-next/bin/python -m pytest -n 2 --dist loadfile $(ON_NEXT)
@@ -36,7 +36,7 @@ quality-from-scratch: train
 	cp .training/checkpoint/* benchmarks/quality/checkpoint/
 
 docs: env
-	$(BIN)/mkdocs build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 pictures: env
 	$(BIN)/python -m tools.report_picture

@@ -15,10 +15,11 @@ from types import ModuleType
 from vllm_vtw.families import ELSEWHERE, WHY_NOT
 
 INTRODUCTION = """\
-# Every refusal and warning
+# Refusals and warnings
 
-What the plugin says if it does not do what it was asked, and the way out. Three dots stand for what depends
-on your options. [Troubleshooting](troubleshooting.md) begins with what you see instead.
+What a server says if it does not do what it was asked, and the way out. Three dots stand for what depends on
+your options. Commands of `vtw` print one line, and end with status 2. [Troubleshooting](troubleshooting.md)
+begins with what you see instead.
 """
 SECTIONS = {
     "Options of vLLM": ["startup.refusals", "startup.model_config"],
@@ -32,12 +33,13 @@ SECTIONS = {
     "Policy files and gates": ["policy", "gates", "untrusted_files"],
     "Requests: HTTP 400": ["choice", "models.admission", "models.beam_search"],
     "vLLM's version": ["plugin", "versions"],
+    "Requests that end in the engine": ["kv.scheduler"],
     "Warnings in the log": ["kv.startup_log"],
 }  # fmt: skip
 """Modules of `vllm_vtw`, by the heading under which their messages are."""
 WAY_OUT = re.compile(
-    r": (?:\.\.\.)?(?=(?:use|set|remove|serve|send|withdraw|let|raise|install|add|disable|compare|has to|give"
-    r"|expected|unknown|the first stage may|the plugin has|this server)\b)"
+    r": (?:\.\.\.)?(?=(?:use|set|remove|serve|send|withdraw|let|raise|install|add|disable|compare|give"
+    r"|expected|unknown|this server|the first stage|the plugin has)\b)|:? (?=has to )"
 )
 """What stands before the part of a message that says what to do."""
 
@@ -69,8 +71,10 @@ def messages(module: ModuleType) -> Iterator[str]:
                 pass
             case ast.Call(func=ast.Attribute(attr="append" | "insert"), args=[*_, text]):
                 pass
-            case ast.Call(func=ast.Attribute(ast.Name("logger"), "warning" | "error"), args=[text, *_]):
+            case ast.Call(func=ast.Attribute(ast.Name("logger"), "warning"), args=[text, *_]):
                 pass
+            case ast.Call(func=ast.Attribute(attr="_end_with_error"), args=[_, text]):
+                text = ast.JoinedStr([ast.Constant("request ... "), text])
             case ast.Call(func=ast.Name("_warn" | "_warn_once"), args=[text, *_]):
                 pass
             case ast.Raise(

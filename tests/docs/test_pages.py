@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vtw project
 """The pages build without a warning, and lead to files and commands that exist."""
 
+import importlib
 import importlib.util
 import json
 import re
@@ -13,9 +14,12 @@ import pytest
 
 from tests.deploy.options import parsed
 from tests.docs.pages import PAGES, README, REPOSITORY, ROOT, blocks, commands, links
+from tools.messages_table import SECTIONS, messages
 from tools.messages_table import page as messages_page
+from vllm_vtw import __version__
 from vllm_vtw.commands import calibrate, doctor, dyvte, guard, plan, schedules
 from vllm_vtw.policy import Policy
+from vllm_vtw.versions import TESTED
 
 ALL = pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
 
@@ -101,6 +105,37 @@ def test_policy_files_can_be_read(page):
 
 def test_messages_are_those_of_the_source():
     assert (ROOT / "docs/messages.md").read_text(encoding="utf-8") == messages_page()
+
+
+def test_every_module_of_a_server_that_has_messages_is_on_their_page():
+    listed = {f"vllm_vtw.{name}" for names in SECTIONS.values() for name in names}
+    for file in sorted((ROOT / "vllm_vtw").rglob("*.py")):
+        module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        if not module.startswith(("vllm_vtw.commands", "vllm_vtw.search")) and module not in listed:
+            assert list(messages(importlib.import_module(module))) == [], module
+
+
+@ALL
+def test_paths_of_the_repository_exist(page):
+    """Those in backticks that begin with a folder of the repository."""
+    folders = "benchmarks|deploy|docs|patches|tests|tools|vllm_vtw"
+    for path in re.findall(rf"`((?:{folders})/[\w./-]*)`", page.read_text(encoding="utf-8")):
+        assert (ROOT / path).exists(), path
+
+
+def test_deployment_has_the_commands_of_the_files():
+    files = "".join(file.read_text() for file in (ROOT / "deploy").iterdir() if file.is_file())
+    in_comments = " ".join(re.sub(r"^#", "", files, flags=re.M).split())
+    shown = [text for _, text in blocks(ROOT / "docs/deployment.md") if text.startswith(("docker", "helm"))]
+    assert len(shown) == 2
+    for command in "".join(shown).replace("\\\n", "\\ ").splitlines():
+        assert " ".join(command.split()) in in_comments
+
+
+def test_security_fixes_are_for_the_versions_that_were_tested():
+    minor = __version__.rpartition(".")[0]
+    row = f"| {minor}.x, on vLLM {' and '.join(one.version for one in TESTED)} | yes |"
+    assert row in (ROOT / "SECURITY.md").read_text()
 
 
 def test_readme_is_short_and_its_tables_are_those_of_the_pages():

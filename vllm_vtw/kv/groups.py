@@ -53,7 +53,7 @@ def install() -> None:
     if getattr(original, "asks_specs", False):
         return
     if original is None or list(inspect.signature(original).parameters) != ["kv_cache_spec"]:
-        raise unknown(f"kv_cache_utils.{TARGET}")
+        raise unknown(f"{planning.__name__}.{TARGET}")
 
     @functools.wraps(original)
     def split(kv_cache_spec: dict[str, KVCacheSpec]) -> list[KVCacheGroupSpec]:

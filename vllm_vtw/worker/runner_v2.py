@@ -71,7 +71,7 @@ class VTWModelState(DefaultModelState):
         if new_req_data.req_id in self.step.known_exits:
             retentions = after_exit(retentions, self.step.known_exits[new_req_data.req_id])
         wants_logprobs = wants_prompt_logprobs(new_req_data.sampling_params)
-        # vLLM 0.33 lets go of pixels that have been encoded.
+        # Otherwise, this would keep pixels in memory that vLLM 0.33 lets go of.
         features = [replace(feature, data=None) for feature in new_req_data.mm_features]
         new = replace(new_req_data, mm_features=features)
         self.tracked[new_req_data.req_id] = TrackedRequest(req_index, new, retentions, wants_logprobs)

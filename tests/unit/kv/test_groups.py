@@ -86,5 +86,7 @@ def test_the_hook_is_there_once(vllm):
 @pytest.mark.parametrize("function", [None, lambda kv_cache_spec, more: []])
 def test_a_vllm_that_neither_asks_models_nor_has_the_function_is_refused(vllm, function):
     vllm(asks_models=False, function=function)
-    with pytest.raises(RuntimeError, match=rf"does not know this vLLM's kv_cache_utils\.{groups.TARGET}"):
+    with pytest.raises(
+        RuntimeError, match=f"does not know this vLLM's {groups.planning.__name__}.{groups.TARGET}"
+    ):
         groups.install()
