@@ -101,9 +101,9 @@ def _text(node: ast.expr, module: ModuleType) -> str:
         case ast.JoinedStr(values=values):
             return "".join(_text(value, module) for value in values)
         case ast.FormattedValue(value=ast.Name(id=name), conversion=conversion):
-            value = getattr(module, name, None)
-            if isinstance(value, str):
-                return repr(value) if conversion == ord("r") else value
+            named = getattr(module, name, None)
+            if isinstance(named, str):
+                return repr(named) if conversion == ord("r") else named
     return "..."
 
 
