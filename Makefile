@@ -15,7 +15,8 @@ test-all: env lint
 
 # On the Python sources of a vLLM that has no build for the CPU: the newest one that was tested, or another, as in
 # VLLM=0.34.0.
-ON_NEXT := tests/unit tests/engine/test_drafters.py tests/engine/test_one_request.py
+ON_NEXT := tests/unit tests/engine/test_blocks.py tests/engine/test_chosen_layer.py tests/engine/test_drafters.py \
+	tests/engine/test_one_request.py tests/engine/test_prefix_cache.py tests/engine/test_stock.py
 test-next: env
 	$(BIN)/python -m tools.setup_next $(VLLM)
 	VLLM_VTW_ALLOW_UNTESTED=1 .venv-next/bin/python -m pytest -n 2 --dist loadfile $(ON_NEXT)

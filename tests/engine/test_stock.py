@@ -106,5 +106,5 @@ def test_without_the_flag_the_plugin_is_not_there(checkpoint, tmp_path):
     assert loaded[:-1] == disabled[:-1]
     assert loaded[2] == "ARCHITECTURES []"
     assert loaded[3] == "RUNNER vllm.v1.worker.gpu_model_runner False"
-    assert loaded[-1] == "MODULES ['vllm_vtw.families', 'vllm_vtw.plugin']"
-    assert disabled[-1] == "MODULES ['vllm_vtw.plugin']"
+    assert loaded[-1] == "MODULES ['vllm_vtw.families', 'vllm_vtw.plugin', 'vllm_vtw.versions']"
+    assert disabled[-1] == "MODULES ['vllm_vtw.plugin', 'vllm_vtw.versions']"

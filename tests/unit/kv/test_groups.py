@@ -28,7 +28,8 @@ def vllm(monkeypatch):
     """Makes a stand-in for what the seam looks at: whether vLLM asks models, and its function."""
 
     def make(asks_models: bool, function: Any = default_groups) -> SimpleNamespace:
-        planning = SimpleNamespace(create_kv_cache_group_specs=groups.planning.create_kv_cache_group_specs)
+        planning = SimpleNamespace(__name__=groups.planning.__name__)
+        planning.create_kv_cache_group_specs = groups.planning.create_kv_cache_group_specs
         planning.get_kv_cache_groups = lambda config, specs: getattr(planning, groups.TARGET)(specs)
         if function is not None:
             setattr(planning, groups.TARGET, function)
