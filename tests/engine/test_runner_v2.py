@@ -82,7 +82,7 @@ def test_corner_with_compilation_and_graphs(corner):
                 "test_a_request_that_chooses_a_layer_is_not_asked_by_gates",
             )
         ),
-        "test_image_rankings.py::test_every_request_shape[schedule10-diversity]",
+        pytest.param("test_image_rankings.py::test_every_request_shape[schedule10-diversity]", marks=slow),
         *(
             pytest.param(f"test_image_rankings.py::{name}", marks=slow)
             for name in (

@@ -4,6 +4,7 @@
 
 import ast
 import functools
+import gc
 import importlib
 import inspect
 import pkgutil
@@ -140,6 +141,14 @@ def reused(cls: type) -> set[str]:
     ours = [base for base in cls.__mro__ if base.__module__.startswith("vllm_vtw.")]
     others = [base for base in cls.__mro__ if base not in ours and base is not object]
     return set[str]().union(*map(names, ours)) & set[str]().union(*map(names, others))
+
+
+@pytest.fixture(autouse=True)
+def no_collection() -> Iterator[None]:
+    """Python 3.11 may end `ast.parse` with a SystemError if garbage is collected meanwhile."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.mark.parametrize(("name", "cls"), sorted(subclasses().items()), ids=str)
