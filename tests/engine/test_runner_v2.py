@@ -82,10 +82,10 @@ def test_corner_with_compilation_and_graphs(corner):
                 "test_a_request_that_chooses_a_layer_is_not_asked_by_gates",
             )
         ),
-        pytest.param("test_image_rankings.py::test_every_request_shape[schedule10-diversity]", marks=slow),
         *(
             pytest.param(f"test_image_rankings.py::{name}", marks=slow)
             for name in (
+                "test_every_request_shape[schedule10-diversity]",
                 "test_every_request_may_have_another_share[diversity-True]",
                 "test_preempted_requests_lose_the_same_tokens[True]",
                 "test_touching_images_where_the_encoder_cache_holds_one",
