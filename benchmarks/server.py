@@ -78,6 +78,20 @@ class Server:
 
 
 @contextmanager
+def reserved_port() -> Iterator[int]:
+    """A free port of 127.0.0.1 that nothing takes before the server that it is meant for.
+
+    A server binds its port seconds after it is started. Until the `with` block ends, a socket that does not
+    listen is bound to the port: the kernel gives the port to no connection and to no other caller of this
+    function, but lets a server bind it that sets `SO_REUSEADDR`, as servers do.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
+
+
+@contextmanager
 def serving(model: Path, *options: str, env: dict[str, str] | None = None) -> Iterator[Server]:
     """Runs `vllm serve MODEL OPTIONS` on a free port until the `with` block ends or raises.
 
@@ -92,19 +106,16 @@ def serving(model: Path, *options: str, env: dict[str, str] | None = None) -> It
     Raises:
         ServerError: The server did not start.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shown = ["vllm", "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *options]
-    # If vLLM is on Python's path but not installed, the module exists but the `vllm` command does not.
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *shown[1:]]
     settings = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "INFO",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     }
-    with tempfile.TemporaryDirectory() as folder:
+    with reserved_port() as port, tempfile.TemporaryDirectory() as folder:
+        shown = ["vllm", "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *options]
+        # If vLLM is on Python's path but not installed, the module exists but the `vllm` command does not.
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *shown[1:]]
         log_file = Path(folder) / "server.log"
         with log_file.open("w") as log:
             process = subprocess.Popen(

@@ -5,7 +5,6 @@
 import contextlib
 import json
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -17,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from benchmarks.server import reserved_port
 
 START_TIMEOUT = 30.0
 """How long Prometheus may take until it has read a server's metrics, in seconds."""
@@ -80,9 +81,6 @@ def scraping(url: str, rules: Path) -> Iterator[Prometheus]:
     """
     if shutil.which("prometheus") is None:
         raise PrometheusError("prometheus is not on the PATH: install Debian's package `prometheus`")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     config = {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
         "rule_files": [str(rules.resolve())],
@@ -90,7 +88,7 @@ def scraping(url: str, rules: Path) -> Iterator[Prometheus]:
             {"job_name": "vllm", "static_configs": [{"targets": [urllib.parse.urlsplit(url).netloc]}]}
         ],
     }
-    with TemporaryDirectory() as folder:
+    with reserved_port() as port, TemporaryDirectory() as folder:
         file = Path(folder) / "prometheus.yml"
         file.write_text(json.dumps(config))  # JSON is YAML.
         options = [f"--config.file={file}", f"--storage.tsdb.path={folder}/data", "--log.level=error"]
