@@ -77,11 +77,9 @@ def messages(module: ModuleType) -> Iterator[str]:
                 text = ast.JoinedStr([ast.Constant("request ... "), text])
             case ast.Call(func=ast.Name("_warn" | "_warn_once"), args=[text, *_]):
                 pass
-            case ast.Raise(
-                exc=ast.Call(func=ast.Name("_error"), args=[ast.Constant(str() as key), _, allowed])
-            ):
-                where = f'--additional-config ["vtw"]["{key}"] = ...: '
-                text = ast.JoinedStr([ast.Constant(where), allowed])
+            case ast.Raise(exc=ast.Call(func=ast.Name("_error"), args=[key, _, allowed])):
+                where = f'["{name}"]' if (name := _text(key, module)) else ""
+                text = ast.JoinedStr([ast.Constant(f'--additional-config ["vtw"]{where} = ...: '), allowed])
             case ast.Assign(targets=[ast.Name(name)], value=text) if name == "REASON":
                 pass
             case _:
@@ -100,6 +98,8 @@ def _text(node: ast.expr, module: ModuleType) -> str:
             )
         case ast.JoinedStr(values=values):
             return "".join(_text(value, module) for value in values)
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return _text(left, module) + _text(right, module)
         case ast.FormattedValue(value=ast.Name(id=name), conversion=conversion):
             named = getattr(module, name, None)
             if isinstance(named, str):

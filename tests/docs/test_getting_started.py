@@ -64,7 +64,7 @@ def test_the_page_prints_what_it_says(tmp_path, monkeypatch):
                     wait_for_guard(server)
                 command = [sys.executable, "-c", text] if language == "python" else ["bash", "-c", text]
                 printed += run([word.replace(URL, server.url if server else URL) for word in command])
-    assert compared == 6
+    assert compared == 8
 
 
 def run(command: list[str]) -> str:

@@ -126,8 +126,12 @@ def test_paths_of_the_repository_exist(page):
 def test_deployment_has_the_commands_of_the_files():
     files = "".join(file.read_text() for file in (ROOT / "deploy").iterdir() if file.is_file())
     in_comments = " ".join(re.sub(r"^#", "", files, flags=re.M).split())
-    shown = [text for _, text in blocks(ROOT / "docs/deployment.md") if text.startswith(("docker", "helm"))]
-    assert len(shown) == 2
+    shown = [
+        text
+        for _, text in blocks(ROOT / "docs/deployment.md")
+        if text.startswith(("docker", "helm", "python3"))
+    ]
+    assert len(shown) == 3
     for command in "".join(shown).replace("\\\n", "\\ ").splitlines():
         assert " ".join(command.split()) in in_comments
 

@@ -127,8 +127,8 @@ def test_a_task_for_which_a_stage_is_too_much_keeps_its_visual_tokens(out, data)
     assert (tasks["ocr"]["own"], tasks["ocr"]["layer"]) == (11, 12)
     assert policy_of(out).layer == policy_of(out).tasks["ocr"] == 12
     said = (
-        "A layer for these tasks would cost more or need a larger --max-stages, so nothing is withdrawn from "
-        "their requests: ocr."
+        "Requests of these tasks keep their visual tokens, because a layer for them would cost more than it "
+        "saves, or need a larger --max-stages: ocr."
     )
     assert said in ended.out
     assert said in (out / "report.html").read_text()

@@ -73,8 +73,8 @@ def _of_tasks(result: dict[str, Any], criterion: str) -> list[str]:
         )
     elif unused:
         said.append(
-            "A layer for these tasks would cost more or need a larger --max-stages, so nothing is withdrawn "
-            f"from their requests: {', '.join(unused)}."
+            "Requests of these tasks keep their visual tokens, because a layer for them would cost more than "
+            f"it saves, or need a larger --max-stages: {', '.join(unused)}."
         )
     if per_task["all"]["kv_share"] > 1:
         said.append(f"With these layers {_wasted(criterion)}")
