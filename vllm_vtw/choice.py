@@ -65,7 +65,9 @@ def choice_of(policy: Policy, num_hidden_layers: int, sampling_params: Any) -> C
         return Choice()
     task = given[TASK]
     if not isinstance(task, str) or task not in policy.tasks:
-        has = f"has {', '.join(policy.tasks)}" if policy.tasks else "has no tasks"
+        has = (
+            f"has {', '.join(policy.tasks)}" if policy.tasks else f"has no tasks: send {LAYER!r}, or nothing"
+        )
         raise ValueError(f"{TASK!r} = {shorten(task)}: this server's policy {has}")
     return Choice(policy.tasks[task], task)
 

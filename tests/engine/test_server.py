@@ -219,6 +219,8 @@ def test_the_dashboard_shows_metrics_that_there_are(client, server):
     elsewhere = ("vllm:vtw_exit_layer", "vllm:vtw_guard_")
     assert {name for name in shown if not name.startswith(elsewhere)} <= there, "but of gates and guards"
     assert {name for name in there if name.startswith("vllm:vtw_")} <= shown
+    # What the documentation has a probe look for. A metric has its HELP line before its first sample.
+    assert "\n# HELP vllm:vtw_requests_total " in server.metrics_page()
 
 
 HOLD = """

@@ -204,7 +204,7 @@ def test_a_checkpoint_in_mistrals_format_cannot_be_checked(tmp_path):
     finding, _, was_read = check_model(str(tmp_path))
     assert not was_read
     assert finding.found.endswith("the folder has no config.json")
-    assert "in Mistral's own format, without config.json, cannot be checked" in finding.remedy
+    assert "in Mistral's own format, without config.json, cannot be checked here" in finding.remedy
 
 
 def test_a_checkpoint_in_both_formats(tmp_path):

@@ -105,9 +105,12 @@ def check_model(name: str) -> ModelCheck:
     try:
         hf_config = read_config(name)
     except ValueError as error:
-        remedy = (
-            "check the name. A checkpoint in Mistral's own format, without config.json, cannot be checked"
-        )
+        remedy = "check the name"
+        if Path(name).is_dir():
+            remedy += (
+                ". A checkpoint in Mistral's own format, without config.json, cannot be checked here, but "
+                "vLLM may serve it"
+            )
         return ModelCheck(Finding(str(error), remedy=remedy), was_read=False)
     architectures, text = hf_config.architectures or [], hf_config.get_text_config()
     why_not = refusal(architectures) or text_refusal(text.model_type, text.to_dict())

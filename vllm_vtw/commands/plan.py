@@ -338,7 +338,12 @@ def describe(result: dict[str, Any]) -> str:
     ]
     notes = []
     if request_bytes["vtw"] > request_bytes["stock"]:
-        remedy = "try another layer" if request["images"] else "nothing is withdrawn from a request of text"
+        if not request["images"]:
+            remedy = "nothing is withdrawn from a request of text"
+        elif result["default_layer"] == result["num_hidden_layers"]:
+            remedy = "nothing is withdrawn by default"
+        else:
+            remedy = "try another layer"
         notes = ["", f"KV blocks leave more memory unused here than withdrawal saves: {remedy}."]
     for exit_ in result["exits"]:
         stay = exit_["layer"] == result["num_hidden_layers"]

@@ -94,8 +94,8 @@ def _warn_of_rounding(
     if taken >= stock:
         logger.warning(
             "vtw: KV blocks of %d tokens are so large that a request of %s of %d tokens and %d text tokens "
-            "takes %.2f times the memory that it takes in stock vLLM: use a smaller --block-size, or compare "
-            "layers with `vtw plan`",
+            "takes %.2f times the memory that it takes in stock vLLM: use a smaller --block-size, if the "
+            "backend has one, or compare layers with `vtw plan --block-size N`",
             block_size,
             what,
             tokens,

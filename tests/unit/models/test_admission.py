@@ -95,7 +95,11 @@ def test_a_refused_prompt_takes_back_what_it_added_and_nothing_else():
             {"vtw_layers": 2},
             "'vtw_layers': unknown; a request may have 'vtw_layer', 'vtw_task' or 'vtw_keep'",
         ),
-        (FIXED, {"vtw_task": "ocr"}, "'vtw_task' = 'ocr': this server's policy has no tasks"),
+        (
+            FIXED,
+            {"vtw_task": "ocr"},
+            "'vtw_task' = 'ocr': this server's policy has no tasks: send 'vtw_layer'",
+        ),
         (FIXED, {"vtw_layer": 4}, r"offers 2, 8 \(nothing is withdrawn\)"),
         (RANKED, {"vtw_layer": 2}, r"offers 8 \(nothing is withdrawn\)"),
         (GATED, {"vtw_layer": 3}, "offers 2, 4, 8"),
