@@ -79,7 +79,7 @@ class Server:
 
 @contextmanager
 def reserved_port() -> Iterator[int]:
-    """A free port of 127.0.0.1 that nothing takes before the server that it is meant for.
+    """A free port of 127.0.0.1 that the kernel gives to nothing but the server that it is meant for.
 
     A server binds its port seconds after it is started. Until the `with` block ends, a socket that does not
     listen is bound to the port: the kernel gives the port to no connection and to no other caller of this

@@ -74,7 +74,9 @@ def choice_of(policy: Policy, num_hidden_layers: int, sampling_params: Any) -> C
 
 def _checked_keep(policy: Policy, keep: Any) -> float:
     if not policy.offered_keeps:
-        raise ValueError(f"{KEEP!r} = {shorten(keep)}: this server's policy offers no shares")
+        raise ValueError(
+            f"{KEEP!r} = {shorten(keep)}: this server's policy offers no shares: send no {KEEP!r}"
+        )
     if type(keep) not in (int, float) or keep not in (*policy.offered_keeps, 1):
         kind = "" if type(keep) in (int, float) else "has to be a number; "
         offered = ", ".join(f"{share:g}" for share in policy.offered_keeps)

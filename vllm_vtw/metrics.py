@@ -42,6 +42,7 @@ class WithdrawalMetrics(AggregateStatLoggerBase):
     def __init__(self, vllm_config: VllmConfig, engine_indexes: Sequence[int]) -> None:
         self.withdraws = vllm_config.scheduler_config.scheduler_cls == SCHEDULER
         self.vllm_config = vllm_config
+        self.engine_indexes = engine_indexes
         self.model_name = vllm_config.model_config.served_model_name
         self.counters: dict[str, Counter] = {}
         self.gauges: dict[str, Gauge] = {}
@@ -99,6 +100,9 @@ class WithdrawalMetrics(AggregateStatLoggerBase):
                 multiprocess_mode="mostrecent",
             ),
         }
+        # Several API servers show only metrics that have a value. Probes look for this one.
+        for index in self.engine_indexes:
+            self.gauges[KV_BLOCKS_SAVED].labels(self.model_name, str(index)).set(0)
 
     def _create_guard_metrics(self) -> None:
         of_answers = [*LABELS, "layer", "task"]

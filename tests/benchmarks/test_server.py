@@ -9,6 +9,9 @@ import pytest
 
 from benchmarks.server import reserved_port
 
+MANY = 4000
+"""Of the 28,232 ports that Linux chooses from by default."""
+
 
 def test_a_server_listens_on_its_reserved_port():
     with reserved_port() as port, socket.socket() as server, socket.socket() as client:
@@ -23,7 +26,13 @@ def test_nothing_else_gets_a_reserved_port():
         other.bind(("127.0.0.1", port))
 
 
-def test_reserved_ports_differ():
+def test_no_connection_gets_a_reserved_port():
+    """Nor does a second reservation. The kernel chooses the next ports from all that are free."""
     with ExitStack() as stack:
-        ports = [stack.enter_context(reserved_port()) for _ in range(200)]
-    assert len(set(ports)) == len(ports)
+        ports = {stack.enter_context(reserved_port()) for _ in range(MANY)}
+        assert len(ports) == MANY
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        for _ in range(100):
+            client = stack.enter_context(socket.create_connection(listener.getsockname()))
+            stack.enter_context(listener.accept()[0])
+            assert client.getsockname()[1] not in ports

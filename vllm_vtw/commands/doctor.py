@@ -106,7 +106,7 @@ def check_model(name: str) -> ModelCheck:
         hf_config = read_config(name)
     except ValueError as error:
         remedy = "check the name"
-        if Path(name).is_dir():
+        if not (Path(name) / "config.json").exists():
             remedy += (
                 ". A checkpoint in Mistral's own format, without config.json, cannot be checked here, but "
                 "vLLM may serve it"

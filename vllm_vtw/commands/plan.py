@@ -341,7 +341,7 @@ def describe(result: dict[str, Any]) -> str:
         if not request["images"]:
             remedy = "nothing is withdrawn from a request of text"
         elif result["default_layer"] == result["num_hidden_layers"]:
-            remedy = "nothing is withdrawn by default"
+            remedy = "nothing is withdrawn by default, so let requests choose a layer"
         else:
             remedy = "try another layer"
         notes = ["", f"KV blocks leave more memory unused here than withdrawal saves: {remedy}."]

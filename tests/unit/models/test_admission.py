@@ -112,7 +112,11 @@ def test_a_refused_prompt_takes_back_what_it_added_and_nothing_else():
         (SHARES, {"vtw_keep": "0.5"}, "'vtw_keep' = '0.5': has to be a number; this server offers"),
         (SHARES, {"vtw_keep": True}, "'vtw_keep' = True: has to be a number; this server offers"),
         (SHARES, {"vtw_keep": 0.5, "vtw_layer": 8}, "'vtw_layer' and 'vtw_keep' both choose"),
-        (RANKED, {"vtw_keep": 0.5}, "'vtw_keep' = 0.5: this server's policy offers no shares"),
+        (
+            RANKED,
+            {"vtw_keep": 0.5},
+            "'vtw_keep' = 0.5: this server's policy offers no shares: send no 'vtw_keep'",
+        ),
     ],
 )
 def test_what_is_not_offered_is_refused(policy: Policy, choice: dict[str, Any], why: str, asked: Any):
