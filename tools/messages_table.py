@@ -18,9 +18,9 @@ INTRODUCTION = """\
 # Refusals and warnings
 
 What a server says if it does not do what it was asked, and the way out. Three dots stand for what depends on
-your options. At start-up, vLLM shows an error at the end of a traceback, and one of the engine's process before
-that of the server. A `vtw` command that is given something wrong prints one line, and ends with status 2.
-[Troubleshooting](troubleshooting.md) begins with what you see instead.
+your options. At start-up, vLLM shows an error at the end of a traceback, and one of the engine's process
+before that of the server. A `vtw` command that is given something wrong prints one line, and ends with
+status 2. [Troubleshooting](troubleshooting.md) begins with what you see instead.
 """
 SECTIONS = {
     "Options of vLLM": ["startup.refusals", "startup.model_config"],
