@@ -145,6 +145,19 @@ def test_tasks_move_to_a_layer_within_the_budgets_of_both():
     assert merge_layers(tasks, 1, LAYERS) == {"a": 7, "b": 7}
 
 
+def test_a_policy_that_no_single_change_leads_to():
+    """From {5, 7}, which a search without stages ends at, both stages have to move."""
+    long, short = price(2000, 40, 50), price(60, 40, 50)
+    tasks = {
+        "a": traffic(5, 6, 7, 8, 9, requests=11, of=long),
+        "b": traffic(6, 7, 8, 9, requests=5, of=long),
+        "c": traffic(*range(3, 10), requests=9, of=long),
+        "d": traffic(*range(2, 10), of=short),
+        "e": traffic(7, 8, 9, requests=9, of=price(576, 40, 50)),
+    }
+    assert merge_layers(tasks, 2, LAYERS) == {"a": 6, "b": 6, "c": 3, "d": 3, "e": LAYERS}
+
+
 def test_the_more_frequent_task_decides():
     rare, often = traffic(3), traffic(6, 7, 8, 9, requests=9)
     assert merge_layers({"a": rare, "b": often}, 1, LAYERS) == {"a": LAYERS, "b": 6}

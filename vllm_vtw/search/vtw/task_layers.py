@@ -4,6 +4,7 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from vllm_vtw.policy import Policy, Stage
@@ -123,9 +124,9 @@ def merge_layers(tasks: Mapping[str, TaskTraffic], max_stages: int, num_layers: 
     within its budgets, so none gets a shallower one than its first. Of policies that cost the same, the one
     with the fewest stages is taken.
 
-    The search begins twice: without stages, and with one for each task's first layer. It adds, removes or
-    moves one stage at a time, each time that with which the policy gets the cheapest, as long as it gets
-    cheaper. It may end at a policy that costs a little more than the cheapest one there is.
+    The search begins without stages, with one at each single layer, and with one for each task's first layer.
+    From each of these, it adds, removes or moves one stage at a time, each time that with which the policy
+    gets the cheapest, as long as it gets cheaper. It may still miss the cheapest policy there is.
 
     Args:
         tasks: The tasks by their names, one of which may be `NO_TASK`.
@@ -133,6 +134,7 @@ def merge_layers(tasks: Mapping[str, TaskTraffic], max_stages: int, num_layers: 
         num_layers: The number of decoder layers, with which nothing is withdrawn from a task.
     """
 
+    @cache
     def rank(stages: frozenset[int]) -> tuple[float, ...]:
         served = served_layers(tasks, stages, num_layers)
         cost = sum(traffic_shares(tasks, task_policy(served, num_layers), served))
@@ -146,7 +148,8 @@ def merge_layers(tasks: Mapping[str, TaskTraffic], max_stages: int, num_layers: 
         return search(best) if rank(best) < rank(stages) else stages
 
     firsts = frozenset(task.layers[0] for task in tasks.values() if task.layers)
-    found = min(map(search, (frozenset[int](), firsts)), key=rank)
+    starts = [frozenset[int](), firsts, *(frozenset({layer}) for layer in candidates)]
+    found = min(map(search, starts), key=rank)
     return served_layers(tasks, found, num_layers)
 
 
