@@ -82,8 +82,8 @@ def reserved_port() -> Iterator[int]:
     """A free port of 127.0.0.1 that the kernel gives to nothing but the server that it is meant for.
 
     A server binds its port seconds after it is started. Until the `with` block ends, a socket that does not
-    listen is bound to the port: the kernel gives the port to no connection and to no other caller of this
-    function, but lets a server bind it that sets `SO_REUSEADDR`, as servers do.
+    listen is bound to the port: the kernel gives it to nobody who asks for a free port, but lets a server
+    bind it that sets `SO_REUSEADDR`, as servers do.
     """
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks.server import reserved_port
 
-MANY = 4000
-"""Of the 28,232 ports that Linux chooses from by default."""
+MANY = 300
+"""Twice as many are open at once, of 1,024 files that a process may often open."""
 
 
 def test_a_server_listens_on_its_reserved_port():
@@ -26,13 +26,10 @@ def test_nothing_else_gets_a_reserved_port():
         other.bind(("127.0.0.1", port))
 
 
-def test_no_connection_gets_a_reserved_port():
-    """Nor does a second reservation. The kernel chooses the next ports from all that are free."""
+def test_who_asks_for_a_free_port_gets_no_reserved_one():
+    """If closed sockets stood for the reservations, these few would share a port in 998 of 1000 runs."""
     with ExitStack() as stack:
-        ports = {stack.enter_context(reserved_port()) for _ in range(MANY)}
-        assert len(ports) == MANY
-        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        for _ in range(100):
-            client = stack.enter_context(socket.create_connection(listener.getsockname()))
-            stack.enter_context(listener.accept()[0])
-            assert client.getsockname()[1] not in ports
+        reserved = {stack.enter_context(reserved_port()) for _ in range(MANY)}
+        assert len(reserved) == MANY
+        others = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(MANY)]
+        assert reserved.isdisjoint(other.getsockname()[1] for other in others)

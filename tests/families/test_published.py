@@ -207,6 +207,13 @@ def test_a_checkpoint_in_mistrals_format_cannot_be_checked(tmp_path):
     assert "in Mistral's own format, without config.json, cannot be checked here" in finding.remedy
 
 
+def test_a_broken_configuration_is_not_taken_for_mistrals_format(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    finding, _, was_read = check_model(str(tmp_path))
+    assert not was_read
+    assert finding.remedy == "check the name"
+
+
 def test_a_checkpoint_in_both_formats(tmp_path):
     """vLLM would read Mistral's own format, whose model type, in policy files, is another one."""
     folder = written(tmp_path, PUBLISHED["mistralai/Mistral-Small-3.1-24B-Instruct-2503"])
