@@ -27,7 +27,6 @@ def test_nothing_else_gets_a_reserved_port():
 
 
 def test_who_asks_for_a_free_port_gets_no_reserved_one():
-    """If closed sockets stood for the reservations, these few would share a port in 998 of 1000 runs."""
     with ExitStack() as stack:
         reserved = {stack.enter_context(reserved_port()) for _ in range(MANY)}
         assert len(reserved) == MANY
